@@ -1,0 +1,156 @@
+"""Attention in parts that merge exactly: over codes, over exact tokens. Plain fp32 torch; defines the meaning.
+
+Every part returns its softmax-normalised output and the log-sum-exp of its logits, so parts over disjoint tokens combine
+to the attention over all of them (`merge`). A part without valid tokens has log-sum-exp minus infinity and output zero.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from pqkv_kernels.codec import Angles, decode_codes, from_code_space
+from pqkv_kernels.errors import KernelError
+from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.tables import CodecTables
+
+Part = tuple[torch.Tensor, torch.Tensor]
+_BLOCK_PAGES = 32  # tokens decoded at a time: bounds the temporary to one block of keys and values
+
+
+def code_queries(query: torch.Tensor, tables: CodecTables) -> torch.Tensor:
+    """Return queries [B, Hkv, G, Tq, D] fp32 that score code-space keys as `query` [B, H, Tq, D] scores model-space keys.
+
+    With ``k' = A k`` the logit is ``q . k = (A^-T q) . k'``. Before rotary embedding `A` is a scale per pair, which commutes
+    with rotation; permuted key channels are put back by `code_attention`, where the pairs are.
+    """
+    grouped = query.float().unflatten(1, (tables.num_heads, query.shape[1] // tables.num_heads))
+    if tables.map is None:
+        return grouped
+    if tables.inverse is None:
+        return grouped / tables.map[:, None, None]
+    return grouped @ tables.inverse[:, None]
+
+
+def code_attention(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    key_tables: CodecTables,
+    value_tables: CodecTables,
+    first_token: torch.Tensor,
+    scaling: float,
+    angles: Angles | None = None,
+    softcap: float | None = None,
+) -> Part:
+    """Attend to coded tokens; all of them precede all queries.
+
+    Parameters
+    ----------
+    query
+        As `code_queries` returns them, [B, Hkv, G, Tq, D] fp32.
+    key_pages, value_pages
+        [B, P, Hkv, page_bytes] uint8.
+    first_token
+        Index of the first coded token of each row that counts, [B] int64; may exceed ``64 * P``.
+    scaling
+        Factor on the logits.
+    angles
+        ``(cos, sin)`` [B, 64 * P, rotary_dim / 2] fp32 where ``key_tables.rotary`` is set.
+    softcap
+        Logits are squashed to ``softcap * tanh(logit / softcap)`` where given.
+
+    Returns
+    -------
+    tuple
+        Output in the values' code space [B, Hkv, G, Tq, D] fp32 (see `leave_code_space`) and log-sum-exp [B, Hkv, G, Tq].
+
+    Raises
+    ------
+    KernelError
+        If keys and values have different numbers of pages or batch rows.
+    """
+    if key_pages.shape[:3] != value_pages.shape[:3]:
+        raise KernelError(f"key pages {list(key_pages.shape)} and value pages {list(value_pages.shape)} differ; expected equal B, P, Hkv")
+    parts = []
+    for start in range(0, key_pages.shape[1], _BLOCK_PAGES):
+        block = slice(start, start + _BLOCK_PAGES)
+        tokens = slice(start * PAGE_TOKENS, (start + _BLOCK_PAGES) * PAGE_TOKENS)
+        block_angles = None if angles is None else (angles[0][:, tokens], angles[1][:, tokens])
+        keys = _scored_keys(key_pages[:, block], key_tables, block_angles)
+        index = start * PAGE_TOKENS + torch.arange(keys.shape[2], device=keys.device)
+        valid = (index >= first_token[:, None])[:, None, None, None]
+        values = decode_codes(value_pages[:, block], value_tables)
+        parts.append(_attend(query, keys, values, valid, scaling, softcap))
+    return merge(parts) if parts else _nothing(query)
+
+
+def leave_code_space(output: torch.Tensor, value_tables: CodecTables) -> torch.Tensor:
+    """Return model-space outputs [B, H, Tq, D] fp32 of `code_attention` outputs [B, Hkv, G, Tq, D]."""
+    num_queries = output.shape[2:4]
+    return from_code_space(output.flatten(2, 3), value_tables).unflatten(2, num_queries).flatten(1, 2)
+
+
+def exact_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    valid: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> Part:
+    """Attend to exact tokens.
+
+    Parameters
+    ----------
+    query
+        Model-space queries [B, H, Tq, D].
+    keys, values
+        [B, Hkv, T, D].
+    valid
+        Which token counts for which query, [B, 1 or Tq, T] bool.
+
+    Returns
+    -------
+    tuple
+        Output [B, H, Tq, D] fp32 and log-sum-exp [B, H, Tq] fp32.
+    """
+    grouped = query.float().unflatten(1, (keys.shape[1], query.shape[1] // keys.shape[1]))
+    output, lse = _attend(grouped, keys.float(), values.float(), valid[:, None, None], scaling, softcap)
+    return output.flatten(1, 2), lse.flatten(1, 2)
+
+
+def merge(parts: Sequence[Part]) -> Part:
+    """Combine parts over disjoint tokens: outputs [..., D] weighted by their shares of the softmax, log-sum-exp [...]."""
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    total = torch.logsumexp(lses, dim=0)
+    # A row that sees no token at all has weights exp(-inf - -inf): define them as zero.
+    weights = torch.exp(lses - total).nan_to_num(nan=0.0)
+    output = sum(weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True))
+    assert isinstance(output, torch.Tensor)
+    return output, total
+
+
+def _scored_keys(pages: torch.Tensor, tables: CodecTables, angles: Angles | None) -> torch.Tensor:
+    """Return keys as `code_queries` score them: permutation undone and rotated, but still in the mapped space."""
+    unmapped = CodecTables(tables.layout, tables.codebooks, None, tables.permutation, tables.rotary)
+    return from_code_space(decode_codes(pages, tables), unmapped, angles)
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor, scaling: float, softcap: float | None
+) -> Part:
+    logits = torch.matmul(query, keys[:, :, None].mT) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~valid, -torch.inf)
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    return torch.matmul(weights, values[:, :, None]), lse
+
+
+def _nothing(query: torch.Tensor) -> Part:
+    return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
+
+

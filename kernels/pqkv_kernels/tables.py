@@ -1,0 +1,86 @@
+"""The tensors that turn one layer's keys or values into codes and back. Data only."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pqkv_kernels.errors import KernelError
+from pqkv_kernels.layout import CodeLayout, RotaryLayout
+
+
+@dataclass(frozen=True, slots=True)
+class CodecTables:
+    """Codebooks and transform of one layer's keys or values.
+
+    A model-space vector `x` [D] of head `h` becomes a code-space vector in three steps, each optional but the order fixed:
+    un-rotate (if `rotary`), map (``map[h] * x`` for a scale, ``map[h] @ x`` for a matrix), permute (``x[permutation[h]]``).
+
+    Attributes
+    ----------
+    layout
+        How channels are grouped into codes.
+    codebooks
+        ``codebooks[stage][group]`` is [Hkv, M, ksub, dsub], any float dtype.
+    map
+        None, a scale [Hkv, D] fp32 (keys: equal within a rotary pair, so that it commutes with rotation) or an invertible
+        matrix [Hkv, D, D] fp32.
+    permutation
+        None or [Hkv, D] integers.
+    rotary
+        Set where keys are coded before rotary embedding; None codes what the cache is given.
+    inverse
+        Inverse of a matrix `map`, [Hkv, D, D] fp32; derived in fp64 when not given.
+
+    Raises
+    ------
+    KernelError
+        If shapes do not fit each other.
+    """
+
+    layout: CodeLayout
+    codebooks: tuple[tuple[torch.Tensor, ...], ...]
+    map: torch.Tensor | None = None
+    permutation: torch.Tensor | None = None
+    rotary: RotaryLayout | None = None
+    inverse: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        num_heads, dim = self.num_heads, self.layout.head_dim
+        for stage, index, group, _, _ in self.layout.spans():
+            found = tuple(self.codebooks[stage][index].shape)
+            expected = (num_heads, group.num_subspaces, group.num_centroids, group.subspace_dim)
+            if found != expected:
+                raise KernelError(f"codebook {stage}.{index} has shape {list(found)}; expected {list(expected)}")
+        if self.map is not None and tuple(self.map.shape) not in {(num_heads, dim), (num_heads, dim, dim)}:
+            expected_map = f"[{num_heads}, {dim}] or [{num_heads}, {dim}, {dim}]"
+            raise KernelError(f"map has shape {list(self.map.shape)}; expected {expected_map}")
+        if self.permutation is not None and tuple(self.permutation.shape) != (num_heads, dim):
+            raise KernelError(f"permutation has shape {list(self.permutation.shape)}; expected [{num_heads}, {dim}]")
+        if self.rotary is not None and (self.rotary.rotary_dim > dim or (self.map is not None and self.map.ndim == 3)):
+            raise KernelError("keys coded before rotary embedding need rotary_dim <= head_dim and a scale, not a matrix")
+
+        if self.inverse is None and self.map is not None and self.map.ndim == 3:
+            object.__setattr__(self, "inverse", torch.linalg.inv(self.map.double()).float())
+
+    @property
+    def num_heads(self) -> int:
+        """Key/value heads."""
+        return int(self.codebooks[0][0].shape[0])
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of codebooks and transforms, as stored in an artifact."""
+        tensors = [t for stage in self.codebooks for t in stage]
+        tensors += [t for t in (self.map, self.permutation) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def to(self, device: torch.device) -> "CodecTables":
+        """Return the same tables on `device`."""
+        return CodecTables(
+            self.layout,
+            tuple(tuple(t.to(device) for t in stage) for stage in self.codebooks),
+            None if self.map is None else self.map.to(device),
+            None if self.permutation is None else self.permutation.to(device),
+            self.rotary,
+            None if self.inverse is None else self.inverse.to(device),
+        )

@@ -1,0 +1,73 @@
+"""Puts caches together from a model config, layer by layer. Knows no model weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pqkv_kernels.tables import CodecTables
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from pqkv_cli.cache.cache import QuantizedCache, TimedCache
+from pqkv_cli.cache.layer import QuantizedLayer
+from pqkv_cli.cache.simulated import SimulatedLayer
+from pqkv_cli.cache.timeline import AngleSource, Timeline
+from pqkv_cli.errors import CacheError
+from pqkv_cli.quantizers.codec import VectorCodec
+from pqkv_cli.specs import CacheSpec, Side
+
+AngleSources = Sequence[AngleSource | None]
+
+
+def quantized_cache(
+    config: Any, tables: Sequence[dict[Side, CodecTables] | None], spec: CacheSpec, angle_sources: AngleSources
+) -> QuantizedCache:
+    """Return an empty cache for a model of `config`; layers whose `tables` are None stay as transformers makes them.
+
+    Raises
+    ------
+    CacheError
+        If a layer has tables but is not a growing full-attention layer in transformers.
+    """
+    timeline = Timeline()
+
+    def make(index: int) -> CacheLayerMixin | None:
+        layer_tables = tables[index]
+        return None if layer_tables is None else QuantizedLayer(dict(layer_tables), spec, timeline, angle_sources[index])
+
+    return QuantizedCache(_layers(config, len(tables), make), timeline)
+
+
+def simulated_cache(
+    config: Any, codecs: Sequence[dict[Side, VectorCodec] | None], angle_sources: AngleSources
+) -> TimedCache:
+    """Return an empty cache of mode `all`.
+
+    Raises
+    ------
+    CacheError
+        As `quantized_cache`.
+    """
+    timeline = Timeline()
+
+    def make(index: int) -> CacheLayerMixin | None:
+        layer_codecs = codecs[index]
+        return None if layer_codecs is None else SimulatedLayer(layer_codecs, timeline, angle_sources[index])
+
+    return TimedCache(_layers(config, len(codecs), make), timeline)
+
+
+def _layers(config: Any, num_layers: int, make: Callable[[int], CacheLayerMixin | None]) -> list[CacheLayerMixin]:
+    # The layers that transformers itself would make, whatever they are called in its present version.
+    layers: list[CacheLayerMixin] = list(DynamicCache(config=config).layers)
+    if len(layers) != num_layers:
+        raise CacheError(f"transformers makes {len(layers)} cache layers for this model; the artifact describes {num_layers}")
+    for index in range(num_layers):
+        layer = make(index)
+        if layer is None:
+            continue
+        if type(layers[index]) is not DynamicLayer:
+            raise CacheError(
+                f"layer {index} is quantized in the artifact but is a {type(layers[index]).__name__} in this model; "
+                "expected a full-attention layer: fit and export again for this model"
+            )
+        layers[index] = layer
+    return layers

@@ -1,0 +1,102 @@
+"""The quantized cache as transformers sees it: a `Cache` whose full-attention layers hold codes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from pqkv_cli.cache.layer import QuantizedLayer
+from pqkv_cli.cache.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBytes:
+    """Bytes of the tensors a cache holds; `dense` are layers that are not quantized."""
+
+    codes: int
+    exact: int
+    dense: int
+    positions: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.codes + self.exact + self.dense + self.positions
+
+
+class TimedCache(Cache):  # type: ignore[misc]
+    """A cache that is told positions and padding of every step before its layers are updated."""
+
+    def __init__(self, layers: list[CacheLayerMixin], timeline: Timeline) -> None:
+        super().__init__(layers=layers)
+        self.timeline = timeline
+
+    def begin_step(self, positions: torch.Tensor, row_start: torch.Tensor | None) -> None:
+        """Take the facts of the step to come: positions [B, T] of its tokens and first real slots [B] of the rows."""
+        self.timeline.begin(self.get_seq_length(), positions, row_start)
+
+    def reset(self) -> None:
+        """Drop all tokens."""
+        super().reset()
+        self.timeline.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens."""
+        super().crop(tokens_to_remove)
+        self.timeline.crop(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Replace row `i` by row ``beam_idx[i]``."""
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        super().batch_select_indices(indices)
+        self._map_rows(lambda t: t[indices])
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.timeline.map_rows(change)
+
+
+class QuantizedCache(TimedCache):
+    """Sinks, codes and window in every quantized layer; other layers stay as transformers makes them."""
+
+    @property
+    def quantized_layers(self) -> list[QuantizedLayer]:
+        """The layers that hold codes."""
+        return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+
+    @property
+    def num_materialized(self) -> int:
+        """How often keys or values were decoded as a whole, because something other than `pqkv` attention read them."""
+        return sum(layer.num_materialized for layer in self.quantized_layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of slots held; by default that of the first quantized layer."""
+        if layer_idx == 0 and self.quantized_layers:
+            return self.quantized_layers[0].get_seq_length()
+        return int(super().get_seq_length(layer_idx))
+
+    def num_bytes(self) -> CacheBytes:
+        """Return the bytes of all tensors held between steps."""
+        dense = [layer for layer in self.layers if not isinstance(layer, QuantizedLayer)]
+        return CacheBytes(
+            codes=sum(layer.code_bytes for layer in self.quantized_layers),
+            exact=sum(layer.exact_bytes for layer in self.quantized_layers),
+            dense=sum(tensor_bytes(layer) for layer in dense),
+            positions=self.timeline.num_bytes,
+        )
+
+
+def tensor_bytes(layer: Any) -> int:
+    """Return the bytes of the keys and values of one of transformers' own cache layers."""
+    held = [t for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in held)

@@ -1,0 +1,97 @@
+"""What `update` returns: a stand-in for keys or values that costs no memory until someone computes with it.
+
+The `pqkv` attention function reads the codes through it. Any other attention function meets an ordinary operation first,
+which decodes everything: slow, correct, counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from pqkv_cli.errors import CacheError
+
+if TYPE_CHECKING:
+    from pqkv_cli.cache.layer import QuantizedLayer
+    from pqkv_cli.specs import Side
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """One layer's cache as the queries of one step see it: coded pages, then exact tokens, with exact sinks.
+
+    Attributes
+    ----------
+    pages
+        Code pages of ``keys`` and ``values``, each a list of [B, P, Hkv, page_bytes].
+    sinks
+        Exact sinks of ``keys`` and ``values``, [B, Hkv, S, D]; they count where their slot is below `num_coded`.
+    exact
+        Exact ``keys`` and ``values`` of the slots from `num_coded` on, the step's own included, [B, Hkv, T, D].
+    """
+
+    layer: QuantizedLayer
+    step: int
+    num_coded: int
+    pages: dict[Side, list[torch.Tensor]]
+    sinks: dict[Side, torch.Tensor]
+    exact: dict[Side, torch.Tensor]
+
+    @property
+    def num_slots(self) -> int:
+        """All slots visible in this step."""
+        return self.num_coded + self.exact["keys"].shape[2]
+
+    def check_fresh(self) -> None:
+        """Refuse to be read after a later step.
+
+        Raises
+        ------
+        CacheError
+            If the layer was updated since.
+        """
+        if self.step != self.layer.num_updates:
+            raise CacheError(
+                f"keys and values of update {self.step} are read after update {self.layer.num_updates}; "
+                "they are valid until the layer's next update: copy them with .clone() if they are needed longer"
+            )
+
+
+class LazyStates(torch.Tensor):
+    """Keys or values [B, Hkv, T, D] of one step that decode themselves on first use in an operation."""
+
+    step_view: StepView
+    side: Side
+
+    @staticmethod
+    def __new__(cls, view: StepView, side: Side) -> LazyStates:
+        """Make a handle on `side` of `view`."""
+        exact = view.exact[side]
+        shape = (*exact.shape[:2], view.num_slots, exact.shape[3])
+        make = torch.Tensor._make_wrapper_subclass
+        handle: LazyStates = make(cls, shape, dtype=exact.dtype, device=exact.device)
+        handle.step_view, handle.side = view, side
+        return handle
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Return a description that does not decode."""
+        return f"LazyStates({self.side}, shape={list(self.shape)}, dtype={self.dtype})"
+
+    def materialize(self) -> torch.Tensor:
+        """Return the decoded keys or values, [B, Hkv, T, D] in the handle's dtype."""
+        self.step_view.check_fresh()
+        return self.step_view.layer.materialize(self.step_view, self.side)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Decode every handle among the arguments and run the operation on plain tensors."""
+
+        def plain(x: Any) -> Any:
+            return x.materialize() if isinstance(x, LazyStates) else x
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))

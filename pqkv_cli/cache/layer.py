@@ -1,0 +1,249 @@
+"""One layer of the quantized cache: sinks | codes | window. Computes no attention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pqkv_kernels.codec import decode, encode
+from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.tables import CodecTables
+from transformers.cache_utils import CacheLayerMixin
+
+from pqkv_cli.cache.handle import LazyStates, StepView
+from pqkv_cli.cache.pages import PageStore
+from pqkv_cli.cache.timeline import AngleSource, Timeline
+from pqkv_cli.errors import CacheError
+from pqkv_cli.specs import SIDES, CacheSpec, Side
+
+
+class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer: pages of codes for old tokens, exact tensors for sinks and for the recent window.
+
+    Slots ``0 .. 64 * P`` are coded (padding and sinks too: a uniform layout costs less than it saves); the sinks of each
+    row are kept exact beside them. The window holds at least ``spec.window_tokens`` and less than a page more.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self, tables: dict[Side, CodecTables], spec: CacheSpec, timeline: Timeline, angle_source: AngleSource | None
+    ) -> None:
+        super().__init__()
+        self.tables, self.spec, self.timeline, self.angle_source = tables, spec, timeline, angle_source
+        self.num_updates = 0
+        self.num_materialized = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.pages: dict[Side, PageStore] = {side: PageStore() for side in SIDES}
+        self.sinks: dict[Side, torch.Tensor] = {}
+        self.window: dict[Side, torch.Tensor] = {}
+        self.num_window = 0
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate sinks and window for the shape, dtype and device of the first states, [B, Hkv, T, D]."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        capacity = self.spec.window_tokens + PAGE_TOKENS
+        for side, states in (("keys", key_states), ("values", value_states)):
+            batch, heads, _, dim = states.shape
+            self.tables[side] = self.tables[side].to(states.device)  # type: ignore[index]
+            self.sinks[side] = states.new_zeros(batch, heads, self.spec.num_sinks, dim)  # type: ignore[index]
+            self.window[side] = states.new_zeros(batch, heads, capacity, dim)  # type: ignore[index]
+        self.is_initialized = True
+
+    @property
+    def num_coded(self) -> int:
+        """Slots held as codes."""
+        return self.pages["keys"].num_pages * PAGE_TOKENS
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a step's keys and values [B, Hkv, T, D] (keys after rotary embedding) and return handles on all of them.
+
+        What leaves the window is encoded before this returns; the handles still see it exact, and see the codes that were
+        there when the step began. So results do not depend on when encoding happens.
+
+        Raises
+        ------
+        CacheError
+            If shape, dtype or device differ from the cache's, or the step's positions are unknown.
+        """
+        states: dict[Side, torch.Tensor] = {"keys": key_states.detach(), "values": value_states.detach()}
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(states)
+        self.num_updates += 1
+        num_exact = self.num_window + key_states.shape[2]
+        fits = num_exact < self.window["keys"].shape[2]
+        exact = {side: self._joined(side, states[side], fits) for side in SIDES}
+        view = StepView(
+            layer=self,
+            step=self.num_updates,
+            num_coded=self.num_coded,
+            pages={side: self.pages[side].views() for side in SIDES},
+            sinks=dict(self.sinks),
+            exact=exact,
+        )
+        if fits:
+            self.num_window = num_exact
+        else:
+            self._flush(exact)
+        return LazyStates(view, "keys"), LazyStates(view, "values")
+
+    def materialize(self, view: StepView, side: Side) -> torch.Tensor:
+        """Return all keys or values of `view` decoded, [B, Hkv, T, D] in the cache's dtype."""
+        self.num_materialized += 1
+        exact = view.exact[side]
+        if not view.num_coded:
+            return exact
+        coded = self._decoded(side, torch.cat(view.pages[side], dim=1), 0, view.num_coded, view.sinks[side])
+        return torch.cat((coded, exact), dim=2)
+
+    def get_seq_length(self) -> int:
+        """Return the number of slots held."""
+        return self.num_coded + self.num_window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return key length and offset of the mask of a step of `query_length` tokens."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: the layer grows without bound."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5.14
+
+    def reset(self) -> None:
+        """Drop all tokens."""
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; codes stay codes, their decoded values refill the window.
+
+        Raises
+        ------
+        CacheError
+            If the number is positive or larger than what is held.
+        """
+        kept = self.get_seq_length() + tokens_to_remove
+        if tokens_to_remove > 0 or kept < 0:
+            raise CacheError(
+                f"crop({tokens_to_remove}) on {self.get_seq_length()} tokens; expected minus the number of tokens to remove"
+            )
+        if kept >= self.num_coded:
+            self.num_window = kept - self.num_coded
+            return
+        num_pages, rest = divmod(kept, PAGE_TOKENS)
+        for side in SIDES:
+            start = num_pages * PAGE_TOKENS
+            page = self.pages[side].page(num_pages)
+            decoded = self._decoded(side, page, start, start + PAGE_TOKENS, self.sinks[side])
+            self.window[side][:, :, :rest] = decoded[:, :, :rest]
+            self.pages[side].truncate(num_pages)
+        self.num_window = rest
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Replace row `i` by row ``beam_idx[i]``."""
+        self._map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._map_tensors(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._map_tensors(lambda t: t[indices])
+
+    def offload(self) -> None:
+        """Move all tensors to the CPU."""
+        self._map_tensors(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move all tensors back to the layer's device."""
+        self._map_tensors(lambda t: t.to(self.device, non_blocking=True))
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of code pages allocated."""
+        return sum(store.num_bytes for store in self.pages.values())
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes of sinks and window allocated."""
+        held = [*self.sinks.values(), *self.window.values()]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def _check(self, states: dict[Side, torch.Tensor]) -> None:
+        for side, tensor in states.items():
+            window = self.window[side]
+            found = (*tensor.shape[:2], tensor.shape[3], tensor.dtype, tensor.device)
+            expected = (*window.shape[:2], window.shape[3], window.dtype, window.device)
+            if found != expected:
+                raise CacheError(
+                    f"{side} of shape, dtype and device {found} on a cache of {expected}; "
+                    "a cache serves one model, dtype, device and batch: make a new one with Attached.new_cache()"
+                )
+        needed = self.get_seq_length() + states["keys"].shape[2]
+        if self.timeline.num_slots != needed:
+            raise CacheError(
+                f"positions of {self.timeline.num_slots} tokens are known and {needed} are needed; "
+                "the model must be prepared with `pqkv_cli.runtime.attach` before this cache is used"
+            )
+
+    def _joined(self, side: Side, states: torch.Tensor, fits: bool) -> torch.Tensor:
+        window, start = self.window[side], self.num_window
+        if not fits:
+            return torch.cat((window[:, :, :start], states), dim=2) if start else states
+        window[:, :, start : start + states.shape[2]] = states
+        return window[:, :, : start + states.shape[2]]
+
+    def _flush(self, exact: dict[Side, torch.Tensor]) -> None:
+        """Encode the pages that leave the window and start a new window buffer: the handles keep the old tensors."""
+        num_exact = exact["keys"].shape[2]
+        num_leaving = (num_exact - self.spec.window_tokens) // PAGE_TOKENS * PAGE_TOKENS
+        first = self.num_coded
+        for side in SIDES:
+            leaving = exact[side][:, :, :num_leaving]
+            angles = self.angles(side, first, first + num_leaving)
+            self._keep_sinks(side, leaving, first)
+            self.pages[side].append(encode(leaving, self.tables[side], angles))
+            window = torch.empty_like(self.window[side])
+            window[:, :, : num_exact - num_leaving] = exact[side][:, :, num_leaving:]
+            self.window[side] = window
+        self.num_window = num_exact - num_leaving
+
+    def _keep_sinks(self, side: Side, leaving: torch.Tensor, first: int) -> None:
+        slots = self.timeline.starts()[:, None] + torch.arange(self.spec.num_sinks, device=leaving.device)
+        index = slots - first
+        inside = (index >= 0) & (index < leaving.shape[2])
+        taken = _take_tokens(leaving, index.clamp(0, leaving.shape[2] - 1))
+        # A new tensor: handles of this step must go on seeing the sinks as they were.
+        self.sinks[side] = torch.where(inside[:, None, :, None], taken, self.sinks[side])
+
+    def _decoded(self, side: Side, pages: torch.Tensor, start: int, stop: int, sinks: torch.Tensor) -> torch.Tensor:
+        decoded = decode(pages, self.tables[side], self.angles(side, start, stop)).to(self.dtype)
+        if not self.spec.num_sinks:
+            return decoded
+        index = torch.arange(start, stop, device=decoded.device) - self.timeline.starts()[:, None]
+        is_sink = (index >= 0) & (index < self.spec.num_sinks)
+        exact = _take_tokens(sinks, index.clamp(0, self.spec.num_sinks - 1))
+        return torch.where(is_sink[:, None, :, None], exact, decoded)
+
+    def angles(self, side: Side, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return ``(cos, sin)`` of the slots ``start:stop`` where the codec of `side` works before rotary embedding."""
+        return None if self.tables[side].rotary is None else self.timeline.angles(self.angle_source, start, stop)
+
+    def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.sinks = {side: change(t) for side, t in self.sinks.items()}
+        self.window = {side: change(t) for side, t in self.window.items()}
+        for store in self.pages.values():
+            store.map_tensors(change)
+
+
+def _take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return ``x[b, :, index[b, t]]`` of `x` [B, Hkv, T, D] and `index` [B, T']."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

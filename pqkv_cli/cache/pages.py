@@ -1,0 +1,64 @@
+"""Storage of code pages: slabs that never move. Knows nothing of what the bytes mean."""
+
+from collections.abc import Callable
+
+import torch
+
+SLAB_PAGES = 8
+
+
+class PageStore:
+    """Pages [B, P, Hkv, page_bytes] uint8 of one layer's keys or values.
+
+    A prefill gets one slab of its exact size; later pages come in slabs of `SLAB_PAGES`, so storage never doubles and a
+    finished page is never copied.
+    """
+
+    def __init__(self) -> None:
+        self._slabs: list[torch.Tensor] = []
+        self.num_pages = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated, unused pages of the last slab included."""
+        return sum(slab.numel() for slab in self._slabs)
+
+    def append(self, pages: torch.Tensor) -> None:
+        """Add `pages` [B, P, Hkv, page_bytes] after the last."""
+        free = sum(slab.shape[1] for slab in self._slabs) - self.num_pages
+        count = pages.shape[1]
+        if count > free:
+            size = max(count - free, SLAB_PAGES) if self.num_pages else count
+            self._slabs.append(pages.new_empty((pages.shape[0], size, *pages.shape[2:])))
+        for slab, start, stop in self._parts(self.num_pages, self.num_pages + count):
+            taken, pages = pages[:, : stop - start], pages[:, stop - start :]
+            slab[:, start:stop] = taken
+        self.num_pages += count
+
+    def views(self) -> list[torch.Tensor]:
+        """Return the filled parts of the slabs, in order, without copying."""
+        return [slab[:, start:stop] for slab, start, stop in self._parts(0, self.num_pages)]
+
+    def page(self, index: int) -> torch.Tensor:
+        """Return one page, [B, 1, Hkv, page_bytes]."""
+        slab, start, stop = self._parts(index, index + 1)[0]
+        return slab[:, start:stop]
+
+    def truncate(self, num_pages: int) -> None:
+        """Keep the first `num_pages` and free slabs that hold none of them."""
+        self.num_pages = num_pages
+        used = len({id(slab) for slab, _, _ in self._parts(0, num_pages)})
+        self._slabs = self._slabs[:used]
+
+    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every slab by `change` of it (rows reordered, moved to a device, ...)."""
+        self._slabs = [change(slab) for slab in self._slabs]
+
+    def _parts(self, start: int, stop: int) -> list[tuple[torch.Tensor, int, int]]:
+        parts, first = [], 0
+        for slab in self._slabs:
+            low, high = max(start - first, 0), min(stop - first, slab.shape[1])
+            if low < high:
+                parts.append((slab, low, high))
+            first += slab.shape[1]
+        return parts

@@ -1,0 +1,43 @@
+"""The cache of mode `all`: every key and value of every token is quantized before anyone attends to it.
+
+`update` encodes at once and hands back decoded tensors, so it works under any attention function and with any codec. It
+measures quality, not memory: what it holds is dense.
+"""
+
+from typing import Any
+
+import torch
+from pqkv_kernels.rope import rotate, unrotate
+from transformers.cache_utils import DynamicLayer
+
+from pqkv_cli.cache.timeline import AngleSource, Timeline
+from pqkv_cli.quantizers.codec import VectorCodec
+from pqkv_cli.specs import Side
+
+
+class SimulatedLayer(DynamicLayer):  # type: ignore[misc]
+    """A dense layer whose content has passed through the codecs."""
+
+    def __init__(self, codecs: dict[Side, VectorCodec], timeline: Timeline, angle_source: AngleSource | None) -> None:
+        super().__init__()
+        self.codecs, self.timeline, self.angle_source = codecs, timeline, angle_source
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize keys (after rotary embedding) and values [B, Hkv, T, D] and return all decoded ones."""
+        start = self.get_seq_length()
+        keys = self._quantized_keys(key_states, start)
+        values = self.codecs["values"].encode_decode(value_states).to(value_states.dtype)
+        joined: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values)
+        return joined
+
+    def _quantized_keys(self, keys: torch.Tensor, start: int) -> torch.Tensor:
+        codec = self.codecs["keys"]
+        if codec.rotary is None:
+            return codec.encode_decode(keys).to(keys.dtype)
+        angles = self.timeline.angles(self.angle_source, start, start + keys.shape[2])
+        assert angles is not None  # a codec before rotary embedding comes with an angle source
+        cos, sin = angles[0][:, None], angles[1][:, None]
+        plain = unrotate(keys.float(), cos, sin, codec.rotary)
+        return rotate(codec.encode_decode(plain), cos, sin, codec.rotary).to(keys.dtype)

@@ -1,0 +1,12 @@
+"""The small runtime: load an artifact, attach it to a model, generate over the codes.
+
+    artifact = load("artifact/")
+    with attach(model, artifact) as attached:
+        model.generate(**inputs, past_key_values=attached.new_cache())
+"""
+
+from pqkv_cli.artifact.store import Artifact
+from pqkv_cli.artifact.store import open_artifact as load
+from pqkv_cli.runtime.attach import Attached, Simulation, artifact_codecs, attach, simulate
+
+__all__ = ["Artifact", "Attached", "Simulation", "artifact_codecs", "attach", "load", "simulate"]

@@ -1,0 +1,130 @@
+"""Prepares a model to run on quantized caches, and undoes it without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+from weakref import WeakSet
+
+import torch
+from pqkv_kernels.tables import CodecTables
+
+from pqkv_cli.artifact.check import check_model
+from pqkv_cli.artifact.store import Artifact
+from pqkv_cli.cache.build import quantized_cache, simulated_cache
+from pqkv_cli.cache.cache import QuantizedCache, TimedCache
+from pqkv_cli.cache.timeline import AngleSource
+from pqkv_cli.errors import CacheError, UnsupportedModelError
+from pqkv_cli.models.geometry import geometry
+from pqkv_cli.models.load import model_identity
+from pqkv_cli.models.rotary import rotary_angles
+from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
+from pqkv_cli.runtime.attention import ATTENTION_NAME, register_attention
+from pqkv_cli.runtime.hooks import install_step_hook
+from pqkv_cli.specs import SIDES, CacheSpec, Side
+
+_attached: WeakSet[torch.nn.Module] = WeakSet()
+
+
+class Attached:
+    """A model that can use quantized caches, until `detach`. Also a context manager."""
+
+    def __init__(self, model: Any, tables: Sequence[dict[Side, CodecTables] | None], spec: CacheSpec) -> None:
+        self.model, self.spec = model, spec
+        self._tables = tables
+        self._angles = _angle_sources(model, [None if t is None else t["keys"].rotary is not None for t in tables])
+        self._previous = model.config._attn_implementation
+        register_attention()
+        model.set_attn_implementation(ATTENTION_NAME)
+        if model.config._attn_implementation != ATTENTION_NAME:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} keeps its own attention ({model.config._attn_implementation}) and cannot attend over codes; "
+                "expected a model that dispatches through transformers' attention interface"
+            )
+        self._hook = install_step_hook(model)
+        _attached.add(model)
+
+    def new_cache(self) -> QuantizedCache:
+        """Return an empty quantized cache for ``model(...)`` or ``model.generate(..., past_key_values=cache)``."""
+        return quantized_cache(self.model.config, self._tables, self.spec, self._angles)
+
+    def detach(self) -> None:
+        """Remove every hook and restore the attention implementation; harmless when repeated."""
+        if self.model in _attached:
+            self._hook.remove()
+            self.model.set_attn_implementation(self._previous)
+            _attached.discard(self.model)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Detach."""
+        self.detach()
+
+
+class Simulation:
+    """A model that can use caches of mode `all`, until the context is left. Attention stays what it was."""
+
+    def __init__(self, model: Any, codecs: Sequence[dict[Side, VectorCodec] | None]) -> None:
+        self.model = model
+        self._codecs = codecs
+        self._angles = _angle_sources(model, [None if c is None else c["keys"].rotary is not None for c in codecs])
+        self._hook = install_step_hook(model)
+
+    def new_cache(self) -> TimedCache:
+        """Return an empty cache that quantizes every key and value before anyone attends to it."""
+        return simulated_cache(self.model.config, self._codecs, self._angles)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the hook."""
+        self._hook.remove()
+
+
+def attach(model: Any, artifact: Artifact, *, cache: CacheSpec | None = None, force: bool = False) -> Attached:
+    """Prepare `model` to generate over the codes of `artifact`.
+
+    Parameters
+    ----------
+    model
+        A transformers causal language model.
+    artifact
+        As `pqkv_cli.runtime.load` returns it.
+    cache
+        What stays exact; by default what the artifact says.
+    force
+        Attach although the artifact was made for another model.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact is of another model.
+    CacheError
+        If the model is attached already.
+    UnsupportedModelError
+        If the model cannot use the attention function.
+    """
+    if model in _attached:
+        raise CacheError("the model is attached already; call detach() on what the first attach returned")
+    identity = model_identity(model)
+    check_model(artifact, identity.config_sha256, identity.weights_sha256, geometry(model.config), force=force)
+    return Attached(model, artifact.tables, artifact.header.cache if cache is None else cache)
+
+
+def simulate(model: Any, codecs: Sequence[dict[Side, VectorCodec] | None]) -> Simulation:
+    """Prepare `model` for caches of mode `all` with one pair of codecs per layer (None: the layer stays dense)."""
+    return Simulation(model, codecs)
+
+
+def artifact_codecs(tables: Sequence[dict[Side, CodecTables] | None]) -> list[dict[Side, VectorCodec] | None]:
+    """Return the codecs of an artifact's `tables` for `simulate`."""
+    return [None if t is None else {side: ProductCodec(t[side]) for side in SIDES} for t in tables]
+
+
+def _angle_sources(model: Any, rotary: Sequence[bool | None]) -> list[AngleSource | None]:
+    return [rotary_angles(model, index) if needed else None for index, needed in enumerate(rotary)]

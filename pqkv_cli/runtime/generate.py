@@ -1,0 +1,95 @@
+"""Generates text over a quantized cache. Knows tokens and caches, prints nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from pqkv_cli.cache.cache import CacheBytes
+from pqkv_cli.errors import DataError
+from pqkv_cli.runtime.attach import Attached
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateSettings:
+    """How to generate; `temperature` 0 is greedy."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A continuation, with the bytes of the cache that carried it and of an uncompressed one of the same tokens."""
+
+    text: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+    cache_bytes: CacheBytes
+    baseline_bytes: int
+
+
+def generate(
+    attached: Attached,
+    tokenizer: Any,
+    prompt: str,
+    settings: GenerateSettings,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue `prompt`; `on_text` receives the new text piece by piece as it comes.
+
+    Raises
+    ------
+    DataError
+        If the prompt has no tokens or leaves no room in the model's positions.
+    """
+    model = attached.model
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    room = model.config.max_position_embeddings - ids.shape[1]
+    if ids.shape[1] == 0:
+        raise DataError("the prompt has no tokens; give at least one word")
+    if room < settings.max_new_tokens:
+        raise DataError(
+            f"the prompt has {ids.shape[1]} tokens and {settings.max_new_tokens} more are asked for; the model has "
+            f"{model.config.max_position_embeddings} positions: shorten the prompt or ask for at most {max(room, 0)}"
+        )
+    cache = attached.new_cache()
+    torch.manual_seed(settings.seed)
+    sampling = {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=model.config.pad_token_id if model.config.pad_token_id is not None else model.config.eos_token_id,
+        streamer=None if on_text is None else _CallbackStreamer(tokenizer, on_text),
+        **sampling,
+    )
+    new = output[0, ids.shape[1] :]
+    return Generation(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        num_prompt_tokens=ids.shape[1],
+        num_new_tokens=len(new),
+        cache_bytes=cache.num_bytes(),
+        baseline_bytes=_baseline_bytes(cache, model.dtype.itemsize),
+    )
+
+
+def _baseline_bytes(cache: Any, element_bytes: int) -> int:
+    quantized = sum(
+        sum(window.shape[0] * window.shape[1] * window.shape[3] for window in layer.window.values()) * layer.get_seq_length()
+        for layer in cache.quantized_layers
+    )
+    return int(quantized * element_bytes + cache.num_bytes().dense)
+
+
+class _CallbackStreamer(TextStreamer):  # type: ignore[misc]
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)

@@ -1,0 +1,111 @@
+"""What is compressed and how, as frozen data. Knows no torch and no files.
+
+Only independent fields are stored; everything else is derived.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pqkv_kernels.errors import KernelError
+from pqkv_kernels.layout import CodeLayout, RotaryLayout
+
+from pqkv_cli.errors import UsageError
+
+KeySpace = Literal["pre_rope", "post_rope"]
+MapKind = Literal["identity", "scale", "matrix"]
+Side = Literal["keys", "values"]
+SIDES: tuple[Side, Side] = ("keys", "values")
+
+# --bits N: (channels per subspace, bits per code), DESIGN rates of 256-entry tables.
+RATES: Mapping[int, tuple[int, int]] = {4: (2, 8), 3: (2, 6), 2: (4, 8), 1: (8, 8)}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """The attention of one layer. `dense_reason` says why its cache is left as it is; empty means it can be quantized."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary: RotaryLayout | None
+    dense_reason: str = ""
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGeometry:
+    """What the cache of a model looks like."""
+
+    model_type: str
+    layers: tuple[LayerGeometry, ...]
+    max_positions: int
+
+    def cache_bytes_per_token(self, element_bytes: int = 2) -> int:
+        """Bytes per token of the uncompressed cache of the layers that can be quantized."""
+        return sum(2 * a.num_kv_heads * a.head_dim * element_bytes for a in self.layers if not a.dense_reason)
+
+
+@dataclass(frozen=True, slots=True)
+class CodecSpec:
+    """One code format. `key_space` is None for values; `map` names the transform before coding."""
+
+    layout: CodeLayout
+    map: MapKind
+    key_space: KeySpace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """Names of the codecs of one layer's keys and values, or the reason why the layer stays dense."""
+
+    keys: str = ""
+    values: str = ""
+    dense_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """What stays exact: the first `num_sinks` real tokens of a row and at least `window_tokens` most recent ones."""
+
+    num_sinks: int = 4
+    window_tokens: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionPlan:
+    """Codecs by name and which layer uses which."""
+
+    codecs: Mapping[str, CodecSpec]
+    layers: tuple[LayerPlan, ...]
+    cache: CacheSpec = field(default_factory=CacheSpec)
+
+    def codec(self, layer: int, side: Side) -> CodecSpec | None:
+        """Return the codec of one layer's keys or values, None where the layer stays dense."""
+        plan = self.layers[layer]
+        return None if plan.dense_reason else self.codecs[getattr(plan, side)]
+
+
+def rate_layout(bits: int, head_dim: int) -> CodeLayout:
+    """Return the code layout of ``--bits`` for heads of `head_dim` channels.
+
+    Raises
+    ------
+    UsageError
+        If the rate is unknown or its subspaces do not divide `head_dim`.
+    """
+    if bits not in RATES:
+        raise UsageError(f"--bits is {bits}; expected one of {', '.join(map(str, sorted(RATES, reverse=True)))}")
+    subspace_dim, nbits = RATES[bits]
+    try:
+        if head_dim % subspace_dim:
+            raise KernelError(f"subspaces of {subspace_dim} channels")
+        return CodeLayout.uniform(head_dim, head_dim // subspace_dim, nbits)
+    except KernelError as error:
+        fitting = [b for b, (dim, _) in RATES.items() if head_dim % dim == 0]
+        hint = f"choose --bits {' or '.join(map(str, fitting))}" if fitting else "no rate fits this model"
+        raise UsageError(f"head_dim {head_dim} is not divisible by the {subspace_dim} channels a code covers at --bits {bits}; {hint}") from error
