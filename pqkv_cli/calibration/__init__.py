@@ -1,0 +1,1 @@
+"""Text windows, and statistics of keys, values and queries over them."""

@@ -50,7 +50,7 @@ STAGES = (
     Stage(
         name="recall",
         lengths={256: 0.5, 512: 0.5},
-        kinds={"text": 0.4, "copy": 0.15, "passkey": 0.2, "lookup": 0.25},
+        kinds={"text": 0.4, "copy": 0.15, "passkey": 0.1, "lookup": 0.35},
         tokens_per_step=8192,
         answer_weight=8.0,
         max_position=8192,
@@ -60,7 +60,7 @@ STAGES = (
     Stage(
         name="long",
         lengths={512: 0.6, 1024: 0.2, 2048: 0.2},
-        kinds={"text": 0.7, "copy": 0.05, "passkey": 0.1, "lookup": 0.15},
+        kinds={"text": 0.65, "copy": 0.05, "passkey": 0.1, "lookup": 0.2},
         tokens_per_step=8192,
         answer_weight=8.0,
         max_position=8192,
@@ -69,7 +69,7 @@ STAGES = (
     Stage(
         name="decay",
         lengths={512: 0.5, 1024: 0.2, 2048: 0.15, 4096: 0.15},
-        kinds={"text": 0.7, "copy": 0.05, "passkey": 0.1, "lookup": 0.15},
+        kinds={"text": 0.65, "copy": 0.05, "passkey": 0.1, "lookup": 0.2},
         tokens_per_step=8192,
         answer_weight=8.0,
         max_position=8192,
@@ -79,4 +79,4 @@ STAGES = (
 )
 
 # Token budgets: one CPU core for at most two hours, or a data-centre GPU for ten minutes.
-BUDGETS = {"cpu": 26_000_000, "gpu": 400_000_000, "smoke": 200_000}
+BUDGETS = {"cpu": 22_000_000, "gpu": 400_000_000, "smoke": 200_000}

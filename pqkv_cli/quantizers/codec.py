@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+
 from pqkv_kernels.codec import round_trip
 from pqkv_kernels.layout import RotaryLayout
 from pqkv_kernels.tables import CodecTables

@@ -7,6 +7,6 @@
 
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.artifact.store import open_artifact as load
-from pqkv_cli.runtime.attach import Attached, Simulation, artifact_codecs, attach, simulate
+from pqkv_cli.runtime.attach import Attached, Simulation, attach, simulate, simulate_artifact
 
-__all__ = ["Artifact", "Attached", "Simulation", "artifact_codecs", "attach", "load", "simulate"]
+__all__ = ["Artifact", "Attached", "Simulation", "attach", "load", "simulate", "simulate_artifact"]

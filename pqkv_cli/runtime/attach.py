@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 from weakref import WeakSet
@@ -16,7 +17,7 @@ from pqkv_cli.cache.cache import QuantizedCache, TimedCache
 from pqkv_cli.cache.timeline import AngleSource
 from pqkv_cli.errors import CacheError, UnsupportedModelError
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.models.load import model_identity
+from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.rotary import rotary_angles
 from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
 from pqkv_cli.runtime.attention import ATTENTION_NAME, register_attention
@@ -111,8 +112,7 @@ def attach(model: Any, artifact: Artifact, *, cache: CacheSpec | None = None, fo
     """
     if model in _attached:
         raise CacheError("the model is attached already; call detach() on what the first attach returned")
-    identity = model_identity(model)
-    check_model(artifact, identity.config_sha256, identity.weights_sha256, geometry(model.config), force=force)
+    _require_match(model, artifact, force)
     return Attached(model, artifact.tables, artifact.header.cache if cache is None else cache)
 
 
@@ -121,9 +121,21 @@ def simulate(model: Any, codecs: Sequence[dict[Side, VectorCodec] | None]) -> Si
     return Simulation(model, codecs)
 
 
-def artifact_codecs(tables: Sequence[dict[Side, CodecTables] | None]) -> list[dict[Side, VectorCodec] | None]:
-    """Return the codecs of an artifact's `tables` for `simulate`."""
-    return [None if t is None else {side: ProductCodec(t[side]) for side in SIDES} for t in tables]
+def simulate_artifact(model: Any, artifact: Artifact, *, force: bool = False) -> Simulation:
+    """Prepare `model` for caches of mode `all` with the codecs of `artifact`.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact is of another model.
+    """
+    _require_match(model, artifact, force)
+    return simulate(model, [None if t is None else {side: ProductCodec(t[side]) for side in SIDES} for t in artifact.tables])
+
+
+def _require_match(model: Any, artifact: Artifact, force: bool) -> None:
+    for difference in check_model(artifact, model_identity(model), geometry(model.config), force=force):
+        warnings.warn(difference, stacklevel=3)
 
 
 def _angle_sources(model: Any, rotary: Sequence[bool | None]) -> list[AngleSource | None]:

@@ -1,0 +1,86 @@
+"""Does an artifact belong to a model? Compares hashes and geometry; knows no model class."""
+
+from typing import Protocol
+
+from pqkv_cli.artifact.store import Artifact
+from pqkv_cli.errors import ArtifactError
+from pqkv_cli.specs import LayerGeometry, ModelGeometry
+
+
+class Identity(Protocol):
+    """What tells one model from another: hashes of its configuration and of some of its weights."""
+
+    @property
+    def config_sha256(self) -> str:
+        """Hash of the configuration."""
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash over attention weights."""
+
+
+def check_model(
+    artifact: Artifact, identity: Identity, geometry: ModelGeometry, *, label: str = "the loaded model", force: bool = False
+) -> tuple[str, ...]:
+    """Refuse an artifact that was made for another model than `identity`.
+
+    Parameters
+    ----------
+    label
+        How messages name the model at hand.
+    force
+        Accept another model of the same geometry; the caller must show the returned warnings.
+
+    Returns
+    -------
+    tuple of str
+        One warning per difference that `force` let pass; empty for the right model.
+
+    Raises
+    ------
+    ArtifactError
+        If the geometry differs (`force` cannot help) or, without `force`, if a hash does.
+    """
+    faults = _geometry_faults(artifact, geometry)
+    if faults:
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        found = f"{artifact.path} was made for {artifact.header.model.label}, whose attention is not that of {label}"
+        raise ArtifactError(f"{found}:\n{lines}\nuse that model, or calibrate and export an artifact for this one")
+    differences = _hash_differences(artifact, identity, label)
+    if differences and not force:
+        hint = "use that model, export an artifact for this one, or pass --force to try it at the cost of quality"
+        lines = "\n".join(f"  - {difference}" for difference in differences)
+        raise ArtifactError(f"{artifact.path} was made for another model:\n{lines}\n{hint}")
+    return differences
+
+
+def _hash_differences(artifact: Artifact, identity: Identity, label: str) -> tuple[str, ...]:
+    model = artifact.header.model
+    pairs = (
+        ("configuration", model.config_sha256, identity.config_sha256),
+        ("weights", model.weights_sha256, identity.weights_sha256),
+    )
+    return tuple(
+        f"{what}: the artifact is for {model.label} ({expected[:12]}), {label} has {found[:12]}"
+        for what, expected, found in pairs
+        if expected != found
+    )
+
+
+def _geometry_faults(artifact: Artifact, geometry: ModelGeometry) -> list[str]:
+    header = artifact.header
+    if len(header.geometry) != len(geometry.layers):
+        return [f"it has {len(geometry.layers)} layers; expected {len(header.geometry)}"]
+    return [
+        f"layer {i} has {_described(found)}; expected {_described(expected)}"
+        for i, (expected, found) in enumerate(zip(header.geometry, geometry.layers, strict=True))
+        if expected != found
+    ][:5]
+
+
+def _described(layer: LayerGeometry) -> str:
+    rotary = layer.rotary
+    words = [f"{layer.num_heads} heads", f"{layer.num_kv_heads} key/value heads", f"head_dim {layer.head_dim}"]
+    interleaved = " interleaved" if rotary is not None and rotary.interleaved else ""
+    words.append("no rotary embedding" if rotary is None else f"rotary_dim {rotary.rotary_dim}{interleaved}")
+    return ", ".join(words + ([f"dense ({layer.dense_reason})"] if layer.dense_reason else []))

@@ -1,0 +1,164 @@
+"""The calibration run: forward passes in, a store out. Knows models and files; no k-means.
+
+Memory holds one batch's activations, one part's samples and one sum per layer, whatever the number of windows.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pqkv_cli.calibration.files import read_json, write_json, write_tensors
+from pqkv_cli.calibration.observer import BatchObserver, LayerBatch
+from pqkv_cli.calibration.parts import Parts, check_same
+from pqkv_cli.calibration.sampling import draw_queries, draw_sample
+from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.calibration.store import SCHEMA, WINDOWS_FILE, layer_file
+from pqkv_cli.errors import DataError, RunError
+from pqkv_cli.models.geometry import check_quantizable, geometry
+from pqkv_cli.models.identity import model_identity
+from pqkv_cli.models.modules import attention_modules, output_weight
+from pqkv_cli.models.taps import tap
+from pqkv_cli.specs import LayerGeometry, ModelGeometry
+
+Progress = Callable[[int, int], None]
+
+
+def collect(model: Any, windows: torch.Tensor, directory: Path, settings: CollectSettings, on_progress: Progress) -> None:
+    """Run `windows` [num_samples, seq_len] int64 through `model` and write the calibration to `directory`.
+
+    May be killed at any moment and called again: it goes on behind the last finished part and ends with the same bytes.
+    A finished calibration with the same settings is left alone. ``on_progress(done, total)`` counts windows.
+
+    Raises
+    ------
+    RunError
+        If the directory holds a calibration with other settings, or cannot be written.
+    DataError
+        If activations are not finite or do not fit fp16, or the windows do not fit the settings or the model.
+    UnsupportedModelError
+        If the model's cache cannot be quantized or observed.
+    """
+    shape = geometry(model.config)
+    check_quantizable(shape)
+    _check_windows(windows, settings, shape)
+    identity = _identity(model, windows, settings)
+    parts = Parts(directory)
+    if (directory / "manifest.json").is_file():
+        manifest = read_json(directory / "manifest.json")
+        check_same({key: manifest.get(key) for key in identity}, identity, directory)
+        parts.remove()  # A kill may have come between the manifest and the clean-up.
+        on_progress(settings.num_windows, settings.num_windows)
+        return
+    _prepare(directory)
+    sample = draw_sample(settings.num_windows, settings.seq_len, settings.reservoir_size, settings.seed)
+    run = _Run(model, windows, directory, settings, shape, sample, parts)
+    moments = run.pass_windows(parts.open(identity), on_progress)
+    run.merge(moments)
+    dense = [layer.dense_reason for layer in shape.layers]
+    counts = {"num_windows": settings.num_windows, "num_held_out": settings.num_held_out, "num_sampled": len(sample)}
+    write_json(directory / "manifest.json", {"schema": SCHEMA, **identity, "layers": dense, **counts})
+    parts.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What all steps of one calibration share."""
+
+    model: Any
+    windows: torch.Tensor
+    directory: Path
+    settings: CollectSettings
+    shape: ModelGeometry
+    sample: torch.Tensor
+    parts: Parts
+
+    def pass_windows(self, num_done: int, on_progress: Progress) -> dict[int, torch.Tensor]:
+        """Run the parts that are not on disk yet; return the sums per layer over all."""
+        settings = self.settings
+        moments = self.parts.moments(num_done)
+        on_progress(min(num_done * settings.windows_per_part, settings.num_windows), settings.num_windows)
+        for part in range(num_done, settings.num_parts):
+            batches: list[dict[int, LayerBatch]] = []
+            end = min((part + 1) * settings.windows_per_part, settings.num_windows)
+            for first in range(part * settings.windows_per_part, end, settings.batch_size):
+                last = min(first + settings.batch_size, end)
+                batches.append(self._observe(first, last))
+                # In window order, whatever the parts: resuming must not change a bit.
+                moments = {i: layer.moment + moments[i] if moments else layer.moment for i, layer in batches[-1].items()}
+                if last < end:
+                    on_progress(last, settings.num_windows)
+            self.parts.add(part, batches, moments)
+            on_progress(end, settings.num_windows)
+        return moments
+
+    def _observe(self, first: int, last: int) -> dict[int, LayerBatch]:
+        """Run windows ``first..last - 1`` in one pass."""
+        settings, length = self.settings, self.settings.seq_len
+        low, high = torch.searchsorted(self.sample, torch.tensor([first, last]) * length).tolist()
+        local = self.sample[low:high] - first * length
+        queries = [draw_queries(w, length, settings.queries_per_window, settings.seed) for w in range(first, last)]
+        observer = BatchObserver(self.shape, local // length, local % length, torch.stack(queries))
+        # The decoder without its head: no statistics come from logits, and they are the largest tensor of a pass.
+        decoder = getattr(self.model, "base_model", self.model)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), tap(self.model, observer):
+                decoder(input_ids=self.windows[first:last].to(self.model.device), use_cache=False)
+        finally:
+            self.model.train(was_training)
+        return observer.finish()
+
+    def merge(self, moments: dict[int, torch.Tensor]) -> None:
+        """Write the store's tensors from the parts."""
+        settings = self.settings
+        attention = attention_modules(self.model)
+        for i, moment in moments.items():
+            tensors = self.parts.samples(i, settings.num_parts)
+            tensors["query_moment"] = moment / (settings.num_windows * settings.seq_len)
+            tensors["output_gram"] = output_gram(attention[i], self.shape.layers[i])
+            write_tensors(self.directory / layer_file(i), tensors)
+        held_out = self.windows[settings.num_windows :].to("cpu", torch.int64)
+        positions = (self.sample % settings.seq_len).int()
+        write_tensors(self.directory / WINDOWS_FILE, {"positions": positions, "held_out": held_out})
+
+
+def output_gram(attention: torch.nn.Module, layer: LayerGeometry) -> torch.Tensor:
+    """Return [Hkv, D, D] fp64: the sum over each group's heads of ``W^T W`` with `W` [hidden, D] the head's output weight."""
+    weight = output_weight(attention, layer.num_heads, layer.head_dim).cpu().double()
+    heads = weight.T.reshape(layer.num_kv_heads, layer.group_size, layer.head_dim, -1)
+    # One head of each group at a time: the intermediate stays as small as the result.
+    gram = torch.zeros(layer.num_kv_heads, layer.head_dim, layer.head_dim, dtype=torch.float64)
+    for of_head in heads.unbind(1):
+        gram += of_head @ of_head.transpose(-1, -2)
+    return gram
+
+
+def _identity(model: Any, windows: torch.Tensor, settings: CollectSettings) -> dict[str, Any]:
+    raw = windows.to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False)
+    return {
+        "model": {**asdict(model_identity(model)), "dtype": str(model.dtype).removeprefix("torch.")},
+        "settings": asdict(settings),
+        "windows_sha256": hashlib.sha256(raw.tobytes()).hexdigest(),
+    }
+
+
+def _check_windows(windows: torch.Tensor, settings: CollectSettings, shape: ModelGeometry) -> None:
+    if tuple(windows.shape) != (settings.num_samples, settings.seq_len):
+        raise DataError(f"the windows are {list(windows.shape)}; expected [{settings.num_samples}, {settings.seq_len}].")
+    if shape.max_positions and settings.seq_len > shape.max_positions:
+        raise DataError(
+            f"the windows have {settings.seq_len} tokens; the model reads at most {shape.max_positions}. "
+            "Ask for shorter windows."
+        )
+
+
+def _prepare(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{directory} cannot be made ({error.strerror}); expected a directory to write to.") from error

@@ -1,0 +1,162 @@
+"""What one batch tells about keys, values and queries. Knows attention steps; no files, no other batch."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pqkv_cli.errors import DataError, UnsupportedModelError
+from pqkv_cli.models.taps import AttentionStep
+from pqkv_cli.specs import LayerGeometry, ModelGeometry
+from pqkv_kernels.layout import RotaryLayout
+from pqkv_kernels.rope import unit_angles, unrotate
+
+_FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBatch:
+    """One layer's share of a batch, n sampled tokens in window order.
+
+    keys, values [Hkv, n, D] fp16 (keys before rotary embedding); attention_mass [Hkv, n] fp32; moment [Hkv, D, D] fp64, the
+    sum over tokens and the group's heads of ``q q^T``.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    attention_mass: torch.Tensor
+    moment: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Seen:
+    keys: torch.Tensor  # fp32, on the model's device until the batch ends, so that the device is waited for once
+    values: torch.Tensor
+    mass: torch.Tensor
+    moment: torch.Tensor
+    maxima: dict[str, torch.Tensor]  # largest magnitude per kv head over ALL tokens; NaN and infinity survive a maximum
+
+
+class BatchObserver:
+    """Gathers the statistics of one forward pass.
+
+    Parameters
+    ----------
+    geometry
+        Of the model; dense layers are not looked at.
+    rows, positions
+        [n] int64, the sampled tokens of this batch.
+    queries
+        [B, Q] int64, the query positions that measure attention.
+    """
+
+    def __init__(self, geometry: ModelGeometry, rows: torch.Tensor, positions: torch.Tensor, queries: torch.Tensor) -> None:
+        self._geometry = geometry
+        self._rows, self._positions, self._queries = rows, positions, queries
+        self._layers: dict[int, _Seen] = {}
+
+    def attention(self, layer_index: int, step: AttentionStep) -> None:
+        """Take what is needed from one layer's attention call."""
+        layer = self._geometry.layers[layer_index]
+        if layer.dense_reason:
+            return
+        self._check_shapes(layer_index, layer, step)
+        device = step.keys.device
+        rows, positions = self._rows.to(device), self._positions.to(device)
+        grouped = step.queries.float().reshape(step.queries.shape[0], layer.num_kv_heads, -1, layer.head_dim)
+        keys = step.keys[rows, :, positions].float()  # [n, Hkv, D]
+        if layer.rotary is not None:
+            keys = _unrotated(keys, step, rows, positions, layer.rotary, layer_index)
+        mass = attention_mass(step, self._queries.to(device), layer.group_size)[rows, :, positions]
+        self._layers[layer_index] = _Seen(
+            keys.transpose(0, 1),
+            step.values[rows, :, positions].float().transpose(0, 1),
+            mass.transpose(0, 1),
+            (grouped.transpose(-1, -2) @ grouped).double().sum(0),
+            {"keys": step.keys.abs().amax((0, 2, 3)), "values": step.values.abs().amax((0, 2, 3))},
+        )
+
+    def finish(self) -> dict[int, LayerBatch]:
+        """Return the statistics per quantizable layer, on the CPU.
+
+        Raises
+        ------
+        DataError
+            If activations are not finite, or a sample does not fit fp16; names layer and head.
+        UnsupportedModelError
+            If a layer was never seen.
+        """
+        expected = [i for i, layer in enumerate(self._geometry.layers) if not layer.dense_reason]
+        missing = [i for i in expected if i not in self._layers]
+        if missing:
+            raise UnsupportedModelError(
+                f"layers {missing} made no attention call that could be observed; expected one per forward pass. "
+                "This architecture is not handled yet."
+            )
+        return {i: _finished(i, self._layers[i]) for i in expected}
+
+    def _check_shapes(self, index: int, layer: LayerGeometry, step: AttentionStep) -> None:
+        found = (step.queries.shape[1], step.keys.shape[1], step.keys.shape[3], step.values.shape[3])
+        expected = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.head_dim)
+        if found != expected:
+            raise UnsupportedModelError(
+                f"layer {index} attends with (query heads, kv heads, key dim, value dim) {found}; expected {expected} "
+                "from its config. This architecture is not handled yet."
+            )
+
+
+def attention_mass(step: AttentionStep, queries: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return [B, Hkv, T] fp32: squared attention each token receives, summed over `queries` [B, Q], mean over the group."""
+    num_batch, num_heads, num_tokens, head_dim = step.queries.shape
+    num_kv_heads, num_queries = num_heads // group_size, queries.shape[1]
+    index = queries[:, None, :, None].expand(-1, num_heads, -1, head_dim)
+    chosen = step.queries.gather(2, index).reshape(num_batch, num_kv_heads, -1, head_dim) * step.scaling
+    scores = (chosen @ step.keys.mT).float().view(num_batch, num_kv_heads, group_size, num_queries, num_tokens)
+    if step.softcap is not None:
+        scores = step.softcap * torch.tanh(scores / step.softcap)
+    later = torch.arange(num_tokens, device=queries.device) > queries[:, :, None]  # [B, Q, T]
+    # Adding a float mask is several times faster than filling by a boolean one.
+    scores += torch.zeros(later.shape, device=queries.device).masked_fill_(later, -torch.inf)[:, None, None]
+    if step.sinks is not None:
+        extra = step.sinks.float().view(1, num_kv_heads, group_size, 1, 1).expand(num_batch, -1, -1, num_queries, 1)
+        scores = torch.cat((scores, extra), dim=-1)
+    received: torch.Tensor = scores.softmax(-1)[..., :num_tokens].square_().sum((2, 3))
+    return received / group_size
+
+
+def _unrotated(
+    keys: torch.Tensor, step: AttentionStep, rows: torch.Tensor, positions: torch.Tensor, rotary: RotaryLayout, index: int
+) -> torch.Tensor:
+    if step.cos is None or step.sin is None or step.cos.ndim != 3 or step.sin.ndim != 3:
+        raise UnsupportedModelError(
+            f"layer {index} is not given rotary angles as (cos, sin) [B, T, rotary_dim], so its keys cannot be un-rotated. "
+            "This architecture is not handled yet."
+        )
+    rows = rows if step.cos.shape[0] > 1 else torch.zeros_like(rows)
+    cos, sin = unit_angles(step.cos[rows, positions], step.sin[rows, positions], rotary)
+    return unrotate(keys, cos[:, None], sin[:, None], rotary)
+
+
+def _finished(index: int, seen: _Seen) -> LayerBatch:
+    diagonal = seen.moment.diagonal(dim1=-2, dim2=-1).amax(-1)
+    for name, maxima in {**seen.maxima, "queries": diagonal}.items():
+        bad = (~torch.isfinite(maxima)).nonzero().flatten().tolist()
+        if bad:
+            raise DataError(
+                f"the {name} of layer {index}, key/value head {bad[0]} are not finite "
+                f"({float(maxima[bad[0]])}); expected finite activations. Load the model in another dtype "
+                "(bfloat16 or float32) and check its weights."
+            )
+    mass = seen.mass.float().cpu().contiguous()
+    return LayerBatch(_half(seen.keys, "keys", index), _half(seen.values, "values", index), mass, seen.moment.cpu())
+
+
+def _half(samples: torch.Tensor, name: str, index: int) -> torch.Tensor:
+    samples = samples.cpu()
+    half = samples.to(torch.float16).contiguous()
+    if not bool(torch.isfinite(half).all()):
+        head = int((~torch.isfinite(half)).flatten(1).any(1).nonzero()[0])
+        raise DataError(
+            f"the {name} of layer {index}, key/value head {head} reach {float(samples[head].abs().max()):.6g}, "
+            f"and fp16 storage overflowed; expected at most {_FP16_MAX:.0f}. Rescale that head's weights, or use another model."
+        )
+    return half

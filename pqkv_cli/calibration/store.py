@@ -1,0 +1,118 @@
+"""The finished calibration on disk. Knows its files; not how they were made.
+
+- ``manifest.json``: model, settings, counts; written last: without it there is no calibration
+- ``layer-007.safetensors``: samples and second moments of layer 7 (none for dense layers)
+- ``windows.safetensors``: positions [N] of the samples, held-out windows
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from pqkv_cli.calibration.files import read_json
+from pqkv_cli.errors import RunError
+
+SCHEMA = "pqkv.calibration/1"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSamples:
+    """What one layer's keys, values and queries look like.
+
+    Attributes
+    ----------
+    keys
+        [Hkv, N, D] fp16, before rotary embedding (as the cache sees them where the geometry has no rotary).
+    values
+        [Hkv, N, D] fp16.
+    positions
+        [N] int32, of the sampled tokens in their windows.
+    attention_mass
+        [Hkv, N] fp32, squared attention received, summed over sampled queries, mean over the group's heads.
+    query_moment
+        [Hkv, D, D] fp64, mean over tokens of the group's sum of ``q q^T`` after rotary embedding.
+    output_gram
+        [Hkv, D, D] fp64, sum over the group's heads of ``W^T W`` with `W` [hidden, D] the head's output projection.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    attention_mass: torch.Tensor
+    query_moment: torch.Tensor
+    output_gram: torch.Tensor
+
+
+class CalibrationStore:
+    """A finished calibration.
+
+    Raises
+    ------
+    RunError
+        If `directory` holds none, a half-finished one, or one of another version.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        path = self.directory / "manifest.json"
+        if not path.is_file():
+            state = "only a half-finished one" if (self.directory / "parts").is_dir() else "no such file"
+            raise RunError(
+                f"no finished calibration in {self.directory} (looked for manifest.json: {state}). Run pqkv calibrate."
+            )
+        self.manifest: dict[str, Any] = read_json(path)
+        if self.manifest.get("schema") != SCHEMA:
+            raise RunError(
+                f"{path} has schema {self.manifest.get('schema')!r}; expected {SCHEMA!r}. "
+                f"Delete {self.directory} and calibrate again."
+            )
+
+    def layer(self, index: int) -> LayerSamples:
+        """Return the samples of one layer.
+
+        Raises
+        ------
+        RunError
+            If the layer stayed dense, is out of range, or its file is damaged.
+        """
+        reasons = self.manifest["layers"]
+        if not 0 <= index < len(reasons):
+            raise RunError(
+                f"layer {index} was asked for; the calibration in {self.directory} has layers 0..{len(reasons) - 1}."
+            )
+        if reasons[index]:
+            raise RunError(f"layer {index} has no samples: it stays dense ({reasons[index]}).")
+        tensors = self._load(layer_file(index))
+        tensors["positions"] = self._load(WINDOWS_FILE)["positions"]
+        expected = {field.name for field in fields(LayerSamples)}
+        if tensors.keys() != expected:
+            raise self._damaged(layer_file(index), f"holds {sorted(tensors)}")
+        return LayerSamples(**tensors)
+
+    def held_out(self) -> torch.Tensor:
+        """Return the held-out windows, [N, T] int64."""
+        return self._load(WINDOWS_FILE)["held_out"]
+
+    def _load(self, name: str) -> dict[str, torch.Tensor]:
+        try:
+            return load_file(self.directory / name)
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(name, str(error)) from error
+
+    def _damaged(self, name: str, found: str) -> RunError:
+        return RunError(
+            f"{self.directory / name} is damaged ({found}); expected a whole calibration file. "
+            f"Delete {self.directory} and calibrate again."
+        )
+
+
+WINDOWS_FILE = "windows.safetensors"
+
+
+def layer_file(index: int) -> str:
+    """Return the file name of one layer."""
+    return f"layer-{index:03d}.safetensors"

@@ -1,0 +1,93 @@
+"""Text to windows of tokens. Knows files, the built-in splits and tokenizers; no models."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pqkv_cli.calibration.stdlib_text import SPLITS, split_text
+from pqkv_cli.errors import DataError, did_you_mean
+
+_STDLIB = "stdlib:"
+
+
+def load_text(source: str) -> str:
+    """Return the text of `source`: ``stdlib:train``, ``stdlib:calibration``, ``stdlib:evaluation``, or a UTF-8 file.
+
+    Raises
+    ------
+    DataError
+        If there is no such split or file, or the file is not readable UTF-8 text.
+    """
+    if source.startswith(_STDLIB):
+        split = source.removeprefix(_STDLIB)
+        if split not in SPLITS:
+            known = ", ".join(_STDLIB + name for name in SPLITS)
+            raise DataError(f"data {source!r} is unknown; expected one of {known}{did_you_mean(split, SPLITS)}")
+        return split_text(split)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise DataError(f"data {path} is a directory; expected a UTF-8 text file. Name one file in it.")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"data {path} is not there; expected a UTF-8 text file or {_STDLIB}calibration.") from error
+    except OSError as error:
+        raise DataError(f"data {path} cannot be read ({error.strerror}); expected a UTF-8 text file.") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # utf-8-sig counts from behind the byte order mark.
+        start = error.start + (len(raw) - len(error.object))
+        raise DataError(
+            f"data {path} is not UTF-8: byte 0x{raw[start]:02x} at offset {start} ({error.reason}). "
+            "Convert it, for example with iconv -t UTF-8."
+        ) from error
+    if not text.strip():
+        raise DataError(f"data {path} is empty ({len(raw)} bytes); expected UTF-8 text.")
+    return text
+
+
+def token_windows(
+    tokenizer: Any, text: str, num_windows: int | None, window_tokens: int, seed: int, *, at_most: bool = False
+) -> torch.Tensor:
+    """Return [num_windows, window_tokens] int64 disjoint windows of the tokens of `text`, chosen and ordered by `seed`.
+
+    Each starts with the beginning-of-sequence token where the tokenizer adds one. None takes all windows there are;
+    `at_most` is content with fewer, but not with none.
+
+    Raises
+    ------
+    DataError
+        If the text is too short, or a number is below one.
+    """
+    bos = added_bos(tokenizer)
+    body = window_tokens - len(bos)
+    if num_windows is None:
+        num_windows, at_most = sys.maxsize, True
+    if num_windows < 1 or body < 1:
+        raise DataError(
+            f"{num_windows} windows of {window_tokens} tokens were asked for; expected at least 1 of {len(bos) + 1}."
+        )
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    available = len(tokens) // body
+    if at_most:
+        num_windows = max(1, min(num_windows, available))
+    if available < num_windows:
+        raise DataError(
+            f"the text has {len(tokens)} tokens, enough for {available} windows of {window_tokens}; {num_windows} windows need "
+            f"{num_windows * body} tokens. Give more text, fewer samples or shorter windows."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(available, generator=generator)[:num_windows]
+    windows = tokens[: available * body].view(available, body)[chosen]
+    start = torch.tensor(bos, dtype=torch.int64).expand(num_windows, -1)
+    return torch.cat((start, windows), dim=1)
+
+
+def added_bos(tokenizer: Any) -> list[int]:
+    """Return the beginning-of-sequence token in a list, empty where `tokenizer` adds none."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    return [bos] if bos is not None and first == [bos] else []

@@ -1,0 +1,44 @@
+"""What a failure looks like from outside: one message and one exit code. The only place that decides it."""
+
+import errno
+import shlex
+from collections.abc import Sequence
+
+from pqkv_cli.errors import PqkvError
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM)."""
+
+
+def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
+    """Return the message and the exit code for `error`, raised by ``pqkv ARGUMENTS``."""
+    again = f"pqkv {shlex.join(arguments)}"
+    resume = f"nothing is half-written and finished work is kept; the same command goes on: {again}"
+    if isinstance(error, PqkvError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
+        return f"interrupted: {resume}", INTERRUPTED
+    if isinstance(error, Terminated):
+        return f"terminated: {resume}", TERMINATED
+    if hasattr(error, "format_message"):  # typer's own errors: wrong options and arguments
+        verb = next((word for word in arguments if not word.startswith("-")), "")
+        return f"error: {error.format_message()}; see: pqkv {verb + ' ' if verb else ''}--help", 2
+    if _is_disk_full(error):
+        return f"error: the disk is full ({error}); temporary files were removed; free some space, then: {again}", 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"error: out of memory ({_one_line(error)}); ask for less: a smaller --batch-size, --seq-len or --device cpu", 1
+    if isinstance(error, OSError):
+        return f"error: {error}", 1
+    return f"error: unexpected {type(error).__name__}: {_one_line(error)}; run again with --debug for the traceback", 1
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return (isinstance(error, OSError) and error.errno in codes) or "No space left on device" in str(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["no message"])[0]

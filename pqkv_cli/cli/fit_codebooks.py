@@ -1,0 +1,40 @@
+"""``pqkv fit-codebooks``: learn the codebooks of a calibrated run."""
+
+from pqkv_cli.cli.options import (
+    BitsOption,
+    DebugOption,
+    DeviceOption,
+    IterationsOption,
+    JsonOption,
+    RunOption,
+    SeedOption,
+    TargetArgument,
+)
+
+
+def fit_codebooks(
+    target: TargetArgument = None,
+    run: RunOption = None,
+    bits: BitsOption = None,
+    iterations: IterationsOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    json_target: JsonOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Learn the codebooks of a calibrated run.
+
+    Example: pqkv fit-codebooks my-run --bits 4
+    """
+    from pqkv_cli.cli.output import Output, TerminalReporter
+    from pqkv_cli.cli.stage_table import show_stage
+    from pqkv_cli.cli.words import checked, target_of
+    from pqkv_cli.pipeline.start import continue_run
+
+    output, reporter = Output(json_target), TerminalReporter()
+    changes = checked({"codebooks.bits": bits, "codebooks.iterations": iterations, "seed": seed, "device": device})
+    found, recipe = continue_run(target_of(target, run, reporter), changes)
+
+    from pqkv_cli.pipeline.stages import run_stage
+
+    show_stage(run_stage("fit-codebooks", found, recipe, reporter), output, f"pqkv export {found.path}")

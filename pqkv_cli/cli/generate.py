@@ -1,0 +1,91 @@
+"""``pqkv generate``: continue a prompt over a quantized cache."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from pqkv_cli.cli.options import (
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    JsonOption,
+    MaxNewTokensOption,
+    ModelOption,
+    RunOption,
+    SeedOption,
+    TemperatureOption,
+)
+from pqkv_cli.errors import UsageError
+
+
+def generate(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[TARGET] PROMPT", help="A run or artifact, then the prompt; '-' reads stdin.")
+    ] = None,
+    run: RunOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    temperature: TemperatureOption = 0.0,
+    model: ModelOption = None,
+    force: ForceOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_target: JsonOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Continue a prompt over a quantized cache.
+
+    Example: pqkv generate my-run "Once upon a time" --max-new-tokens 40
+    """
+    from dataclasses import asdict
+
+    from pqkv_cli.cli.output import Output, TerminalReporter
+    from pqkv_cli.cli.words import checked, target_of
+    from pqkv_cli.pipeline.start import artifact_source
+
+    output, reporter = Output(json_target), TerminalReporter()
+    changes = checked({"generation.max_new_tokens": max_new_tokens, "seed": seed, "device": device, "dtype": dtype})
+    target, prompt = _split(words or [])
+    source = artifact_source(target_of(target, run, reporter), model, changes)
+    prompt = _stdin() if prompt == "-" else prompt
+
+    from pqkv_cli.pipeline.generate import generate_from
+
+    # With JSON on stdout nothing else may go there.
+    stream = None if json_target == "-" else _Stream(prompt)
+    made = generate_from(source, prompt, reporter, temperature=temperature, force=force, on_text=stream)
+    if stream is not None:
+        stream("\n")
+    output.result({"prompt": prompt, **asdict(made)})
+
+
+class _Stream:
+    """Writes the prompt, once there is something to follow it, and then the text as it comes."""
+
+    def __init__(self, prompt: str) -> None:
+        self._unwritten = prompt
+
+    def __call__(self, text: str) -> None:
+        sys.stdout.write(self._unwritten + text)
+        sys.stdout.flush()
+        self._unwritten = ""
+
+
+def _split(words: list[str]) -> tuple[str | None, str]:
+    match words:
+        case [prompt]:
+            return None, prompt
+        case [target, prompt]:
+            return target, prompt
+    if not words:
+        raise UsageError('there is no prompt; expected it as the last word: pqkv generate RUN "Once upon a time"')
+    raise UsageError(f"found {len(words)} words, expected a run and a prompt; put the prompt in quotes")
+
+
+def _stdin() -> str:
+    text = sys.stdin.read()
+    if not text.strip():
+        raise UsageError("the prompt is '-', but stdin is empty; pipe it in: echo 'Once upon a time' | pqkv generate RUN -")
+    return text

@@ -1,0 +1,111 @@
+"""``pqkv inspect``: what a model, a run or an artifact is."""
+
+from typing import TYPE_CHECKING
+
+from pqkv_cli.cli.options import DebugOption, JsonOption, RunOption, TargetArgument
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from pqkv_cli.artifact.summary import LayerRow, Summary
+    from pqkv_cli.pipeline.inspect import Inspection, StageState
+    from pqkv_cli.specs import LayerGeometry, ModelGeometry
+
+_BF16_BYTES = 2
+
+
+def inspect(
+    target: TargetArgument = None,
+    run: RunOption = None,
+    json_target: JsonOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a model, a run or an artifact is.
+
+    That is geometry, finished stages, bits, bytes per token, and error per layer.
+
+    Example: pqkv inspect my-run
+    """
+    from pqkv_cli.cli.output import Output, TerminalReporter
+    from pqkv_cli.cli.words import target_of
+
+    output = Output(json_target)
+    found = target_of(target, run, TerminalReporter())
+
+    from pqkv_cli.pipeline.inspect import inspect_target
+
+    inspection = inspect_target(found)
+    output.result(inspection.document(), *_tables(inspection))
+
+
+def _tables(found: "Inspection") -> "list[RenderableType]":
+    shown: list[RenderableType] = []
+    if found.model is not None:
+        shown.append(_model_table(found.label, found.model))
+    if found.stages is not None:
+        shown.append(_stage_table(found.label, found.stages))
+    if found.artifact is not None:
+        shown += _artifact_tables(found.artifact)
+    return shown
+
+
+def _model_table(label: str, model: "ModelGeometry") -> "RenderableType":
+    from pqkv_cli.cli.output import table
+
+    rows = [(span, *_layer_cells(layer)) for span, layer in _spans(model.layers)]
+    columns = ("layers", "heads", "kv heads", "head dim", "rotary dim", "quantized", "bytes/token (bf16)")
+    total = model.cache_bytes_per_token(_BF16_BYTES)
+    title = f"{label}: {model.model_type} of {model.max_positions:,} positions, {total:,} cache bytes per token"
+    return table(title, columns, rows)
+
+
+def _layer_cells(layer: "LayerGeometry") -> tuple[object, ...]:
+    rotary = None if layer.rotary is None else layer.rotary.rotary_dim
+    channels = 2 * layer.num_kv_heads * layer.head_dim
+    quantized = f"no: {layer.dense_reason}" if layer.dense_reason else "yes"
+    return layer.num_heads, layer.num_kv_heads, layer.head_dim, rotary, quantized, channels * _BF16_BYTES
+
+
+def _spans(layers: "tuple[LayerGeometry, ...]") -> "list[tuple[str, LayerGeometry]]":
+    """Join neighbouring layers of one kind: ``0-31`` instead of 32 equal rows."""
+    from itertools import groupby
+
+    spans, first = [], 0
+    for layer, group in groupby(layers):
+        last = first + len(list(group)) - 1
+        spans.append((str(first) if first == last else f"{first}-{last}", layer))
+        first = last + 1
+    return spans
+
+
+def _stage_table(label: str, stages: "tuple[StageState, ...]") -> "RenderableType":
+    from pqkv_cli.cli.output import table
+
+    rows = [(s.stage, s.state, s.facts.get("seconds")) for s in stages]
+    return table(f"run {label}", ("stage", "state", "seconds"), rows)
+
+
+def _artifact_tables(artifact: "Summary") -> "list[RenderableType]":
+    from pqkv_cli.cli.output import table
+
+    cached = artifact.code_bytes_per_token + artifact.dense_bytes_per_token
+    facts = [
+        ("model", artifact.label),
+        ("sha256", artifact.sha256),
+        ("bits per channel", artifact.total_bits),
+        ("bits per channel, keys / values", f"{artifact.keys_bits:.4g} / {artifact.values_bits:.4g}"),
+        ("bytes per token", cached),
+        ("bytes per token, uncompressed (bf16)", artifact.baseline_bytes_per_token),
+        ("times smaller", artifact.baseline_bytes_per_token / cached),
+        ("bytes of codebooks and transforms", artifact.table_bytes),
+        ("kept exact", f"{artifact.cache.num_sinks} first tokens, {artifact.cache.window_tokens} most recent"),
+    ]
+    columns = ("layer", "bits/channel", "keys error", "worst head", "values error", "worst head", "dense because")
+    layers = table("relative squared error per layer", columns, [_error_cells(row) for row in artifact.layers])
+    return [table("artifact", ("fact", "value"), facts), layers]
+
+
+def _error_cells(row: "LayerRow") -> tuple[object, ...]:
+    keys = (None, None) if row.keys is None else (row.keys.mean_error, row.keys.worst_error)
+    values = (None, None) if row.values is None else (row.values.mean_error, row.values.worst_error)
+    return str(row.layer), row.bits_per_channel, *keys, *values, row.dense_reason

@@ -1,0 +1,110 @@
+"""The command ``pqkv``: finds the verb, and turns every failure into a message and an exit code. Imports no torch."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from pqkv_cli import __version__
+from pqkv_cli.cli.calibrate import calibrate
+from pqkv_cli.cli.evaluate import evaluate
+from pqkv_cli.cli.export import export
+from pqkv_cli.cli.failure import INTERRUPTED, Terminated, describe
+from pqkv_cli.cli.fit_codebooks import fit_codebooks
+from pqkv_cli.cli.generate import generate
+from pqkv_cli.cli.inspect import inspect
+from pqkv_cli.cli.recipes import recipes
+from pqkv_cli.cli.run import run
+from pqkv_cli.errors import UsageError, did_you_mean
+
+VERBS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "calibrate": calibrate,
+    "fit-codebooks": fit_codebooks,
+    "export": export,
+    "eval": evaluate,
+    "generate": generate,
+    "inspect": inspect,
+    "recipes": recipes,
+}
+
+# Plain help: rich's markdown help takes as long to import as all the rest.
+app = typer.Typer(name="pqkv", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+for _name, _verb in VERBS.items():
+    app.command(_name)(_verb)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"pqkv {__version__}\n")
+        raise typer.Exit
+
+
+_VersionOption = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
+@app.callback(epilog="Start with: pqkv run demo")
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Compress the key/value caches of language models by product quantization."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``pqkv`` with `arguments` (default: the process's own) and return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with _sigterm_raises(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _dispatch(words)
+    except BrokenPipeError:
+        # The reader of stdout has gone (as in `pqkv recipes | head -1`); nothing may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        if "--debug" in words:
+            traceback.print_exception(error, file=sys.stderr)
+        message, code = describe(error, words)
+        sys.stderr.write(message + "\n")
+        return code
+
+
+def _dispatch(words: list[str]) -> int:
+    verb = words[0] if words else ""
+    if verb and not verb.startswith("-") and verb not in VERBS:
+        raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}; expected one of {', '.join(VERBS)}")
+    command = typer.main.get_command(app)
+    code = command.main(args=words or ["--help"], prog_name="pqkv", standalone_mode=False)
+    sys.stdout.flush()
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt  # typer has swallowed it
+    return int(code or 0) if words else UsageError.exit_code
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    sys.stderr.write(f"warning: {message}\n")
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

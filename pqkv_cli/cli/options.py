@@ -1,0 +1,56 @@
+"""The options of all verbs, spelt once. Knows no verb."""
+
+from typing import Annotated
+
+import typer
+
+# What a verb works on.
+TargetArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="TARGET", help="A model, run or artifact directory, a recipe, or an org/name hub id."),
+]
+RunOption = Annotated[
+    str | None, typer.Option("-r", "--run", metavar="RUN", help="The same as TARGET. Without both, the only run under runs/.")
+]
+OutOption = Annotated[
+    str | None, typer.Option("-o", "--out", metavar="DIR", help="The run directory to make or go on with. [default: runs/NAME]")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="Where the artifact's model lies, if not where it was.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Use the artifact although it was made for another model.")]
+
+# How a verb talks.
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="PATH", help="Write the result as JSON; '-' is one line on stdout, nothing else."),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# Settings of the recipe.
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Overrides the recipe's seed.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps or xpu.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")]
+CalibrationDataOption = Annotated[
+    str | None, typer.Option("--data", metavar="FILE", help="Text to calibrate on: a UTF-8 file, or stdlib:calibration.")
+]
+SamplesOption = Annotated[int | None, typer.Option("--samples", help="Number of text windows.")]
+SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a window.")]
+BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="Windows that go through the model at once.")]
+ReservoirOption = Annotated[int | None, typer.Option("--reservoir-size", help="Vectors kept per layer and head.")]
+BitsOption = Annotated[int | None, typer.Option("--bits", metavar="N", help="Bits of code per channel: 4, 3, 2 or 1.")]
+IterationsOption = Annotated[int | None, typer.Option("--iterations", help="Most rounds of k-means.")]
+SinksOption = Annotated[int | None, typer.Option("--num-sinks", help="First tokens of a row that stay exact.")]
+WindowOption = Annotated[int | None, typer.Option("--window-tokens", help="Most recent tokens that stay exact.")]
+TaskOption = Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help="perplexity or passkey; may be repeated.")]
+ModeOption = Annotated[
+    list[str] | None,
+    typer.Option("--mode", metavar="NAME", help="all (every token quantized) or cache (as in use); may be repeated."),
+]
+EvaluationDataOption = Annotated[
+    str | None, typer.Option("--data", metavar="FILE", help="Text to evaluate on: a UTF-8 file, or stdlib:evaluation.")
+]
+ContextOption = Annotated[int | None, typer.Option("--context", help="Tokens of an evaluation window.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", help="At most this many examples of a task.")]
+MaxNewTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", help="How many tokens to write.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]

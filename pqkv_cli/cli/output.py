@@ -1,0 +1,103 @@
+"""Results on stdout, everything else on stderr. Knows rich and JSON, not what the results mean."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from pqkv_cli.errors import UsageError
+from pqkv_cli.files import write_text
+
+if TYPE_CHECKING:
+    from pqkv_cli.pipeline.reporter import Advance
+
+_WIDTH_WITHOUT_TERMINAL = 128
+
+
+class Output:
+    """Where the result of a verb goes: tables to stdout, JSON to where ``--json`` says.
+
+    Raises
+    ------
+    UsageError
+        If the JSON file cannot be written there; before any work is done.
+    """
+
+    def __init__(self, json_target: str | None) -> None:
+        self.json_target = json_target
+        if json_target not in (None, "-") and (Path(str(json_target)).is_dir() or not json_target):
+            raise UsageError(f"--json is {json_target!r}, expected a file name, or '-' for stdout")
+
+    def result(self, payload: object, *shown: RenderableType) -> None:
+        """Print `payload` as JSON, or what is to be `shown` to people, whichever was asked for."""
+        line = json.dumps(payload, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        if self.json_target == "-":
+            sys.stdout.write(line + "\n")
+            return
+        if self.json_target:
+            write_text(Path(self.json_target), line + "\n")
+        out = console()
+        for each in shown:
+            out.print(each)
+
+
+def console() -> Console:
+    """Return a console on stdout that never cuts a table short for want of a terminal."""
+    return Console(
+        width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Return a table; columns after the first are right-aligned numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(_cell(value) for value in row))
+    return made
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+class TerminalReporter:
+    """Notes and progress on stderr: a bar on a terminal, a line at the end of each step elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, markup=False)
+
+    def note(self, text: str) -> None:
+        """Print one sentence."""
+        self.console.print(text, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator["Advance"]:
+        """Show a bar while the block runs, and how long it took."""
+        started = time.monotonic()
+        if self.console.is_terminal:
+            with self._bar(label) as advance:
+                yield advance
+        else:
+            yield lambda done, total: None
+        self.note(f"{label}: {time.monotonic() - started:.1f} s")
+
+    @contextmanager
+    def _bar(self, label: str) -> Iterator["Advance"]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as bars:
+            task = bars.add_task(label, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)

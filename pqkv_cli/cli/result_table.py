@@ -1,0 +1,48 @@
+"""Shows result records to people. Knows the keys of a record, not how they are measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from pqkv_cli.cli.output import table
+from pqkv_cli.errors import GateError, PqkvError
+
+_COLUMNS = ("task", "mode", "bits/channel", "metric", "uncompressed", "quantized", "p99", "recovery")
+
+Record = Mapping[str, Any]
+
+
+def show_records(records: Sequence[Record]) -> Table:
+    """Return a table with one row per metric of each record."""
+    return table("results", _COLUMNS, [row for record in records for row in _rows(record)])
+
+
+def raise_on_bad(records: Sequence[Record]) -> None:
+    """Raise for results that do not count as good, after they were shown.
+
+    Raises
+    ------
+    PqkvError
+        If a result is incomplete.
+    GateError
+        If a quality gate was not met.
+    """
+    incomplete = [f"{r['task']} ({r['mode']})" for r in records if r.get("status", "complete") != "complete"]
+    if incomplete:
+        raise PqkvError(
+            f"the results of {', '.join(incomplete)} are incomplete; see their status, then run the same command again"
+        )
+    failed = [fault for r in records if not r.get("gate", {}).get("passed", True) for fault in r["gate"]["failed"]]
+    if failed:
+        raise GateError("quality gates not met:\n" + "\n".join(f"  - {fault}" for fault in failed))
+
+
+def _rows(record: Record) -> list[tuple[object, ...]]:
+    bits = record.get("bits_per_channel", {}).get("total")
+    parts = ("baseline", "quantized", "p99", "recovery")
+    return [
+        (record["task"], record["mode"], bits, name, *(value.get(part) for part in parts))
+        for name, value in record.get("metrics", {}).items()
+        if isinstance(value, Mapping) and "quantized" in value
+    ]

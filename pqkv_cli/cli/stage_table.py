@@ -1,0 +1,20 @@
+"""Shows what a finished stage says about itself."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from pqkv_cli.cli.output import Output, table
+
+if TYPE_CHECKING:
+    from pqkv_cli.pipeline.outcome import StageOutcome
+
+
+def show_stage(outcome: "StageOutcome", output: Output, next_command: str) -> None:
+    """Print one stage's outcome as two columns, and the command that comes next."""
+    rows = [(name.replace("_", " "), value) for name, value in outcome.facts.items()]
+    title = f"{outcome.stage}: {outcome.directory}"
+    output.result(
+        {**asdict(outcome), "facts": dict(outcome.facts)},
+        table(title, ("fact", "value"), rows),
+        f"next: {next_command}",
+    )

@@ -1,0 +1,51 @@
+"""Turns the words of a command line into targets and paths. Knows no verb."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pqkv_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pqkv_cli.pipeline.reporter import Reporter
+    from pqkv_cli.pipeline.target import Target
+
+
+def target_of(target: str | None, run: str | None, reporter: "Reporter") -> "Target":
+    """Return what TARGET or ``--run`` means; without both, the only run there is, named to the `reporter`.
+
+    Raises
+    ------
+    UsageError
+        If both are given and differ.
+    """
+    from pqkv_cli.pipeline.target import only_run, resolve_target
+
+    if target is not None and run is not None and target != run:
+        raise UsageError(f"both {target!r} and --run {run!r} are given; expected one of them")
+    reference = run if target is None else target
+    if reference is not None:
+        return resolve_target(reference)
+    found = only_run()
+    reporter.note(f"using the only run: {found.reference}")
+    return found
+
+
+def path_or_none(word: str | None) -> Path | None:
+    """Return the path that `word` names, with ``~`` resolved."""
+    return None if word is None else Path(word).expanduser()
+
+
+def checked(changes: "Mapping[str, object]") -> "Mapping[str, object]":
+    """Return `changes` of a recipe, all found to be allowed before anything is opened.
+
+    Raises
+    ------
+    RecipeError
+        With all that are not.
+    """
+    from pqkv_cli.recipe import Recipe, override
+
+    override(Recipe(name="any", model="any"), changes, "this command line")
+    return changes

@@ -1,0 +1,52 @@
+"""All tasks by name, and how one becomes a result record."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from pqkv_cli.errors import UsageError, did_you_mean
+from pqkv_cli.evaluation.environment import environment
+from pqkv_cli.evaluation.outcome import TaskOutcome
+from pqkv_cli.evaluation.passkey import passkey
+from pqkv_cli.evaluation.perplexity import perplexity
+from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+
+Task = Callable[[Subject, EvaluationSettings, Callable[[int, int], None]], TaskOutcome]
+TASKS: Mapping[str, Task] = {"perplexity": perplexity, "passkey": passkey}
+SCHEMA = "pqkv.result/1"
+
+
+def run_task(
+    name: str, subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Run one task in one mode and return its result record (``pqkv.result/1``).
+
+    Raises
+    ------
+    UsageError
+        If there is no such task.
+    """
+    if name not in TASKS:
+        raise UsageError(f"there is no task {name!r}{did_you_mean(name, TASKS)}; known are {', '.join(TASKS)}")
+    return _record(name, subject, settings, TASKS[name](subject, settings, on_progress))
+
+
+def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: TaskOutcome) -> dict[str, Any]:
+    artifact = subject.artifact
+    model = artifact.header.model
+    return {
+        "schema": SCHEMA,
+        "task": name,
+        "mode": settings.mode,
+        "method": "pqkv",
+        "status": "complete",
+        "model": {"id": model.label, "revision": None, "config_sha256": model.config_sha256},
+        "artifact_sha256": artifact.sha256,
+        "bits_per_channel": outcome.bits.document(),
+        "table_bytes": artifact.table_bytes,
+        "cache_bytes": {**outcome.bits.cache_bytes, "num_tokens": outcome.bits.num_tokens},
+        "metrics": dict(outcome.metrics),
+        "cost": dict(outcome.cost),
+        "settings": asdict(settings) | {"num_tokens": outcome.num_tokens, "dtype": str(subject.model.dtype).removeprefix("torch.")},
+        "environment": environment(subject.model.device),
+    }

@@ -1,0 +1,46 @@
+"""Plans made without looking at data: the same rate everywhere. Knows geometry and rates; no torch, no files."""
+
+from pqkv_cli.errors import UsageError
+from pqkv_cli.specs import CacheSpec, CodecSpec, CompressionPlan, LayerGeometry, LayerPlan, ModelGeometry, rate_layout
+
+
+def uniform_plan(geometry: ModelGeometry, bits: int, cache: CacheSpec) -> CompressionPlan:
+    """Return a plan that codes every layer that can be at `bits` per channel.
+
+    Keys of rotary layers are coded before rotary embedding with a scale per pair, other keys as they are; values in the
+    metric of the output projection. Codecs are named ``k4`` and ``v4``, and ``k4_d128`` where layers differ in width.
+
+    Raises
+    ------
+    UsageError
+        If the rate is unknown, does not fit a head_dim, or no layer can be coded.
+    """
+    codecs: dict[str, CodecSpec] = {}
+    layers = []
+    kinds = [(layer.head_dim, layer.rotary is not None) for layer in geometry.layers if not layer.dense_reason]
+    if not kinds:
+        reasons = sorted({layer.dense_reason for layer in geometry.layers})
+        raise UsageError(
+            f"none of the {len(geometry.layers)} layers of this {geometry.model_type} model can be quantized "
+            f"({'; '.join(reasons)}); expected at least one with a plain key/value cache; choose another model"
+        )
+    for layer in geometry.layers:
+        if layer.dense_reason:
+            layers.append(LayerPlan(dense_reason=layer.dense_reason))
+            continue
+        layout = rate_layout(bits, layer.head_dim)
+        keys, values = _names(layer, bits, kinds)
+        if layer.rotary is not None:
+            codecs.setdefault(keys, CodecSpec(layout, "scale", "pre_rope"))
+        else:
+            codecs.setdefault(keys, CodecSpec(layout, "identity", "post_rope"))
+        codecs.setdefault(values, CodecSpec(layout, "matrix"))
+        layers.append(LayerPlan(keys, values))
+    return CompressionPlan(codecs, tuple(layers), cache)
+
+
+def _names(layer: LayerGeometry, bits: int, kinds: list[tuple[int, bool]]) -> tuple[str, str]:
+    """Return the codec names of a layer; suffixes appear only where layers of the model differ."""
+    width = f"_d{layer.head_dim}" if len({dim for dim, _ in kinds}) > 1 else ""
+    unrotated = "_nope" if layer.rotary is None and any(rotary for _, rotary in kinds) else ""
+    return f"k{bits}{width}{unrotated}", f"v{bits}{width}"

@@ -1,0 +1,96 @@
+"""What a finished fit says about itself, `fit.json`. Knows JSON and plans; no tensors."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pqkv_cli.errors import PqkvError, RunError
+from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.specs import CacheSpec, CodecSpec, CompressionPlan, LayerPlan, Side
+from pqkv_kernels.layout import CodeGroup, CodeLayout
+
+SCHEMA = "pqkv.fit/1"
+RECORD_NAME = "fit.json"
+
+
+@dataclass(frozen=True, slots=True)
+class FitRecord:
+    """A finished fit.
+
+    Attributes
+    ----------
+    request_sha256
+        Hash of everything the codebooks depend on; equal requests give equal bytes.
+    plan, settings
+        What was fitted and how.
+    relative_error
+        Per layer and side one number per KV head; empty mappings for dense layers.
+    layers_sha256
+        Content hash of each layer's tensors.
+    """
+
+    request_sha256: str
+    plan: CompressionPlan
+    settings: FitSettings
+    relative_error: tuple[Mapping[Side, tuple[float, ...]], ...]
+    layers_sha256: tuple[str, ...]
+
+    def text(self) -> str:
+        """Return the record as JSON for people and programs."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+
+def digest(document: object) -> str:
+    """Return the sha256 of a JSON document in canonical form."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_record(directory: Path) -> FitRecord:
+    """Read `fit.json`.
+
+    Raises
+    ------
+    RunError
+        If the fit is missing, incomplete or damaged.
+    """
+    path = directory / RECORD_NAME
+    advice = "run pqkv fit-codebooks on this run; finished layers are kept"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        state = "an unfinished fit" if any(directory.glob("layer_*.safetensors")) else "no fitted codebooks"
+        raise RunError(f"{directory} holds {state}; expected {RECORD_NAME}; {advice}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); expected JSON; {advice}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+        raise RunError(f"{path} has schema {found!r}; expected {SCHEMA!r}; {advice}")
+    try:
+        return _record(document)
+    except (KeyError, TypeError, ValueError, AttributeError, PqkvError) as error:
+        raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); expected a complete record; {advice}") from error
+
+
+def _record(document: Mapping[str, Any]) -> FitRecord:
+    plan = document["plan"]
+    return FitRecord(
+        str(document["request_sha256"]),
+        CompressionPlan(
+            {name: _codec(codec) for name, codec in plan["codecs"].items()},
+            tuple(LayerPlan(**layer) for layer in plan["layers"]),
+            CacheSpec(**plan["cache"]),
+        ),
+        FitSettings(**document["settings"]),
+        tuple({side: tuple(errors) for side, errors in layer.items()} for layer in document["relative_error"]),
+        tuple(map(str, document["layers_sha256"])),
+    )
+
+
+def _codec(document: Mapping[str, Any]) -> CodecSpec:
+    stages = document["layout"]["stages"]
+    layout = CodeLayout(tuple(tuple(CodeGroup(**group) for group in stage) for stage in stages))
+    return CodecSpec(layout, document["map"], document["key_space"])

@@ -1,0 +1,1 @@
+"""Geometry, loading and observation of transformers models."""

@@ -1,0 +1,72 @@
+"""Which model it is: a hash of its architecture and one of its attention weights. Knows no files.
+
+Weights are hashed as bfloat16, so a checkpoint loaded as float32 or bfloat16 is the same model. One that holds float32
+and is loaded as float16 may differ: rounding twice is not rounding once.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pqkv_cli.models.geometry import text_config
+from pqkv_cli.models.modules import attention_modules
+
+# An explicit list: newer versions of transformers add fields with defaults, and that must not make another model.
+# fmt: off
+_CONFIG_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
+    "rope_parameters", "layer_types", "sliding_window", "attention_chunk_size", "no_rope_layers", "attn_logit_softcapping",
+    "query_pre_attn_scalar", "num_experts", "num_local_experts", "num_experts_per_tok",
+)
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Two hashes that together name a model; a fine-tune shares only the first."""
+
+    config_sha256: str
+    weights_sha256: str
+
+
+def model_identity(model: nn.Module) -> ModelIdentity:
+    """Return the identity of a loaded model, independent of its path, device and transformers version.
+
+    The weights are all matrices of the first, middle and last attention module (q, k, v, o or fused).
+    """
+    config: Any = model.config
+    return ModelIdentity(config_sha256(config), _weights_sha256(model))
+
+
+def config_sha256(config: Any) -> str:
+    """Return the hash of the architecture that `config` describes."""
+    text = text_config(config)
+    facts = {key: getattr(text, key) for key in _CONFIG_KEYS if getattr(text, key, None) is not None}
+    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _weights_sha256(model: nn.Module) -> str:
+    modules = attention_modules(model)
+    indices = sorted(modules)
+    digest = hashlib.sha256()
+    for index in sorted({indices[0], indices[len(indices) // 2], indices[-1]}):
+        for name, parameter in sorted(modules[index].named_parameters()):
+            if parameter.ndim >= 2:
+                digest.update(f"{index}.{name}{list(parameter.shape)}".encode())
+                digest.update(_bytes(parameter.detach()))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.bfloat16).view(torch.int16)
+    # Hashed little-endian whatever the machine.
+    array = tensor.cpu().contiguous().numpy()
+    little: bytes = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    return little

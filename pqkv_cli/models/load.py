@@ -1,0 +1,150 @@
+"""Loading a model and its tokenizer. Knows transformers and the hub's cache; knows nothing of quantization.
+
+Remote code is never run. A hub id is looked up in the local cache first, so a run without network is as fast as can be.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub import constants as hub
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging
+
+from pqkv_cli.errors import ModelError
+from pqkv_cli.models.geometry import check_quantizable, geometry
+from pqkv_cli.models.resolve import ResolvedModel, check_model_directory
+
+_PROBE_TIMEOUT_S = 10.0
+
+
+def load_model(resolved: ResolvedModel, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    """Return ``(model, tokenizer)``; the model in eval mode on `device`, in `dtype` or, if None, its checkpoint's.
+
+    Raises
+    ------
+    ModelError
+        If anything of it is missing, unreadable, or the hub cannot be reached.
+    UnsupportedModelError
+        If its cache cannot be quantized; found from the config, before weights are read.
+    """
+    config, local_only = _config(resolved)
+    check_quantizable(geometry(config))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved.path_or_id, local_files_only=local_only)
+        model = _weights(resolved, config, dtype, device, local_only)
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise _unreadable(resolved, error) from error
+    return model.eval(), tokenizer
+
+
+def load_config(resolved: ResolvedModel) -> PretrainedConfig:
+    """Return the config alone.
+
+    Raises
+    ------
+    ModelError
+        If it is missing, unreadable, or the hub cannot be reached.
+    """
+    return _config(resolved)[0]
+
+
+def _config(resolved: ResolvedModel) -> tuple[PretrainedConfig, bool]:
+    if resolved.is_local:
+        check_model_directory(Path(resolved.path_or_id))
+        return _read_config(resolved, local_only=True), True
+    # The whole snapshot or nothing: a cached config without its weights must not stop the download.
+    if _is_cached(resolved.path_or_id):
+        return _read_config(resolved, local_only=True), True
+    _check_hub(resolved)
+    return _read_config(resolved, local_only=False), False
+
+
+def _read_config(resolved: ResolvedModel, local_only: bool) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(resolved.path_or_id, local_files_only=local_only)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(resolved, error) from error
+    return config
+
+
+def _is_cached(repository: str) -> bool:
+    config = huggingface_hub.try_to_load_from_cache(repository, "config.json")
+    if not isinstance(config, str):
+        return False
+    try:
+        check_model_directory(Path(config).parent)
+    except ModelError:
+        return False
+    return True
+
+
+def _check_hub(resolved: ResolvedModel) -> None:
+    # One request that is not retried: the loader itself would wait half a minute for a network that is not there.
+    looked = f"looked for {resolved.path_or_id!r} in the cache {hub.HF_HUB_CACHE}"
+    remedy = (
+        "Download it on a machine with network and copy it, then name its directory instead of the id, "
+        "or point HF_HOME at a cache that holds it."
+    )
+    if hub.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"model {resolved.path_or_id} is not on this machine ({looked}), and HF_HUB_OFFLINE forbids the hub. {remedy}"
+        )
+    try:
+        huggingface_hub.HfApi().model_info(resolved.path_or_id, timeout=_PROBE_TIMEOUT_S)
+    except Exception as error:  # Any transport library may sit below; every failure means the same to the user.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {resolved.path_or_id} is not on this machine ({looked}), and the hub did not give it: {reason}. {remedy}"
+        ) from error
+
+
+def _weights(
+    resolved: ResolvedModel, config: PretrainedConfig, dtype: torch.dtype | None, device: str, local_only: bool
+) -> Any:
+    placement = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+    loader: Any = AutoModelForCausalLM
+    with _no_progress_bar():
+        model, report = loader.from_pretrained(
+            resolved.path_or_id,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=local_only,
+            output_loading_info=True,
+            **placement,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place.
+        raise ModelError(
+            f"the weights of {resolved.label} lack {len(missing)} tensors ({', '.join(missing[:3])}, ...); "
+            "expected all that its config asks for. Copy the whole checkpoint again."
+        )
+    return model
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    # What people see is decided elsewhere.
+    switch: Any = logging
+    shown = switch.is_progress_bar_enabled()
+    switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            switch.enable_progress_bar()
+
+
+def _unreadable(resolved: ResolvedModel, error: Exception) -> ModelError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    place = resolved.path_or_id if resolved.is_local else f"{resolved.path_or_id} (cache {hub.HF_HUB_CACHE})"
+    return ModelError(
+        f"the model {place} cannot be loaded: {lines[0]} Expected config.json, weights and tokenizer of a transformers "
+        "model. Copy it again, or name another directory."
+    )

@@ -1,0 +1,65 @@
+"""The stage that runs text through the model and records what its cache looks like."""
+
+import hashlib
+
+from pqkv_cli.calibration.collect import collect
+from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.calibration.text import load_text, token_windows
+from pqkv_cli.models.resolve import resolve_model
+from pqkv_cli.pipeline.content import model_fingerprint, text_identity
+from pqkv_cli.pipeline.loading import open_model
+from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
+from pqkv_cli.pipeline.reporter import Reporter
+from pqkv_cli.pipeline.rundir import Run
+from pqkv_cli.pipeline.state import stage_inputs
+from pqkv_cli.recipe import Recipe
+
+
+def calibrate(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
+    """Calibrate `run`, going on where an interrupted calibration with the same settings stopped.
+
+    Raises
+    ------
+    ModelError, DataError
+        If the model or the text cannot be used; nothing is written then.
+    """
+    wanted = recipe.calibration
+    content = {"model": model_fingerprint(resolve_model(recipe.model).path_or_id), "data": text_identity(wanted.data)}
+
+    def prepare() -> "_Work":
+        return _Work(run, recipe, reporter)
+
+    inputs = stage_inputs(run, recipe, "calibrate", content)
+    return do_stage(run, recipe, StageWork("calibrate", inputs, run.calibration, prepare), reporter)
+
+
+class _Work:
+    """The model and its windows, opened and found good."""
+
+    def __init__(self, run: Run, recipe: Recipe, reporter: Reporter) -> None:
+        wanted = recipe.calibration
+        text = load_text(wanted.data)
+        self.model, tokenizer = open_model(recipe)
+        self.windows = token_windows(tokenizer, text, wanted.samples, wanted.seq_len, recipe.seed)
+        self.settings = CollectSettings(
+            data_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            num_samples=wanted.samples,
+            seq_len=wanted.seq_len,
+            batch_size=wanted.batch_size,
+            reservoir_size=wanted.reservoir_size,
+            seed=recipe.seed,
+        )
+        self.run, self.reporter = run, reporter
+
+    def __call__(self) -> Facts:
+        """Run the windows through the model."""
+        with self.reporter.progress("calibrate") as advance:
+            collect(self.model, self.windows, self.run.calibration, self.settings, advance)
+        settings = self.settings
+        return {
+            "windows": settings.num_samples,
+            "windows_held_out": settings.num_held_out,
+            "tokens_seen": settings.num_windows * settings.seq_len,
+            "vectors_kept_per_head": min(settings.reservoir_size, settings.num_windows * settings.seq_len),
+            "bytes": sum(path.stat().st_size for path in self.run.calibration.glob("*.safetensors")),
+        }

@@ -1,0 +1,38 @@
+"""Identifies models and texts by what they contain, without loading them. Knows files and hashes only."""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+_NUM_BLOCKS = 16
+_BLOCK_BYTES = 4096
+
+
+def text_identity(source: str) -> str:
+    """Return what identifies the text behind `source`: the hash of a file, or the name of a built-in text and its origin."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    # The standard library is another text under every Python version.
+    return f"{source} of Python {sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"
+
+
+def model_fingerprint(path_or_id: str) -> str:
+    """Return what tells a model from another one at the same place: its configuration and blocks spread over its weights.
+
+    A few kilobytes of each file are enough, because any training changes all weights. For a hub id it is the id.
+    """
+    root = Path(path_or_id)
+    if not root.is_dir():
+        return path_or_id
+    digest = hashlib.sha256((root / "config.json").read_bytes())
+    for path in sorted(root.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for block in range(_NUM_BLOCKS):
+                file.seek(max(0, size - _BLOCK_BYTES) * block // (_NUM_BLOCKS - 1), os.SEEK_SET)
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()

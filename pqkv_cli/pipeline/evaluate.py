@@ -1,0 +1,109 @@
+"""The stage that measures an artifact next to the uncompressed model, and keeps what was measured."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pqkv_cli.artifact.derived import write_derived
+from pqkv_cli.artifact.store import Artifact, open_artifact
+from pqkv_cli.calibration.text import load_text
+from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
+from pqkv_cli.evaluation.tasks import run_task
+from pqkv_cli.files import write_text
+from pqkv_cli.pipeline.content import text_identity
+from pqkv_cli.pipeline.loading import device_of, open_model
+from pqkv_cli.pipeline.outcome import Facts, StageWork, do_stage
+from pqkv_cli.pipeline.reporter import Reporter
+from pqkv_cli.pipeline.rundir import Run
+from pqkv_cli.pipeline.start import Source
+from pqkv_cli.pipeline.state import stage_inputs
+from pqkv_cli.recipe import Recipe
+
+Record = dict[str, Any]
+
+_DEFAULT_WINDOWS = 32
+_LONGEST_PROMPT = 4096
+_ANSWER_ROOM = 16
+
+
+def evaluate(run: Run, recipe: Recipe, reporter: Reporter) -> list[Record]:
+    """Return the records of all tasks and modes of `recipe`, measured now or, if nothing has changed, before.
+
+    Raises
+    ------
+    RunError
+        If the run has no artifact or an outdated one.
+    """
+    inputs = stage_inputs(run, recipe, "eval", {"data": text_identity(recipe.evaluation.data)})
+    source = Source(run.artifact_file, recipe, run.results, run)
+
+    def prepare() -> Callable[[], Facts]:
+        subject = _open(source, force=False)
+        return lambda: {"records": _measure(source, subject, reporter)}
+
+    outcome = do_stage(run, recipe, StageWork("eval", inputs, run.results, prepare, keeps_old_files=True), reporter)
+    return list(outcome.facts["records"])
+
+
+def evaluate_source(source: Source, reporter: Reporter, *, force: bool = False) -> list[Record]:
+    """Measure the artifact of `source` on the tasks and in the modes of its recipe; results are kept beside it.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact is damaged or, without `force`, of another model.
+    DataError
+        If the text cannot be used.
+    """
+    return _measure(source, _open(source, force=force), reporter)
+
+
+def _open(source: Source, *, force: bool) -> Subject:
+    # The cheap ones first: a damaged artifact or a missing text shows before a model is loaded.
+    artifact = open_artifact(source.artifact, device_of(source.recipe))
+    text = load_text(source.recipe.evaluation.data)
+    model, tokenizer = open_model(source.recipe)
+    return Subject(model, tokenizer, artifact, text, force)
+
+
+def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Record]:
+    records = []
+    wanted = source.recipe.evaluation
+    for task in wanted.tasks:
+        for mode in wanted.modes:
+            settings = _settings(task, mode, source.recipe, subject)
+            with reporter.progress(f"{task}, mode {mode}") as advance:
+                records.append(run_task(task, subject, settings, advance))
+            write_text(source.results / f"{task}-{mode}.json", json.dumps(records[-1], indent=1) + "\n")
+    _renew_card(source, subject.artifact)
+    return records
+
+
+def _settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> EvaluationSettings:
+    """Fill in what the recipe leaves open: text in windows as long as calibration's, pass keys as far as the model reaches."""
+    wanted = recipe.evaluation
+    positions = int(getattr(subject.model.config, "max_position_embeddings", 0) or _LONGEST_PROMPT)
+    longest = min(_LONGEST_PROMPT, positions - _ANSWER_ROOM)
+    context, limit = (longest, None) if task == "passkey" else (min(recipe.calibration.seq_len, positions), _DEFAULT_WINDOWS)
+    return EvaluationSettings(mode, wanted.context or context, wanted.limit or limit, recipe.seed)
+
+
+def _renew_card(source: Source, artifact: Artifact) -> None:
+    rows = [_card_row(record) for record in _kept(source.results) if record.get("artifact_sha256") == artifact.sha256]
+    write_derived(artifact.path.parent, artifact.header, rows)
+
+
+def _kept(directory: Path) -> list[Record]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))]
+
+
+def _card_row(record: Mapping[str, Any]) -> dict[str, object]:
+    row: dict[str, object] = {"task": record["task"], "mode": record["mode"]}
+    row["bits per channel"] = record["bits_per_channel"]["total"]
+    for name, value in record["metrics"].items():
+        if isinstance(value, Mapping):
+            row[name] = value["quantized"]
+            if "baseline" in value:
+                row[f"{name}, uncompressed"] = value["baseline"]
+    return row

@@ -1,0 +1,38 @@
+"""Continues a prompt with the artifact of a run."""
+
+from collections.abc import Callable
+
+from pqkv_cli.artifact.store import open_artifact
+from pqkv_cli.pipeline.loading import device_of, open_model
+from pqkv_cli.pipeline.reporter import Reporter
+from pqkv_cli.pipeline.start import Source
+from pqkv_cli.runtime.attach import attach
+from pqkv_cli.runtime.generate import GenerateSettings, Generation, generate
+
+
+def generate_from(
+    source: Source,
+    prompt: str,
+    reporter: Reporter,
+    *,
+    temperature: float = 0.0,
+    force: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue `prompt` over the quantized cache of `source`; `on_text` receives the text as it comes.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact is damaged or, without `force`, of another model.
+    DataError
+        If the prompt does not fit the model.
+    """
+    # Before the model: a damaged artifact shows at once.
+    artifact = open_artifact(source.artifact, device_of(source.recipe))
+    model, tokenizer = open_model(source.recipe)
+    settings = GenerateSettings(source.recipe.generation.max_new_tokens, temperature, source.recipe.seed)
+    if force:
+        reporter.note("--force: the artifact is used whatever model it was made for")
+    with attach(model, artifact, force=force) as attached:
+        return generate(attached, tokenizer, prompt, settings, on_text)

@@ -1,0 +1,96 @@
+"""What can be said about a model, a run or an artifact by looking at its files. Loads no weights."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pqkv_cli.artifact.store import open_artifact
+from pqkv_cli.artifact.summary import Summary, summarize
+from pqkv_cli.errors import RunError
+from pqkv_cli.models.geometry import geometry
+from pqkv_cli.models.load import load_config
+from pqkv_cli.models.resolve import resolve_model
+from pqkv_cli.pipeline.rundir import Run, kind_of
+from pqkv_cli.pipeline.state import STAGES, read_records, require_done
+from pqkv_cli.pipeline.target import Target
+from pqkv_cli.recipe import Recipe
+from pqkv_cli.specs import ModelGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """One stage of a run: ``done``, ``unfinished``, ``outdated`` or ``missing``, and what is known about its outcome."""
+
+    stage: str
+    state: str
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found; parts that do not apply are None."""
+
+    kind: str
+    label: str
+    model: ModelGeometry | None = None
+    recipe: Recipe | None = None
+    stages: tuple[StageState, ...] | None = None
+    artifact: Summary | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Return the inspection as plain data for JSON."""
+        return {
+            "kind": self.kind,
+            "label": self.label,
+            "model": None if self.model is None else _model_document(self.model),
+            "recipe": None if self.recipe is None else self.recipe.model_dump(mode="json"),
+            "stages": None if self.stages is None else [asdict(stage) for stage in self.stages],
+            "artifact": None if self.artifact is None else asdict(self.artifact),
+        }
+
+
+def inspect_target(target: Target) -> Inspection:
+    """Return what is known about `target`.
+
+    Raises
+    ------
+    ModelError, UnsupportedModelError
+        If a model cannot be read or its cache cannot be quantized.
+    ArtifactError
+        If an artifact is damaged.
+    """
+    if target.kind == "artifact" and target.path is not None:
+        summary = summarize(open_artifact(target.path))
+        return Inspection("artifact", summary.label, artifact=summary)
+    if target.kind != "model" and kind_of(target.run.path) == "run":
+        return _inspect_run(target.run)
+    assert target.recipe is not None  # only artifacts have none
+    resolved = resolve_model(target.recipe.model)
+    return Inspection("model", resolved.label, model=geometry(load_config(resolved)))
+
+
+def _inspect_run(run: Run) -> Inspection:
+    stages = _stage_states(run)
+    exported = run.artifact_file.is_file()
+    summary = summarize(open_artifact(run.artifact_file)) if exported else None
+    return Inspection("run", str(run.path), recipe=run.recipe(), stages=stages, artifact=summary)
+
+
+def _stage_states(run: Run) -> tuple[StageState, ...]:
+    records, recipe = read_records(run), run.recipe()
+    states = []
+    for stage in STAGES:
+        record = records.get(stage)
+        if record is None:
+            states.append(StageState(stage, "missing", {}))
+            continue
+        try:
+            require_done(run, recipe, stage)
+            state = "done"
+        except RunError:
+            state = "outdated" if record.done else "unfinished"
+        states.append(StageState(stage, state, dict(record.facts or {})))
+    return tuple(states)
+
+
+def _model_document(model: ModelGeometry) -> dict[str, Any]:
+    return asdict(model) | {"cache_bytes_per_token": model.cache_bytes_per_token()}

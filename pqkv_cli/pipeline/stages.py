@@ -1,0 +1,61 @@
+"""The stages by name, and all of them in a row. One process at a time."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pqkv_cli.pipeline.calibrate import calibrate
+from pqkv_cli.pipeline.evaluate import evaluate
+from pqkv_cli.pipeline.export import export
+from pqkv_cli.pipeline.fit import fit
+from pqkv_cli.pipeline.generate import generate_from
+from pqkv_cli.pipeline.lock import locked
+from pqkv_cli.pipeline.outcome import StageOutcome
+from pqkv_cli.pipeline.reporter import Reporter
+from pqkv_cli.pipeline.rundir import Run
+from pqkv_cli.pipeline.start import Source
+from pqkv_cli.pipeline.state import Stage
+from pqkv_cli.recipe import Recipe
+from pqkv_cli.runtime.generate import Generation
+
+_STAGES: Mapping[Stage, Callable[[Run, Recipe, Reporter], StageOutcome]] = {
+    "calibrate": calibrate,
+    "fit-codebooks": fit,
+    "export": export,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What the whole chain came to: its stages, the result records, one continuation."""
+
+    stages: tuple[StageOutcome, ...]
+    records: tuple[dict[str, Any], ...]
+    generation: Generation
+
+
+def run_stage(stage: Stage, run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
+    """Do one stage of `run`.
+
+    Raises
+    ------
+    PqkvError
+        Whatever the stage raises; RunError if another process works on the run.
+    """
+    with locked(run):
+        return _STAGES[stage](run, recipe, reporter)
+
+
+def run_all(run: Run, recipe: Recipe, reporter: Reporter) -> Whole:
+    """Do every stage that is not done, evaluate, and generate one continuation.
+
+    Raises
+    ------
+    PqkvError
+        Whatever a stage raises; RunError if another process works on the run.
+    """
+    with locked(run):
+        stages = tuple(_STAGES[stage](run, recipe, reporter) for stage in _STAGES)
+        records = evaluate(run, recipe, reporter)
+        source = Source(run.artifact_file, recipe, run.results, run)
+        return Whole(stages, tuple(records), generate_from(source, recipe.generation.prompt, reporter))

@@ -1,0 +1,101 @@
+"""Which run and which effective recipe a verb works with. Opens no model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pqkv_cli.errors import RunError, UsageError
+from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run, kind_of
+from pqkv_cli.pipeline.state import require_done
+from pqkv_cli.pipeline.target import Target
+from pqkv_cli.recipe import Recipe, load_recipe, override
+
+Changes = Mapping[str, object]
+
+
+def start_run(target: Target, out: Path | None, changes: Changes) -> tuple[Run, Recipe]:
+    """Return the run to start or go on with, and its effective recipe; writes nothing.
+
+    Raises
+    ------
+    RunError
+        If the directory is something else, or a run of another model.
+    UsageError
+        If nothing can be started from `target`, or a change is not allowed.
+    """
+    run = target.run if out is None else Run(out)
+    if target.recipe is None:
+        raise UsageError(f"{target.reference} is an artifact; expected a model, a run or a recipe to start from")
+    # A bare model says nothing about settings, so the run keeps the ones it was started with.
+    base = run.recipe() if target.has_default_recipe and kind_of(run.path) == "run" else target.recipe
+    recipe = override(base, {"model": target.recipe.model, **changes})
+    if run.path.exists() and kind_of(run.path) != "run" and (run.path.is_file() or any(_foreign_entries(run))):
+        raise RunError(f"{run.path} exists and is no run (no {RECIPE_FILE} in it); choose another directory with -o")
+    if kind_of(run.path) == "run" and (owner := run.recipe().model) != recipe.model:
+        raise RunError(f"{run.path} is a run of the model {owner}, not of {recipe.model}; choose another directory with -o")
+    return run, recipe
+
+
+def continue_run(target: Target, changes: Changes) -> tuple[Run, Recipe]:
+    """Return an existing run and its effective recipe with `changes`; writes nothing.
+
+    Raises
+    ------
+    RunError
+        If the run was never started.
+    """
+    run = target.run
+    if kind_of(run.path) != "run":
+        raise RunError(f"there is no run in {run.path}; start it with: pqkv calibrate {target.reference}")
+    return run, override(run.recipe(), changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An artifact to use: its file, the model it belongs to, the settings to use it with, and where results go."""
+
+    artifact: Path
+    recipe: Recipe
+    results: Path
+    run: Run | None = None
+
+
+def artifact_source(target: Target, model: str | None, changes: Changes) -> Source:
+    """Return the artifact that `target` (a run or an artifact) leads to; `model` says where its model lies now.
+
+    Raises
+    ------
+    RunError
+        If the run has no artifact or an outdated one.
+    UsageError
+        If nothing says where the model of a lone artifact lies.
+    """
+    changes = {**changes, "model": None if model is None else _model_reference(model)}
+    if target.kind != "artifact" or target.path is None:
+        run, recipe = continue_run(target, changes)
+        require_done(run, run.recipe(), "export")
+        return Source(run.artifact_file, recipe, run.results, run)
+    directory = target.path if target.path.is_dir() else target.path.parent
+    beside = directory / RECIPE_FILE
+    if beside.is_file():
+        return Source(target.path, override(load_recipe(beside), changes), directory / "results")
+    if model is None:
+        raise UsageError(f"there is no {RECIPE_FILE} beside {target.path} to say which model it is for; give it with --model")
+    recipe = override(Recipe(name="artifact", model=_model_reference(model)), changes)
+    return Source(target.path, recipe, directory / "results")
+
+
+def file_reference(source: str | None) -> str | None:
+    """Return `source` with an existing path made absolute, so that a recipe that holds it works from any directory."""
+    if source is None:
+        return None
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _model_reference(model: str) -> str:
+    return file_reference(model) or model
+
+
+def _foreign_entries(run: Run) -> list[Path]:
+    return [entry for entry in run.path.iterdir() if entry != run.lock_file]

@@ -1,0 +1,163 @@
+"""What each stage was made of, and so what a change makes worthless. Knows recipes and hashes, not what stages do.
+
+A stage's key is the hash of its inputs, and one of its inputs is the key of the stage before it: a changed input of one
+stage invalidates that stage and all that follow, and nothing else.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any, Literal
+
+from pqkv_cli.errors import RunError
+from pqkv_cli.files import write_text
+from pqkv_cli.pipeline.reporter import Reporter
+from pqkv_cli.pipeline.rundir import Run
+from pqkv_cli.recipe import Recipe
+
+Stage = Literal["calibrate", "fit-codebooks", "export", "eval"]
+STAGES: tuple[Stage, ...] = ("calibrate", "fit-codebooks", "export", "eval")
+
+# Which settings a stage depends on. Paths are absent: their content is an input of its own. `device` is absent: it may change.
+STAGE_FIELDS: Mapping[Stage, tuple[str, ...]] = {
+    "calibrate": (
+        "dtype",
+        "seed",
+        "calibration.samples",
+        "calibration.seq_len",
+        "calibration.batch_size",
+        "calibration.reservoir_size",
+    ),
+    "fit-codebooks": ("seed", "codebooks.bits", "codebooks.iterations"),
+    "export": ("cache.num_sinks", "cache.window_tokens"),
+    "eval": ("seed", "dtype", "evaluation.tasks", "evaluation.modes", "evaluation.context", "evaluation.limit"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """One stage as it was last started: its inputs, whether it came to its end, and a few facts about the outcome."""
+
+    inputs: Mapping[str, Any]
+    done: bool = False
+    facts: Mapping[str, Any] | None = None
+
+    @property
+    def key(self) -> str:
+        """Hash of the inputs."""
+        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+
+
+def read_records(run: Run) -> dict[str, StageRecord]:
+    """Return the records of the stages that were ever started.
+
+    Raises
+    ------
+    RunError
+        If the file is damaged.
+    """
+    if not run.stages_file.exists():
+        return {}
+    try:
+        data = json.loads(run.stages_file.read_text(encoding="utf-8"))
+        return {name: StageRecord(**fields) for name, fields in data.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{run.stages_file} is damaged ({error}); delete it and run the stages again") from error
+
+
+def stage_inputs(run: Run, recipe: Recipe, stage: Stage, content: Mapping[str, str]) -> dict[str, Any]:
+    """Return the inputs of `stage`: its settings, the given `content` hashes, and the key of the stage before it.
+
+    Raises
+    ------
+    RunError
+        If the stage before it is missing, unfinished or outdated.
+    """
+    inputs = _settings(recipe, stage)
+    position = STAGES.index(stage)
+    if position:
+        before = STAGES[position - 1]
+        inputs[before] = require_done(run, recipe, before).key
+    return inputs | dict(content)
+
+
+def require_done(run: Run, recipe: Recipe, stage: Stage) -> StageRecord:
+    """Return the record of a stage that was finished with the settings of `recipe`.
+
+    Raises
+    ------
+    RunError
+        If it is missing, unfinished, was done with other settings, or is older than the stage it was made from.
+    """
+    record = read_records(run).get(stage)
+    command = f"pqkv {stage} {run.path}"
+    if record is None or not record.done:
+        state = "is unfinished" if record else "is missing"
+        raise RunError(f"{run.path}: the stage {stage} {state}; run it with: {command}")
+    settings = _settings(recipe, stage)
+    position = STAGES.index(stage)
+    if position:
+        before = STAGES[position - 1]
+        settings[before] = require_done(run, recipe, before).key
+    if changed := _difference({name: record.inputs.get(name) for name in settings}, settings):
+        raise RunError(f"{run.path}: after {stage} was done, {changed}; bring it up to date with: {command}")
+    return record
+
+
+def is_done(run: Run, stage: Stage, inputs: Mapping[str, Any], reporter: Reporter) -> bool:
+    """Return whether `stage` came to its end with just these inputs, and say so."""
+    record = read_records(run).get(stage)
+    done = record is not None and record.done and record.key == StageRecord(inputs).key
+    if done:
+        reporter.note(f"{stage}: already done with these settings")
+    return done
+
+
+def begin(run: Run, stage: Stage, inputs: Mapping[str, Any], outputs: Path | None, reporter: Reporter) -> None:
+    """Record that `stage` starts; keeps unfinished `outputs` of the same inputs and removes any others, saying why.
+
+    With `outputs` None nothing is removed: the stage replaces its one file in a single step.
+    """
+    records = read_records(run)
+    fresh = StageRecord(inputs)
+    old = records.get(stage)
+    if old is not None and old.key == fresh.key and not old.done:
+        reporter.note(f"{stage}: going on where it stopped")
+        return
+    if old is not None:
+        reporter.note(f"{stage}: doing it again, because {_difference(old.inputs, inputs)}")
+    if outputs is not None and outputs.is_dir():
+        shutil.rmtree(outputs)
+    _write(run, records | {stage: fresh})
+
+
+def finish(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
+    """Record that `stage` has come to its end."""
+    records = read_records(run)
+    _write(run, records | {stage: StageRecord(records[stage].inputs, True, dict(facts))})
+
+
+def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    settings = recipe.model_dump(mode="json")
+    return {field: reduce(getitem, field.split("."), settings) for field in STAGE_FIELDS[stage]}
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    changes = []
+    for name in dict.fromkeys([*old, *new]):
+        before, after = old.get(name), new.get(name)
+        if before == after:
+            continue
+        opaque = name in STAGES or len(str(after)) == 64
+        changes.append(f"{name} changed" if opaque else f"{name} changed from {before} to {after}")
+    return " and ".join(changes)
+
+
+def _write(run: Run, records: Mapping[str, StageRecord]) -> None:
+    data = {name: {"inputs": dict(r.inputs), "done": r.done, "facts": r.facts} for name, r in records.items()}
+    write_text(run.stages_file, json.dumps(data, indent=2) + "\n")

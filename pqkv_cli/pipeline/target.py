@@ -1,0 +1,107 @@
+"""What the word behind a verb means: an existing path, a recipe name or a hub id, in this order. Opens no model."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pqkv_cli.errors import ModelError, RunError, UsageError, did_you_mean
+from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, MODEL_FILE, RECIPE_FILE, PathKind, Run, kind_of, runs_under
+from pqkv_cli.recipe import Recipe, load_recipe, named_recipe, recipe_names
+
+RUNS = Path("runs")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_EXPECTED = f"a model ({MODEL_FILE}), a run ({RECIPE_FILE}) or an artifact ({ARTIFACT_FILE})"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A resolved reference: `path` for what lies on disk, `recipe` for what a pipeline can start from.
+
+    `has_default_recipe` is set for a bare model, which brings no settings of its own.
+    """
+
+    reference: str
+    kind: PathKind | None
+    path: Path | None
+    recipe: Recipe | None
+    has_default_recipe: bool = False
+
+    @property
+    def run(self) -> Run:
+        """The run that belongs to the target: itself, or the directory under ``runs/`` with its name."""
+        if self.kind == "run" and self.path is not None:
+            return Run(self.path)
+        if self.recipe is None:
+            raise UsageError(f"{self.reference} is an artifact; expected a model, a run or a recipe for this verb")
+        return Run(RUNS / self.recipe.name)
+
+
+def resolve_target(reference: str) -> Target:
+    """Return what `reference` means.
+
+    Raises
+    ------
+    ModelError
+        If it is a path and nothing of ours lies there.
+    UsageError
+        If it is a word that names nothing, with the nearest names.
+    RecipeError
+        If it leads to a recipe that is not valid.
+    """
+    path = Path(reference).expanduser()
+    if path.exists():
+        return _existing(reference, path)
+    if reference in recipe_names():
+        return Target(reference, None, None, named_recipe(reference))
+    if _HUB_ID.match(reference):
+        return Target(reference, None, None, _default_recipe(reference.split("/")[-1], reference), True)
+    if "/" in reference or reference.startswith(("~", ".")):
+        raise ModelError(f"{reference} does not exist; expected a directory that holds {_EXPECTED}")
+    names = [*recipe_names(), *(run.name for run in runs_under(RUNS))]
+    raise UsageError(
+        f"{reference!r} is neither an existing path nor a recipe{did_you_mean(reference, names)}; give a directory, "
+        f"an org/name hub id, or one of {', '.join(recipe_names())}"
+    )
+
+
+def only_run() -> Target:
+    """Return the only run under ``runs/``.
+
+    Raises
+    ------
+    RunError
+        If there is none.
+    UsageError
+        If there are several, which are then listed.
+    """
+    runs = runs_under(RUNS)
+    if not runs:
+        raise RunError(f"no run was named and there is none under {RUNS}/; start one with: pqkv calibrate MODEL")
+    if len(runs) > 1:
+        listed = ", ".join(map(str, runs))
+        raise UsageError(f"no run was named and {RUNS}/ holds {len(runs)}: {listed}; choose one with --run")
+    return _existing(str(runs[0]), runs[0])
+
+
+def _existing(reference: str, path: Path) -> Target:
+    kind = kind_of(path)
+    match kind:
+        case "run":
+            return Target(reference, kind, path, load_recipe(path / RECIPE_FILE))
+        case "model":
+            # Absolute, so that the run can be used from any directory.
+            absolute = path.resolve()
+            return Target(reference, kind, path, _default_recipe(absolute.name, str(absolute)), True)
+        case "recipe":
+            return Target(reference, kind, path, load_recipe(path))
+        case "artifact":
+            return Target(reference, kind, path, None)
+    what = (
+        "a file of another kind" if path.is_file() else "a directory without any of these" if any(path.iterdir()) else "empty"
+    )
+    raise ModelError(f"{reference} is {what}; expected {_EXPECTED}")
+
+
+def _default_recipe(name: str, model: str) -> Recipe:
+    cleaned = re.sub(r"[^\w.+-]+", "-", name, flags=re.ASCII).lstrip("._+-") or "model"
+    return Recipe(name=cleaned, model=model)

@@ -1,0 +1,187 @@
+"""Weighted k-means over many subspaces at once. Knows points and weights; nothing of keys, values, layouts or files.
+
+Seeding and the first half of the iterations run on a sample of the points (all of them when there are few), the rest on all.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pqkv_cli.errors import DataError
+from pqkv_cli.quantizers.seeding import choose_seeds
+from pqkv_kernels.nearest import nearest_centroids
+
+# An iteration that improves the distortion by less than this share is a subspace's last one.
+TOLERANCE = 1e-4
+SAMPLE_SHARE = 4
+SAMPLE_POINTS = 4096
+SAMPLE_POINTS_PER_CENTROID = 16
+
+
+@dataclass(frozen=True, slots=True)
+class KMeansResult:
+    """Centroids of every subspace.
+
+    Attributes
+    ----------
+    centroids
+        [S, K, d] fp32.
+    distortion
+        Weighted mean squared distance of the points to their centroid, [S] fp32.
+    """
+
+    centroids: torch.Tensor
+    distortion: torch.Tensor
+
+
+def kmeans(
+    points: torch.Tensor,
+    num_centroids: int,
+    *,
+    weights: torch.Tensor | None = None,
+    iterations: int = 25,
+    generator: torch.Generator,
+) -> KMeansResult:
+    """Fit `num_centroids` centroids to the points of each of `S` independent subspaces.
+
+    The same points, weights and generator state give the same bits on one machine. Where there are fewer distinct points than
+    centroids, each distinct point gets a centroid and the others are duplicates.
+
+    Parameters
+    ----------
+    points
+        [S, N, d], any float dtype; computed in fp32.
+    num_centroids
+        Centroids per subspace, K.
+    weights
+        [S, N], not negative, or None for equal weights.
+    iterations
+        Largest number of Lloyd steps.
+    generator
+        A CPU generator; the only source of randomness.
+
+    Raises
+    ------
+    DataError
+        If there are fewer points than centroids, or a point or weight is not finite, or a weight is negative.
+    """
+    _check(points, num_centroids, weights)
+    points = points.float()
+    center = points.mean(dim=1, keepdim=True)  # small coordinates keep the fp32 scores of nearest_centroids sharp
+    points = points - center
+    weights = points.new_ones(points.shape[:2]) if weights is None else _positive(weights.float())
+    sample, sample_weights = _sample(points, weights, num_centroids, generator)
+    centroids = choose_seeds(sample, sample_weights, num_centroids, generator)
+    remaining = iterations
+    if sample is not points:
+        centroids, _ = _lloyd(sample, sample_weights, centroids, iterations // 2)
+        remaining -= iterations // 2
+    centroids, distortion = _lloyd(points, weights, centroids, remaining)
+    return KMeansResult(centroids + center, distortion)
+
+
+def _check(points: torch.Tensor, num_centroids: int, weights: torch.Tensor | None) -> None:
+    num_points = points.shape[1]
+    if num_points < num_centroids:
+        raise DataError(
+            f"found {num_points} vectors for {num_centroids} centroids; expected at least one vector per centroid; "
+            "calibrate on more text or choose fewer bits per code"
+        )
+    finite = torch.isfinite(points).flatten(1).all(dim=1)
+    if weights is not None:
+        finite = finite & (torch.isfinite(weights) & (weights >= 0)).all(dim=1)
+    if not bool(finite.all()):
+        bad = int(torch.nonzero(~finite)[0])
+        raise DataError(
+            f"found NaN, infinite or negatively weighted vectors in subspace {bad} of {len(finite)}; expected finite vectors "
+            "with weights >= 0; check the model's activations in this dtype and calibrate again"
+        )
+
+
+def _positive(weights: torch.Tensor) -> torch.Tensor:
+    """Return weights of mean one; rows without any weight count their points equally."""
+    mean = weights.mean(dim=1, keepdim=True)
+    return torch.where(mean > 0, weights / mean.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(weights))
+
+
+def _sample(
+    points: torch.Tensor, weights: torch.Tensor, num_centroids: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a share of the points [S, n, d] and their weights [S, n]; the arguments themselves where there are few.
+
+    A quarter of the sample is the points that pull hardest, by weight and distance from the mean, so that a few dominating
+    tokens or outliers are never missed; the others are drawn uniformly and weigh in for those left out.
+    """
+    num_points = points.shape[1]
+    size = max(SAMPLE_POINTS, SAMPLE_POINTS_PER_CENTROID * num_centroids, num_points // SAMPLE_SHARE)
+    if size >= num_points:
+        return points, weights
+    num_heavy = size // 4
+    priority = torch.rand(num_points, generator=generator).to(points.device).expand(weights.shape).contiguous()
+    distance = points.square().sum(dim=2)  # from the mean of all points
+    pull = weights * (distance.mean(dim=1, keepdim=True) + distance)
+    heavy = pull.topk(num_heavy, dim=1).indices
+    priority.scatter_(1, heavy, 2.0)
+    index = priority.topk(size, dim=1).indices.sort(dim=1).values
+    factor = torch.where(priority.gather(1, index) > 1, 1.0, (num_points - num_heavy) / (size - num_heavy))
+    return points.gather(1, index[..., None].expand(-1, -1, points.shape[-1])), weights.gather(1, index) * factor
+
+
+def _lloyd(
+    points: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the centroids after up to `iterations` steps and their distortion; subspaces that have converged drop out."""
+    final, distortion = centroids.clone(), points.new_zeros(len(points))
+    active = torch.arange(len(points), device=points.device)
+    previous = torch.full_like(distortion, torch.inf)
+    for step in range(iterations + 1):
+        codes = nearest_centroids(points, centroids)
+        errors = weights * _squared_errors(points, centroids, codes)
+        current = errors.mean(dim=1, dtype=torch.float64).div(weights.mean(dim=1, dtype=torch.float64)).float()
+        final[active], distortion[active] = centroids, current
+        updated, settled = _update(points, weights, centroids, codes, errors)
+        # A subspace with centroids to spare and errors left is not done: its idle centroids have just been moved.
+        going = (previous - current > TOLERANCE * current) | ~(settled | (current == 0))
+        if step == iterations or not bool(going.any()):
+            break
+        if not bool(going.all()):
+            points, weights, updated, active = points[going], weights[going], updated[going], active[going]
+        centroids, previous = updated, current[going]
+    return final, distortion
+
+
+def _squared_errors(points: torch.Tensor, centroids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Return the squared distance [S, N] of each point to its centroid."""
+    total = torch.zeros_like(points[..., 0])
+    for channel in range(points.shape[-1]):
+        total += (points[..., channel] - centroids[..., channel].gather(1, codes)).square()
+    return total
+
+
+def _update(
+    points: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted means [S, K, d] of the points of each code, and which subspaces [S] had no idle centroid.
+
+    An idle centroid (no weight) moves to the point with the largest weighted error, a second one to the next, and so on.
+    """
+    num_subspaces, num_centroids, num_channels = centroids.shape
+    offset = torch.arange(num_subspaces, device=codes.device)[:, None] * num_centroids
+    flat = (codes + offset).flatten()
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        sums = torch.bincount(flat, values.flatten().double(), minlength=num_subspaces * num_centroids)
+        return sums.view(num_subspaces, num_centroids)
+
+    mass = total(weights)
+    idle = mass <= 0
+    sums = torch.stack([total(weights * points[..., channel]) for channel in range(num_channels)], dim=-1)
+    means = (sums / mass.clamp(min=torch.finfo(torch.float64).tiny)[..., None]).float()
+    settled = ~idle.any(dim=1)
+    if not bool(settled.all()):
+        rank = idle.cumsum(dim=1) - 1
+        worst = errors.topk(int(idle.sum(dim=1).max()), dim=1).indices
+        seeds = worst.gather(1, rank.clamp(min=0, max=worst.shape[1] - 1))
+        moved = points.gather(1, seeds[..., None].expand(-1, -1, num_channels))
+        means = torch.where(idle[..., None], moved, means)
+    return means, settled

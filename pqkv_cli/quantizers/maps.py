@@ -1,0 +1,178 @@
+"""Linear maps into the space where plain L2 is the error that matters. Knows second moments; nothing of samples or codes.
+
+Every map undoes a gauge freedom of attention: rescaling a channel (a rotary pair) by a power of two, and what it is multiplied
+with by the inverse, leaves the mapped vectors bit for bit as they were. That is why ridges are relative to each diagonal
+entry, and why no floor depends on other channels unless a moment is exactly zero.
+"""
+
+import torch
+
+from pqkv_cli.errors import DataError
+from pqkv_cli.quantizers.grouping import deal, subspace_bits, subspace_dims
+from pqkv_kernels.layout import CodeLayout, RotaryLayout
+
+# A channel without any second moment gets this share of its head's mean root mean square, so that the map stays invertible.
+DEAD_SHARE = 1e-2
+# Shares of the diagonal added to a Gram matrix: the first whose map inverts to within INVERSE_TOLERANCE in fp32 is taken.
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+INVERSE_TOLERANCE = 1e-4
+
+
+def pair_scale(query_moment: torch.Tensor, rotary: RotaryLayout | None) -> torch.Tensor:
+    """Return the root mean square of the queries of each rotary pair, for both of its channels.
+
+    Parameters
+    ----------
+    query_moment
+        ``E[q q^T]``, [Hkv, D, D] fp64.
+    rotary
+        The pairs; channels outside them (all of them when None) get their own root mean square. A pair or channel whose
+        moment is exactly zero gets `DEAD_SHARE` of the mean over the head's others, or 1 where there are none.
+
+    Returns
+    -------
+    torch.Tensor
+        [Hkv, D] fp32, positive.
+
+    Raises
+    ------
+    DataError
+        If a moment is not finite or negative on the diagonal.
+    """
+    mean_square = _diagonal(query_moment, "query moment").clone()
+    if rotary is not None:
+        first, second = torch.tensor(rotary.pairs()).unbind(1)
+        both = (mean_square[:, first] + mean_square[:, second]) / 2
+        mean_square[:, first] = mean_square[:, second] = both
+    return _alive(mean_square.sqrt()).float()
+
+
+def metric_matrix(gram: torch.Tensor, ridge: float = RIDGES[0]) -> torch.Tensor:
+    """Return the upper triangular `A` with ``A^T A = gram + ridge * diag(gram)``.
+
+    Parameters
+    ----------
+    gram
+        [Hkv, D, D] fp64, symmetric and positive semi-definite.
+    ridge
+        Share of each diagonal entry that is added to it; raised through `RIDGES` while the factorization fails.
+
+    Returns
+    -------
+    torch.Tensor
+        [Hkv, D, D] fp32.
+
+    Raises
+    ------
+    DataError
+        If the matrix is not finite or far from positive semi-definite.
+    """
+    return _factor(gram, ridge).float()
+
+
+def metric_rotation(
+    gram: torch.Tensor, second_moment: torch.Tensor | None = None, layout: CodeLayout | None = None
+) -> torch.Tensor:
+    """Return an invertible map whose L2 error is the error under `gram`, turned to suit the product structure of `layout`.
+
+    With ``A`` from `metric_matrix`, the eigenvectors of the second moment of the mapped vectors are dealt to the subspaces
+    so that the products of their eigenvalues are balanced (Ge et al. 2013, OPQ-P). The ridge is the smallest of `RIDGES`
+    at which map and inverse, both rounded to fp32, multiply to the identity within `INVERSE_TOLERANCE`.
+
+    Parameters
+    ----------
+    gram
+        [Hkv, D, D] fp64.
+    second_moment
+        ``E[v v^T]`` of the vectors to map, [Hkv, D, D] fp64; None leaves the rotation out.
+    layout
+        The codes; its first stage decides. None leaves the rotation out.
+
+    Returns
+    -------
+    torch.Tensor
+        [Hkv, D, D] fp32.
+
+    Raises
+    ------
+    DataError
+        If a matrix is not finite, or no ridge makes the map invertible.
+    """
+    for ridge in RIDGES:
+        matrix = _factor(gram, ridge)
+        if second_moment is not None and layout is not None:
+            matrix = _balanced_rotation(matrix @ second_moment.double() @ matrix.mT, layout) @ matrix
+        matrix = matrix.float()
+        if inverse_error(matrix) <= INVERSE_TOLERANCE:
+            return matrix
+    raise DataError(
+        f"the output projection cannot be inverted: error {inverse_error(matrix):.2g} at ridge {RIDGES[-1]}, expected at most "
+        f"{INVERSE_TOLERANCE}; use the map 'identity' for these values"
+    )
+
+
+def inverse_error(matrix: torch.Tensor) -> float:
+    """Return the largest entry of ``|A B - 1|`` for `matrix` [Hkv, D, D] and its inverse `B` rounded to fp32."""
+    wide = matrix.double()
+    inverse = torch.linalg.inv(wide).float().double()
+    return float((wide @ inverse - torch.eye(wide.shape[-1], dtype=torch.float64, device=wide.device)).abs().max())
+
+
+def range_factor(mapped: torch.Tensor) -> torch.Tensor:
+    """Return the power of two [Hkv] that brings the root mean square of `mapped` [Hkv, N, D] into [1, 2); 1 for zeros.
+
+    A power of two changes no code, and keeps codebooks inside fp16 whatever the units of a model.
+    """
+    rms = mapped.double().square().mean(dim=(1, 2)).sqrt()
+    exponent = torch.where(rms > 0, -torch.floor(torch.log2(rms.clamp(min=torch.finfo(torch.float64).tiny))), 0.0)
+    return torch.exp2(exponent).float()
+
+
+def _diagonal(moment: torch.Tensor, what: str) -> torch.Tensor:
+    diagonal = torch.diagonal(moment.double(), dim1=-2, dim2=-1)
+    valid = torch.isfinite(moment).flatten(1).all(dim=1) & (diagonal >= 0).all(dim=1)
+    if not bool(valid.all()):
+        head = int(torch.nonzero(~valid)[0])
+        raise DataError(
+            f"the {what} of key/value head {head} is not finite or negative on its diagonal; expected a second moment; check "
+            "the model's activations in this dtype and calibrate again"
+        )
+    return diagonal
+
+
+def _alive(rms: torch.Tensor) -> torch.Tensor:
+    """Replace exact zeros of `rms` [Hkv, D] by a share of the mean of the head's others."""
+    alive = rms > 0
+    mean = rms.sum(dim=1, keepdim=True) / alive.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(alive, rms, torch.where(mean > 0, DEAD_SHARE * mean, torch.ones_like(mean)))
+
+
+def _factor(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return the fp64 upper factor of `gram` plus the first of `ridge` and the larger `RIDGES` that lets it factor."""
+    diagonal = _diagonal(gram, "output projection's Gram matrix")
+    gram = (gram.double() + gram.double().mT) / 2
+    # Dead channels get an entry of their own: their row and column are zero, so a ridge relative to them would be too.
+    dead = torch.where(diagonal > 0, 0.0, _alive(diagonal.sqrt()).square())
+    for share in (ridge, *(r for r in RIDGES if r > ridge)):
+        lower, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(share * diagonal + dead))
+        if not bool(info.any()):
+            upper: torch.Tensor = lower.mT.contiguous()
+            return upper
+    raise DataError(
+        f"the Gram matrix of key/value head {int(torch.nonzero(info)[0])} is not positive semi-definite even with a ridge of "
+        f"{RIDGES[-1]}; expected a second moment; calibrate again"
+    )
+
+
+def _balanced_rotation(moment: torch.Tensor, layout: CodeLayout) -> torch.Tensor:
+    """Return the rotations [Hkv, D, D] whose rows are eigenvectors of `moment`, dealt to the subspaces of `layout`."""
+    dims, bits = subspace_dims(layout), subspace_bits(layout)
+    energies, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
+    # Eigenvectors have no sign of their own; the largest entry is made positive so that every run gets the same.
+    largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
+    rotations = []
+    for energy, columns in zip(energies.clamp(min=0), vectors, strict=True):
+        order = [i for bucket in deal(energy, dims, bits) for i in bucket]
+        rotations.append(columns[:, order].mT)
+    return torch.stack(rotations)

@@ -1,0 +1,205 @@
+"""A recipe: a model and every setting of the pipeline, as strict YAML. Knows no stages and no torch."""
+
+import hashlib
+import json
+from collections.abc import Hashable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
+from pqkv_cli.recipe_faults import describe_faults
+
+TaskName = Literal["perplexity", "passkey"]
+ModeName = Literal["all", "cache"]
+_DEVICE = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class CalibrationRecipe(_Section):
+    """Which text is run through the model, and how much is kept of what is seen."""
+
+    data: str = Field("stdlib:calibration", min_length=1)
+    samples: int = Field(128, ge=2)
+    seq_len: int = Field(2048, ge=8)
+    batch_size: int = Field(1, ge=1)
+    reservoir_size: int = Field(16384, ge=1)
+
+
+class CodebookRecipe(_Section):
+    """The code rate (bits per channel) and the effort of the fit."""
+
+    bits: Literal[4, 3, 2, 1] = 4
+    iterations: int = Field(25, ge=1)
+
+
+class CacheRecipe(_Section):
+    """Tokens kept exact: the first ones of a row and the most recent ones."""
+
+    num_sinks: int = Field(4, ge=0)
+    window_tokens: int = Field(64, ge=0)
+
+
+class EvaluationRecipe(_Section):
+    """What is measured.
+
+    `context` (tokens, the longest of them for pass keys) and `limit` (text windows, or pass keys per length and depth) are
+    the task's own choice where they are None.
+    """
+
+    tasks: Annotated[tuple[TaskName, ...], Field(strict=False, min_length=1)] = ("perplexity", "passkey")
+    data: str = Field("stdlib:evaluation", min_length=1)
+    modes: Annotated[tuple[ModeName, ...], Field(strict=False, min_length=1)] = ("all", "cache")
+    context: int | None = Field(None, ge=8)
+    limit: int | None = Field(None, ge=1)
+
+
+class GenerationRecipe(_Section):
+    """What `pqkv run` continues at its end."""
+
+    prompt: str = Field("Once upon a time", min_length=1)
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class Recipe(_Section):
+    """Everything the pipeline needs to know. `model` is a directory, ``demo`` or an ``org/name`` hub id."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")
+    model: str = Field(min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field("auto", pattern=_DEVICE)
+    seed: int = Field(0, ge=0, lt=2**63)
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    codebooks: CodebookRecipe = CodebookRecipe()
+    cache: CacheRecipe = CacheRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    generation: GenerationRecipe = GenerationRecipe()
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """Return the recipe that `text` describes; `source` names it in errors.
+
+    Raises
+    ------
+    RecipeError
+        With all faults of the text at once.
+    """
+    loader = _StrictLoader(text)
+    try:
+        data = loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise RecipeError(source, [f"not readable as YAML: {' '.join(str(error).split())}"]) from error
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        raise RecipeError(source, [f"found {type(data).__name__}, expected keys with values such as 'model: ...'"])
+    return _validate(data, source, loader.duplicates)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Return the recipe in the file `path`.
+
+    Raises
+    ------
+    RecipeError
+        If the file is no valid recipe.
+    UsageError
+        If it cannot be read.
+    """
+    try:
+        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe {path} cannot be read: {error}") from error
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Return the names of the recipes that come with pqkv, sorted."""
+    entries = resources.files("pqkv_recipes").iterdir()
+    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml")))
+
+
+def named_recipe(name: str) -> Recipe:
+    """Return the recipe called `name`.
+
+    Raises
+    ------
+    UsageError
+        If there is none, with the nearest name.
+    """
+    names = recipe_names()
+    if name not in names:
+        raise UsageError(f"there is no recipe {name!r}{did_you_mean(name, names)}; known are {', '.join(names)}")
+    return parse_recipe((resources.files("pqkv_recipes") / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
+
+
+def override(recipe: Recipe, changes: Mapping[str, object], source: str = "the recipe with these options") -> Recipe:
+    """Return `recipe` with `changes` (dotted keys such as ``calibration.samples``; None leaves a value as it is).
+
+    `source` names the changes in errors.
+
+    Raises
+    ------
+    RecipeError
+        If a key is unknown or a value not allowed.
+    """
+    data = recipe.model_dump()
+    for dotted, value in changes.items():
+        if value is None:
+            continue
+        *sections, key = dotted.split(".")
+        inner = data
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = value
+    return _validate(data, source)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the YAML of `recipe`, every setting written out."""
+    data = recipe.model_dump(mode="json")
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Return the sha256 of what decides an artifact.
+
+    Left out are paths, devices, and what only happens to a finished artifact (evaluation, generation). Model and text are
+    identified by their content elsewhere, so moving a file changes nothing.
+    """
+    data = recipe.model_dump(mode="json", include={"dtype", "seed", "calibration", "codebooks", "cache"})
+    del data["calibration"]["data"]
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _validate(data: dict[str, Any], source: str, faults: tuple[str, ...] | list[str] = ()) -> Recipe:
+    found = list(faults)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        found += describe_faults(error, Recipe)
+    if found:
+        raise RecipeError(source, found)
+    return recipe
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.1 without tags; remembers keys that occur twice in one mapping."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.duplicates: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                self.duplicates.append(f"{name}: found twice, on lines {seen[name]} and {line}; expected once")
+            seen[name] = line
+        return super().construct_mapping(node, deep)

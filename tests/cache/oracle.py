@@ -1,0 +1,61 @@
+"""A dense cache that holds what the quantized cache should stand for, written as plainly as possible."""
+
+import torch
+from pqkv_kernels.codec import round_trip
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from pqkv_cli.cache.cache import TimedCache
+from pqkv_cli.cache.timeline import Timeline
+
+PAGE = 64
+
+
+class OracleLayer(DynamicLayer):
+    """Dense keys and values; `coded` slots from the left are replaced by their round trip, row by row except sinks."""
+
+    def __init__(self, tables, spec, timeline, source):
+        super().__init__()
+        self.tables, self.spec, self.timeline, self.source = tables, spec, timeline, source
+        self.coded = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        super().update(key_states, value_states)
+        seen = self.keys.clone(), self.values.clone()  # what this step attends to: nothing newly coded
+        exact = self.get_seq_length() - self.coded
+        leaving = max(0, exact - self.spec.window_tokens) // PAGE * PAGE
+        self._code(slice(self.coded, self.coded + leaving))
+        self.coded += leaving
+        return seen
+
+    def _code(self, slots):
+        exact = self.keys[:, :, slots], self.values[:, :, slots]
+        angles = self.source(self.timeline.positions[:, slots].long())
+        coded = round_trip(exact[0], self.tables["keys"], angles), round_trip(exact[1], self.tables["values"])
+        for row, start in enumerate(self.timeline.starts().tolist()):
+            sinks = range(max(start, slots.start), min(start + self.spec.num_sinks, slots.stop))
+            for slot in sinks:
+                for new, old in zip(coded, exact, strict=True):
+                    new[row, :, slot - slots.start] = old[row, :, slot - slots.start]
+        self.keys[:, :, slots], self.values[:, :, slots] = coded
+
+    def crop(self, tokens_to_remove):
+        super().crop(tokens_to_remove)
+        self.coded = min(self.coded, self.get_seq_length() // PAGE * PAGE)
+
+
+def oracle_cache(config, tables, spec, sources):
+    timeline = Timeline()
+    layers = DynamicCache(config=config).layers
+    made = [layer if t is None else OracleLayer(t, spec, timeline, s) for layer, t, s in zip(layers, tables, sources, strict=True)]
+    return TimedCache(made, timeline)
+
+
+def reference_angles(model):
+    """Angles from the rotary module of a Llama, as it computes them itself."""
+
+    def source(positions):
+        cos, sin = model.model.rotary_emb(torch.zeros(1), positions)
+        half = cos.shape[-1] // 2
+        return cos[..., :half].float(), sin[..., :half].float()
+
+    return source

@@ -1,0 +1,160 @@
+from dataclasses import replace
+
+import fitting_support as support
+import pytest
+import torch
+
+from pqkv_cli.errors import DataError, UsageError
+from pqkv_cli.fitting.fit import fit_layer, sample_weights
+from pqkv_cli.fitting.plan import uniform_plan
+from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.specs import SIDES, CacheSpec, LayerGeometry, ModelGeometry
+from pqkv_kernels.codec import quantize, round_trip, to_code_space
+from pqkv_kernels.layout import CodeLayout, RotaryLayout
+
+FAST = FitSettings(iterations=6)
+
+
+def test_tables_code_the_samples_with_the_stated_error() -> None:
+    samples = support.samples(0)
+    fitted = fit_layer(samples, support.LAYER, support.SPECS, settings=FAST)
+    keys = replace(fitted.tables["keys"], rotary=None)
+    assert fitted.tables["keys"].rotary == support.LAYER.rotary
+    assert fitted.tables["values"].rotary is None
+    for tables, vectors, side in ((keys, samples.keys, "keys"), (fitted.tables["values"], samples.values, "values")):
+        coded, decoded = (to_code_space(x[None], tables) for x in (vectors.float(), round_trip(vectors[None], tables)[0]))
+        error = (coded - decoded).square().sum((0, 2, 3)) / coded.square().sum((0, 2, 3))
+        torch.testing.assert_close(error, torch.tensor(fitted.relative_error[side]), rtol=1e-3, atol=1e-6)
+        assert (error < 0.3).all()
+
+
+def test_values_are_coded_in_the_metric_of_the_output_up_to_a_power_of_two() -> None:
+    samples = support.samples(1)
+    matrix = fit_layer(samples, support.LAYER, support.SPECS, settings=FAST).tables["values"].map
+    assert matrix is not None
+    ratio = (matrix.double().mT @ matrix.double()).diagonal(dim1=1, dim2=2) / samples.output_gram.diagonal(dim1=1, dim2=2)
+    exponent = ratio.log2() / 2
+    torch.testing.assert_close(exponent, exponent.round(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_power_of_two_gauges_change_no_code_and_no_codebook(seed: int) -> None:
+    # Factors >= 1 only: smaller ones push fp16 samples into subnormals, which lose bits.
+    samples = support.samples(seed)
+    g = torch.Generator().manual_seed(seed)
+    pairs = torch.exp2(torch.randint(0, 5, (support.HEADS, 4), generator=g).double())
+    on_keys, on_values = (
+        torch.cat((pairs, pairs), 1),
+        torch.exp2(torch.randint(0, 5, (support.HEADS, 8), generator=g).double()),
+    )
+    other = replace(
+        samples,
+        keys=samples.keys * on_keys[:, None].half(),
+        values=samples.values * on_values[:, None].half(),
+        query_moment=samples.query_moment / on_keys[:, :, None] / on_keys[:, None],
+        output_gram=samples.output_gram / on_values[:, :, None] / on_values[:, None],
+    )
+    plain, gauged = (fit_layer(s, support.LAYER, support.SPECS, settings=FAST) for s in (samples, other))
+    assert plain.relative_error == gauged.relative_error
+    for side in SIDES:
+        first, second = plain.tables[side], gauged.tables[side]
+        assert torch.equal(first.codebooks[0][0], second.codebooks[0][0])
+        vectors = [(s.keys if side == "keys" else s.values)[None] for s in (samples, other)]
+        spaces = [to_code_space(v, replace(t, rotary=None)) for v, t in zip(vectors, (first, second), strict=True)]
+        assert torch.equal(*spaces)
+        codes = [quantize(x, t.layout, t.codebooks)[0] for x, t in zip(spaces, (first, second), strict=True)]
+        assert torch.equal(*codes)
+
+
+def test_seeds_depend_on_layer_and_side_only() -> None:
+    seeds = {FitSettings(seed=s).derived_seed(i, side) for s in (0, 1) for i in range(40) for side in SIDES}
+    assert len(seeds) == 160
+    first, again = (fit_layer(support.samples(3), support.LAYER, support.SPECS, index=2, settings=FAST) for _ in range(2))
+    other = fit_layer(support.samples(3), support.LAYER, support.SPECS, index=3, settings=FAST)
+    assert torch.equal(first.tables["keys"].codebooks[0][0], again.tables["keys"].codebooks[0][0])
+    assert not torch.equal(first.tables["keys"].codebooks[0][0], other.tables["keys"].codebooks[0][0])
+
+
+def test_weights_follow_the_mass_damped() -> None:
+    mass = torch.tensor([[0.0, 1.0, 3.0], [0.0, 0.0, 0.0]])
+    assert sample_weights(mass, "none", 0.1) is None
+    torch.testing.assert_close(sample_weights(mass, "mass", 0.1), torch.tensor([[0.1, 0.85, 2.35], [1.1, 1.1, 1.1]]))
+    torch.testing.assert_close(sample_weights(mass, "sqrt", 0.0)[0], torch.tensor([0.0, 0.75, 2.25]).sqrt())
+
+
+@pytest.mark.parametrize("weighting", ["none", "sqrt", "mass"])
+def test_all_weightings_fit(weighting: str) -> None:
+    settings = FitSettings(iterations=3, key_weighting=weighting, value_weighting=weighting, rotate_values=False)
+    assert set(fit_layer(support.samples(4), support.LAYER, support.SPECS, settings=settings).tables) == set(SIDES)
+
+
+def test_layers_without_rotary_and_partial_rotary_fit() -> None:
+    keys = replace(support.KEYS, map="identity", key_space="post_rope")
+    layer = replace(support.LAYER, rotary=None)
+    tables = fit_layer(support.samples(5), layer, {**support.SPECS, "keys": keys}, settings=FAST).tables["keys"]
+    assert (tables.map, tables.permutation, tables.rotary) == (None, None, None)
+    partial = replace(support.LAYER, rotary=RotaryLayout(4))
+    assert fit_layer(support.samples(5), partial, support.SPECS, settings=FAST).tables["keys"].rotary == RotaryLayout(4)
+
+
+def test_degenerate_heads_are_named() -> None:
+    samples = support.samples(6)
+    samples.values[1, 3, 2] = torch.inf
+    with pytest.raises(DataError, match="layer 7, values: key/value head 1 has NaN or infinite"):
+        fit_layer(samples, support.LAYER, support.SPECS, index=7, settings=FAST)
+    constant = replace(support.samples(6), keys=torch.ones(2, 700, 8).half(), values=torch.zeros(2, 700, 8).half())
+    assert max(fit_layer(constant, support.LAYER, support.SPECS, settings=FAST).relative_error["keys"]) < 1e-6
+
+
+def test_too_few_vectors_name_the_layer() -> None:
+    specs = {**support.SPECS, "keys": replace(support.KEYS, layout=CodeLayout.uniform(8, 2, 10))}
+    with pytest.raises(DataError, match="layer 0, keys: found 700 vectors for 1024 centroids"):
+        fit_layer(support.samples(0), support.LAYER, specs, settings=FAST)
+
+
+@pytest.mark.parametrize(
+    ("keys", "layer", "message"),
+    [
+        (support.KEYS, replace(support.LAYER, rotary=None), "a layer without rotary embedding"),
+        (replace(support.KEYS, map="matrix"), support.LAYER, "a matrix map"),
+        (replace(support.KEYS, key_space="post_rope"), support.LAYER, "not fitted yet"),
+        (replace(support.KEYS, layout=CodeLayout.uniform(16, 4, 4)), support.LAYER, "covers 16 channels; expected head_dim 8"),
+    ],
+)
+def test_formats_that_do_not_fit_are_refused(keys: object, layer: LayerGeometry, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        fit_layer(support.samples(0), layer, {**support.SPECS, "keys": keys}, settings=FAST)
+
+
+def test_settings_are_checked() -> None:
+    for bad in ({"iterations": 0}, {"damping": -1.0}, {"key_weighting": "masse"}):
+        with pytest.raises(UsageError, match="expected"):
+            FitSettings(**bad)
+
+
+@pytest.mark.parametrize(("bits", "subspaces", "nbits"), [(4, 32, 8), (3, 32, 6), (2, 16, 8), (1, 8, 8)])
+def test_uniform_plan_names_and_layouts(bits: int, subspaces: int, nbits: int) -> None:
+    layer = LayerGeometry(4, 2, 64, RotaryLayout(64))
+    geometry = ModelGeometry("llama", (layer, replace(layer, dense_reason="sliding window")), 4096)
+    plan = uniform_plan(geometry, bits, CacheSpec(1, 2))
+    assert set(plan.codecs) == {f"k{bits}", f"v{bits}"}
+    assert plan.codecs[f"k{bits}"].key_space == "pre_rope"
+    assert plan.codecs[f"v{bits}"].layout == CodeLayout.uniform(64, subspaces, nbits)
+    assert plan.codec(1, "keys") is None
+    assert plan.cache == CacheSpec(1, 2)
+
+
+def test_uniform_plan_tells_layers_apart() -> None:
+    layer = LayerGeometry(4, 2, 64, RotaryLayout(64))
+    geometry = ModelGeometry("x", (layer, replace(layer, head_dim=128), replace(layer, rotary=None)), 4096)
+    plan = uniform_plan(geometry, 2, CacheSpec())
+    assert set(plan.codecs) == {"k2_d64", "v2_d64", "k2_d128", "v2_d128", "k2_d64_nope"}
+    assert plan.codecs["k2_d64_nope"].map == "identity"
+
+
+def test_uniform_plan_refuses_what_does_not_fit() -> None:
+    dense = LayerGeometry(4, 2, 64, None, "sliding window")
+    with pytest.raises(UsageError, match="none of the 1 layers .*sliding window"):
+        uniform_plan(ModelGeometry("x", (dense,), 10), 4, CacheSpec())
+    with pytest.raises(UsageError, match="not divisible"):
+        uniform_plan(ModelGeometry("x", (LayerGeometry(4, 2, 6, None),), 10), 2, CacheSpec())
