@@ -1,58 +1,94 @@
 """Writes files so that a reader sees the old or the new content, never half of it. Knows no formats and no torch."""
 
+import errno
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import secrets
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
+from pqkv_cli.errors import PqkvError
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on any failure it is removed.
+
+def write_text(path: Path, text: str, error: type[PqkvError] = PqkvError) -> None:
+    """Write `text` to `path` as UTF-8 with the line ends it has; otherwise as `write_bytes`.
 
     Raises
     ------
-    OSError
-        If the directory cannot be written or the disk is full; `path` is then as it was.
+    PqkvError
+        As `write_bytes`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    write_bytes(path, text.encode("utf-8"), error)
+
+
+def write_bytes(path: Path, data: bytes, error: type[PqkvError] = PqkvError) -> None:
+    """Write `data` to `path` so that at every moment the old file or the new one is there, even after a power cut.
+
+    Parameters
+    ----------
+    path
+        The file; its directory is made if need be.
+    data
+        The whole content.
+    error
+        What to raise.
+
+    Raises
+    ------
+    PqkvError
+        Of the class `error`, if it cannot be written; the old file is untouched and nothing else is left behind.
+    """
     try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        _sync(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+    except (OSError, ValueError) as cause:
+        raise error(_failure(path, len(data), cause)) from cause
+    try:
+        _sync_directory(path.parent)
+    except OSError as cause:
+        raise error(f"{path} is written, but its directory cannot be synced: {cause}; check the disk") from cause
+
+
+def _replace(path: Path, data: bytes) -> None:
+    # In the same directory: a rename is only atomic within one file system.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.replace(temporary, path)
-        _sync(path.parent)
     except BaseException:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, as UTF-8 with unix line ends."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync_directory(directory: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync directories
+            raise
     finally:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    # The only way to read it is to set it; mkstemp made the file private, readers of a run need not be its owner.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _failure(path: Path, num_bytes: int, error: OSError | ValueError) -> str:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = "an unknown number of"
+        with suppress(OSError):
+            free = str(shutil.disk_usage(path.parent).free)
+        return (
+            f"the disk is full ({reason}): {path} needs {num_bytes} bytes and {free} are free; "
+            "nothing was changed; free some space and run again"
+        )
+    return f"{path} cannot be written: {reason}; nothing was changed; choose another place or fix the rights, then run again"

@@ -49,8 +49,8 @@ class CacheRecipe(_Section):
 class EvaluationRecipe(_Section):
     """What is measured.
 
-    `context` (tokens, the longest of them for pass keys) and `limit` (text windows, or pass keys per length and depth) are
-    the task's own choice where they are None.
+    `context` (tokens, the longest of them for pass keys), `limit` (text windows, or pass keys per length and depth) and
+    `prompts` (pass keys alone, before `limit`) are the task's own choice where they are None.
     """
 
     tasks: Annotated[tuple[TaskName, ...], Field(strict=False, min_length=1)] = ("perplexity", "passkey")
@@ -58,6 +58,7 @@ class EvaluationRecipe(_Section):
     modes: Annotated[tuple[ModeName, ...], Field(strict=False, min_length=1)] = ("all", "cache")
     context: int | None = Field(None, ge=8)
     limit: int | None = Field(None, ge=1)
+    prompts: int | None = Field(None, ge=1)
 
 
 class GenerationRecipe(_Section):

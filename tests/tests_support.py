@@ -1,6 +1,7 @@
 """Random tables and angles, and dull references, for tests of several rooms."""
 
 import torch
+
 from pqkv_kernels.layout import CodeGroup, CodeLayout, RotaryLayout
 from pqkv_kernels.tables import CodecTables
 
@@ -9,26 +10,26 @@ HEADS, DIM = 2, 16
 
 def random_codebooks(layout: CodeLayout, heads: int, generator: torch.Generator) -> tuple[tuple[torch.Tensor, ...], ...]:
     return tuple(
-        tuple(
-            torch.randn(heads, g.num_subspaces, g.num_centroids, g.subspace_dim, generator=generator).half() for g in stage
-        )
+        tuple(torch.randn(heads, g.num_subspaces, g.num_centroids, g.subspace_dim, generator=generator).half() for g in stage)
         for stage in layout.stages
     )
 
 
-def random_angles(layout: RotaryLayout, shape: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def random_angles(
+    layout: RotaryLayout, shape: tuple[int, ...], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     angle = torch.rand(*shape, layout.num_pairs, generator=generator) * 6.3
     return angle.cos(), angle.sin()
 
 
 def key_tables(generator: torch.Generator, heads: int = HEADS, dim: int = DIM, nbits: int = 6) -> CodecTables:
-    """Tables of keys before rotary embedding: pair scale, whole pairs permuted, two groups of different rates."""
+    """Tables of keys before rotary embedding: blocks per pair, whole pairs permuted, two groups of different rates."""
     rotary = RotaryLayout(dim)
     layout = CodeLayout(((CodeGroup(dim // 8, nbits, 4), CodeGroup(dim // 4, 8, 2)),))
-    scale = torch.rand(heads, dim // 2, generator=generator) + 0.5
+    blocks = torch.eye(2) + 0.3 * torch.randn(heads, dim // 2, 2, 2, generator=generator)
     pairs = torch.stack([torch.randperm(dim // 2, generator=generator) for _ in range(heads)])
     permutation = torch.stack((pairs, pairs + dim // 2), dim=-1).flatten(1).to(torch.int16)
-    return CodecTables(layout, random_codebooks(layout, heads, generator), torch.cat((scale, scale), 1), permutation, rotary)
+    return CodecTables(layout, random_codebooks(layout, heads, generator), blocks, permutation, rotary)
 
 
 def value_tables(generator: torch.Generator, heads: int = HEADS, dim: int = DIM, nbits: int = 5) -> CodecTables:
@@ -39,7 +40,12 @@ def value_tables(generator: torch.Generator, heads: int = HEADS, dim: int = DIM,
 
 
 def dull_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor, scaling: float, softcap: float | None = None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    valid: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Softmax attention of [B, H, Tq, D] over [B, Hkv, T, D] in fp64; `valid` [B, 1 or Tq, T]; rows without tokens are zero."""
     groups = query.shape[1] // keys.shape[1]

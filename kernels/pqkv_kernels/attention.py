@@ -5,10 +5,11 @@ to the attention over all of them (`merge`). A part without valid tokens has log
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from pqkv_kernels.codec import Angles, decode_codes, from_code_space
+from pqkv_kernels.codec import Angles, decode, decode_codes, from_code_space
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.tables import CodecTables
@@ -18,13 +19,13 @@ _BLOCK_PAGES = 32  # tokens decoded at a time: bounds the temporary to one block
 
 
 def code_queries(query: torch.Tensor, tables: CodecTables) -> torch.Tensor:
-    """Return queries [B, Hkv, G, Tq, D] fp32 that score code-space keys as `query` [B, H, Tq, D] scores model-space keys.
+    """Return queries [B, Hkv, G, Tq, D] fp32 that score the keys `code_attention` reads as `query` [B, H, Tq, D] scores keys.
 
-    With ``k' = A k`` the logit is ``q . k = (A^-T q) . k'``. Before rotary embedding `A` is a scale per pair, which commutes
-    with rotation; permuted key channels are put back by `code_attention`, where the pairs are.
+    Keys coded before rotary embedding are decoded to model space (their map folds into the centroids), so their queries stay.
+    Other keys stay in the mapped space: with ``k' = A k`` the logit is ``q . k = (A^-T q) . k'``.
     """
-    grouped = query.float().unflatten(1, (tables.num_heads, query.shape[1] // tables.num_heads))
-    if tables.map is None:
+    grouped: torch.Tensor = query.float().unflatten(1, (tables.num_heads, query.shape[1] // tables.num_heads))
+    if tables.map is None or tables.rotary is not None:
         return grouped
     if tables.inverse is None:
         return grouped / tables.map[:, None, None]
@@ -70,7 +71,9 @@ def code_attention(
         If keys and values have different numbers of pages or batch rows.
     """
     if key_pages.shape[:3] != value_pages.shape[:3]:
-        raise KernelError(f"key pages {list(key_pages.shape)} and value pages {list(value_pages.shape)} differ; expected equal B, P, Hkv")
+        raise KernelError(
+            f"key pages {list(key_pages.shape)} and value pages {list(value_pages.shape)} differ; expected equal B, P, Hkv"
+        )
     parts = []
     for start in range(0, key_pages.shape[1], _BLOCK_PAGES):
         block = slice(start, start + _BLOCK_PAGES)
@@ -87,7 +90,8 @@ def code_attention(
 def leave_code_space(output: torch.Tensor, value_tables: CodecTables) -> torch.Tensor:
     """Return model-space outputs [B, H, Tq, D] fp32 of `code_attention` outputs [B, Hkv, G, Tq, D]."""
     num_queries = output.shape[2:4]
-    return from_code_space(output.flatten(2, 3), value_tables).unflatten(2, num_queries).flatten(1, 2)
+    left = from_code_space(output.flatten(2, 3), value_tables)
+    return left.reshape(*left.shape[:2], *num_queries, left.shape[-1]).flatten(1, 2)
 
 
 def exact_attention(
@@ -133,9 +137,10 @@ def merge(parts: Sequence[Part]) -> Part:
 
 
 def _scored_keys(pages: torch.Tensor, tables: CodecTables, angles: Angles | None) -> torch.Tensor:
-    """Return keys as `code_queries` score them: permutation undone and rotated, but still in the mapped space."""
-    unmapped = CodecTables(tables.layout, tables.codebooks, None, tables.permutation, tables.rotary)
-    return from_code_space(decode_codes(pages, tables), unmapped, angles)
+    """Return keys as `code_queries` score them."""
+    if tables.rotary is None:
+        tables = replace(tables, map=None, inverse=None)
+    return decode(pages, tables, angles)
 
 
 def _attend(
@@ -152,5 +157,3 @@ def _attend(
 
 def _nothing(query: torch.Tensor) -> Part:
     return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
-
-

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout
+from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout, RotaryLayout
 from pqkv_kernels.nearest import nearest_centroids
 from pqkv_kernels.packing import pack_codes, unpack_codes
 from pqkv_kernels.rope import rotate, unrotate
@@ -41,7 +41,9 @@ def encode(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -
     codes = quantize(to_code_space(x, tables, angles), tables.layout, tables.codebooks)
     packed = []
     for (_, _, group, _, _), group_codes in zip(tables.layout.spans(), codes, strict=True):
-        pages = pack_codes(group_codes.unflatten(-1, (x.shape[2] // PAGE_TOKENS, PAGE_TOKENS)), group.nbits)  # [B, Hkv, M, P, bytes]
+        pages = pack_codes(
+            group_codes.unflatten(-1, (x.shape[2] // PAGE_TOKENS, PAGE_TOKENS)), group.nbits
+        )  # [B, Hkv, M, P, bytes]
         packed.append(pages.permute(0, 3, 1, 2, 4).flatten(3))
     return torch.cat(packed, dim=-1)
 
@@ -51,11 +53,14 @@ def decode(pages: torch.Tensor, tables: CodecTables, angles: Angles | None = Non
     return from_code_space(decode_codes(pages, tables), tables, angles)
 
 
-def round_trip(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:
-    """Return what `x` [B, Hkv, T, D] (any T) becomes when encoded and decoded, fp32."""
-    coded = to_code_space(x, tables, angles)
+def round_trip(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None, *, rotated: bool = True) -> torch.Tensor:
+    """Return what `x` [B, Hkv, T, D] (any T) becomes when encoded and decoded, fp32.
+
+    Without `rotated`, `x` are keys before rotary embedding, and so is what is returned.
+    """
+    coded = to_code_space(x, tables, angles, rotated=rotated)
     codes = quantize(coded, tables.layout, tables.codebooks)
-    return from_code_space(dequantize(codes, tables.layout, tables.codebooks), tables, angles)
+    return from_code_space(dequantize(codes, tables.layout, tables.codebooks), tables, angles, rotated=rotated)
 
 
 def decode_codes(pages: torch.Tensor, tables: CodecTables) -> torch.Tensor:
@@ -68,10 +73,14 @@ def decode_codes(pages: torch.Tensor, tables: CodecTables) -> torch.Tensor:
     """
     found = (pages.ndim, *pages.shape[2:])
     if found != (4, tables.num_heads, tables.layout.page_bytes):
-        raise KernelError(f"pages have shape {list(pages.shape)}; expected [B, P, {tables.num_heads}, {tables.layout.page_bytes}]")
+        raise KernelError(
+            f"pages have shape {list(pages.shape)}; expected [B, P, {tables.num_heads}, {tables.layout.page_bytes}]"
+        )
     codes = []
     for _, _, group, byte_offset, _ in tables.layout.spans():
-        span = pages[..., byte_offset : byte_offset + group.page_bytes].unflatten(-1, (group.num_subspaces, group.page_bytes // group.num_subspaces))
+        span = pages[..., byte_offset : byte_offset + group.page_bytes].unflatten(
+            -1, (group.num_subspaces, group.page_bytes // group.num_subspaces)
+        )
         codes.append(unpack_codes(span, group.nbits).permute(0, 2, 3, 1, 4).flatten(3))  # [B, Hkv, M, T]
     return dequantize(codes, tables.layout, tables.codebooks)
 
@@ -111,8 +120,10 @@ def dequantize(codes: list[torch.Tensor], layout: CodeLayout, codebooks: Codeboo
     return total
 
 
-def to_code_space(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:
+def to_code_space(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None, *, rotated: bool = True) -> torch.Tensor:
     """Return code-space vectors [B, Hkv, T, D] fp32 of model-space `x` [B, Hkv, T, D].
+
+    Without `rotated`, `x` are keys before rotary embedding and need no angles.
 
     Raises
     ------
@@ -122,24 +133,40 @@ def to_code_space(x: torch.Tensor, tables: CodecTables, angles: Angles | None = 
     if x.ndim != 4 or (x.shape[1], x.shape[3]) != (tables.num_heads, tables.layout.head_dim):
         raise KernelError(f"vectors have shape {list(x.shape)}; expected [B, {tables.num_heads}, T, {tables.layout.head_dim}]")
     x = x.float()
-    if tables.rotary is not None:
+    if tables.rotary is not None and rotated:
         cos, sin = _required(angles)
         x = unrotate(x, cos[:, None], sin[:, None], tables.rotary)
     if tables.map is not None:
-        x = x * tables.map[:, None] if tables.map.ndim == 2 else x @ tables.map.mT
+        x = x * tables.map[:, None] if tables.map.ndim == 2 else _mapped(x, tables.map, tables.rotary)
     return x if tables.permutation is None else _take_channels(x, tables.permutation)
 
 
-def from_code_space(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:
+def from_code_space(
+    x: torch.Tensor, tables: CodecTables, angles: Angles | None = None, *, rotated: bool = True
+) -> torch.Tensor:
     """Undo `to_code_space`."""
     if tables.permutation is not None:
         x = _take_channels(x, tables.permutation.long().argsort(-1))
     if tables.map is not None:
-        x = x / tables.map[:, None] if tables.inverse is None else x @ tables.inverse.mT
-    if tables.rotary is not None:
+        x = x / tables.map[:, None] if tables.inverse is None else _mapped(x, tables.inverse, tables.rotary)
+    if tables.rotary is not None and rotated:
         cos, sin = _required(angles)
         x = rotate(x, cos[:, None], sin[:, None], tables.rotary)
     return x
+
+
+def _mapped(x: torch.Tensor, matrices: torch.Tensor, rotary: RotaryLayout | None) -> torch.Tensor:
+    """Apply matrices [Hkv, D, D], or blocks [Hkv, D / 2, 2, 2] over the channel pairs of `rotary`."""
+    if matrices.ndim == 3:
+        return x @ matrices.mT
+    assert rotary is not None  # CodecTables accepts blocks only together with it
+    first, second = torch.tensor(rotary.blocks(x.shape[-1]), device=x.device).unbind(1)
+    a, b = x[..., first], x[..., second]
+    rows = matrices[:, None]  # [Hkv, 1, D / 2, 2, 2]
+    mapped = torch.empty_like(x)
+    mapped[..., first] = rows[..., 0, 0] * a + rows[..., 0, 1] * b
+    mapped[..., second] = rows[..., 1, 0] * a + rows[..., 1, 1] * b
+    return mapped
 
 
 def _lookup_stage(codes: list[torch.Tensor], tables: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -144,3 +144,15 @@ class RotaryLayout:
         if self.interleaved:
             return tuple((2 * p, 2 * p + 1) for p in range(half))
         return tuple((p, p + half) for p in range(half))
+
+    def blocks(self, head_dim: int) -> tuple[tuple[int, int], ...]:
+        """Return all `head_dim` channels in twos: the rotary pairs, then the unrotated channels as they follow each other.
+
+        Raises
+        ------
+        KernelError
+            If an odd number of channels is left over.
+        """
+        if (head_dim - self.rotary_dim) % 2:
+            raise KernelError(f"{head_dim - self.rotary_dim} unrotated channels do not form pairs; expected an even number")
+        return self.pairs() + tuple((c, c + 1) for c in range(self.rotary_dim, head_dim, 2))

@@ -23,7 +23,8 @@ def pack_codes(codes: torch.Tensor, nbits: int) -> torch.Tensor:
     bits = (codes.to(torch.int32)[..., None] >> torch.arange(nbits, dtype=torch.int32, device=codes.device)) & 1
     octets = bits.flatten(-2).unflatten(-1, (8 * nbits, 8))
     weights = 1 << torch.arange(8, dtype=torch.int32, device=codes.device)
-    return (octets * weights).sum(-1).to(torch.uint8)
+    packed: torch.Tensor = (octets * weights).sum(-1).to(torch.uint8)
+    return packed
 
 
 def unpack_codes(packed: torch.Tensor, nbits: int) -> torch.Tensor:
@@ -45,7 +46,8 @@ def unpack_codes(packed: torch.Tensor, nbits: int) -> torch.Tensor:
     start = torch.arange(8, device=packed.device) * nbits
     byte = start // 8
     reach = [blocks[..., (byte + k).clamp(max=nbits - 1)] << (8 * k) for k in range(3)]
-    return (((reach[0] | reach[1] | reach[2]) >> (start % 8).to(torch.int32)) & ((1 << nbits) - 1)).flatten(-2)
+    codes: torch.Tensor = ((reach[0] | reach[1] | reach[2]) >> (start % 8).to(torch.int32)) & ((1 << nbits) - 1)
+    return codes.flatten(-2)
 
 
 def _check(nbits: int, found: int, expected: int, what: str) -> None:

@@ -13,7 +13,8 @@ class CodecTables:
     """Codebooks and transform of one layer's keys or values.
 
     A model-space vector `x` [D] of head `h` becomes a code-space vector in three steps, each optional but the order fixed:
-    un-rotate (if `rotary`), map (``map[h] * x`` for a scale, ``map[h] @ x`` for a matrix), permute (``x[permutation[h]]``).
+    un-rotate (if `rotary`), map (``map[h] * x`` for a scale, ``map[h] @ x`` for a matrix, ``map[h, p] @ x[block p]`` for
+    blocks of two channels), permute (``x[permutation[h]]``).
 
     Attributes
     ----------
@@ -22,14 +23,15 @@ class CodecTables:
     codebooks
         ``codebooks[stage][group]`` is [Hkv, M, ksub, dsub], any float dtype.
     map
-        None, a scale [Hkv, D] fp32 (keys: equal within a rotary pair, so that it commutes with rotation) or an invertible
-        matrix [Hkv, D, D] fp32.
+        None, a scale [Hkv, D] fp32, an invertible matrix [Hkv, D, D] fp32, or, where `rotary` is set, one invertible 2 x 2
+        matrix for each of ``rotary.blocks(D)``, [Hkv, D / 2, 2, 2] fp32. Subspaces hold whole blocks, so that undoing blocks
+        can be folded into the centroids: it costs nothing per token.
     permutation
         None or [Hkv, D] integers.
     rotary
         Set where keys are coded before rotary embedding; None codes what the cache is given.
     inverse
-        Inverse of a matrix `map`, [Hkv, D, D] fp32; derived in fp64 when not given.
+        Inverse of a `map` of matrices or blocks, of its shape, fp32; derived in fp64 when not given.
 
     Raises
     ------
@@ -51,16 +53,22 @@ class CodecTables:
             expected = (num_heads, group.num_subspaces, group.num_centroids, group.subspace_dim)
             if found != expected:
                 raise KernelError(f"codebook {stage}.{index} has shape {list(found)}; expected {list(expected)}")
-        if self.map is not None and tuple(self.map.shape) not in {(num_heads, dim), (num_heads, dim, dim)}:
-            expected_map = f"[{num_heads}, {dim}] or [{num_heads}, {dim}, {dim}]"
-            raise KernelError(f"map has shape {list(self.map.shape)}; expected {expected_map}")
+        if self.map is not None and tuple(self.map.shape) not in self._map_shapes():
+            expected_maps = " or ".join(str(list(shape)) for shape in self._map_shapes())
+            raise KernelError(f"map has shape {list(self.map.shape)}; expected {expected_maps}")
         if self.permutation is not None and tuple(self.permutation.shape) != (num_heads, dim):
             raise KernelError(f"permutation has shape {list(self.permutation.shape)}; expected [{num_heads}, {dim}]")
         if self.rotary is not None and (self.rotary.rotary_dim > dim or (self.map is not None and self.map.ndim == 3)):
-            raise KernelError("keys coded before rotary embedding need rotary_dim <= head_dim and a scale, not a matrix")
-
-        if self.inverse is None and self.map is not None and self.map.ndim == 3:
+            raise KernelError(
+                "keys coded before rotary embedding need rotary_dim <= head_dim and a scale or blocks, not a matrix"
+            )
+        if self.inverse is None and self.map is not None and self.map.ndim > 2:
             object.__setattr__(self, "inverse", torch.linalg.inv(self.map.double()).float())
+
+    def _map_shapes(self) -> list[tuple[int, ...]]:
+        heads, dim = self.num_heads, self.layout.head_dim
+        blocks = [] if self.rotary is None else [(heads, dim // 2, 2, 2)]
+        return [(heads, dim), (heads, dim, dim), *blocks]
 
     @property
     def num_heads(self) -> int:

@@ -8,7 +8,13 @@ from pqkv_cli.specs import CodecSpec, KeySpace, MapKind
 from pqkv_kernels.layout import SUPPORTED_NBITS, CodeGroup, CodeLayout
 
 _CODEC_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-_MAPS: dict[str, MapKind] = {"identity": "identity", "pair_scale": "scale", "scale": "scale", "matrix": "matrix"}
+_MAPS: dict[str, MapKind] = {
+    "identity": "identity",
+    "pair_scale": "scale",
+    "pair_metric": "blocks",
+    "scale": "scale",
+    "matrix": "matrix",
+}
 _KEY_SPACES: dict[object, KeySpace | None] = {None: None, "pre_rope": "pre_rope", "post_rope": "post_rope"}
 
 
@@ -21,8 +27,8 @@ def read_codec(name: str, node: Node) -> CodecSpec | None:
     kind.choice(["pq"])
     space = None if key_space.value is None else key_space.choice(["pre_rope", "post_rope"])
     word = map_.choice(_MAPS)
-    if (space == "pre_rope" and word in ("scale", "matrix")) or (space != "pre_rope" and word == "pair_scale"):
-        allowed = "identity or pair_scale" if space == "pre_rope" else "identity, scale or matrix"
+    if (space == "pre_rope") != (word in ("pair_scale", "pair_metric")) and word in _MAPS and word != "identity":
+        allowed = "identity, pair_scale or pair_metric" if space == "pre_rope" else "identity, scale or matrix"
         map_.fault(f"is {word!r}; expected {allowed} with key_space {space or 'null'}")
     rows = [_stage(stage) for stage in stages.items()]
     if not 1 <= len(rows) <= MAX_STAGES:

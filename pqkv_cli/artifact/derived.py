@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pqkv_cli.artifact.card import model_card
-from pqkv_cli.artifact.files import write_whole
 from pqkv_cli.artifact.schema import Header, header_document
+from pqkv_cli.errors import ArtifactError
+from pqkv_cli.files import write_text
 
 HEADER_FILE = "pqkv.json"
 CARD_FILE = "README.md"
@@ -27,5 +28,5 @@ def write_derived(directory: Path | str, header: Header, rows: Sequence[Mapping[
     paths = []
     for name, text in texts.items():
         paths.append(Path(directory) / name)
-        write_whole(paths[-1], text.encode("utf-8"))
+        write_text(paths[-1], text, ArtifactError)
     return tuple(paths)

@@ -62,5 +62,8 @@ def _codec_faults(path: str, side: Side, name: str, codec: CodecSpec, geometry: 
     if (side == "keys") != (codec.key_space is not None):
         wanted = "a key_space for keys" if side == "keys" else "key_space null for values"
         yield f"{path} uses codec {name} with key_space {codec.key_space or 'null'}; expected {wanted}"
+    unrotated = geometry.head_dim - geometry.rotary.rotary_dim if geometry.rotary is not None else 0
+    if codec.map == "blocks" and unrotated % 2:
+        yield f"{path} uses codec {name} with pair_metric, but {unrotated} unrotated channels form no pairs"
     if codec.key_space == "pre_rope" and geometry.rotary is None:
         yield f"{path} uses codec {name} with key_space pre_rope, but the layer has no rotary embedding; expected post_rope"

@@ -128,7 +128,8 @@ def header_document(header: Header) -> dict[str, Any]:
 
 def map_word(codec: CodecSpec) -> str:
     """Return the word the format uses for the transform of `codec`."""
-    return "pair_scale" if codec.map == "scale" and codec.key_space == "pre_rope" else codec.map
+    words = {"blocks": "pair_metric", "scale": "pair_scale" if codec.key_space == "pre_rope" else "scale"}
+    return words.get(codec.map, codec.map)
 
 
 def _geometry_document(layer: LayerGeometry) -> dict[str, Any]:

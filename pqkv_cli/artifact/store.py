@@ -13,12 +13,12 @@ from safetensors.torch import save
 
 from pqkv_cli.artifact.container import METADATA_KEY, content_sha256, make_tensors, read_data, read_head
 from pqkv_cli.artifact.document import listed, parse_document
-from pqkv_cli.artifact.files import write_whole
 from pqkv_cli.artifact.parse import parse_header
 from pqkv_cli.artifact.schema import Header, canonical_json, header_document
 from pqkv_cli.artifact.tensors import LayerTables, assemble_tables, expected_tensors, flatten_tables, tensor_bytes
 from pqkv_cli.artifact.values import spec_faults, value_faults
 from pqkv_cli.errors import ArtifactError
+from pqkv_cli.files import write_bytes
 
 ARTIFACT_FILE = "pqkv.safetensors"
 
@@ -81,7 +81,7 @@ def save_artifact(path: Path | str, header: Header, tables: Sequence[LayerTables
         data, sha256 = _serialize(header, tables)
     except (ArtifactError, OSError, ValueError) as error:
         raise ArtifactError(f"cannot save the artifact {path}: {error}") from error
-    write_whole(file, data)
+    write_bytes(file, data, ArtifactError)
     return sha256
 
 

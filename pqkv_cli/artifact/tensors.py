@@ -49,7 +49,8 @@ def expected_tensors(header: Header) -> dict[str, TensorSpec]:
             shape = (num_heads, group.num_subspaces, group.num_centroids, group.subspace_dim)
             expected[f"{prefix}.codebooks.{stage}.{group_index}"] = TensorSpec("F16", shape)
         if codec.map != "identity":
-            expected[f"{prefix}.map"] = TensorSpec("F32", (num_heads, dim, dim) if codec.map == "matrix" else (num_heads, dim))
+            shapes = {"matrix": (num_heads, dim, dim), "blocks": (num_heads, dim // 2, 2, 2), "scale": (num_heads, dim)}
+            expected[f"{prefix}.map"] = TensorSpec("F32", shapes[codec.map])
         expected[f"{prefix}.permutation"] = TensorSpec("I16", (num_heads, dim))
     return dict(sorted(expected.items()))
 

@@ -23,7 +23,7 @@ def spec_faults(expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSp
 
 
 def value_faults(header: Header, tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """Return the faults in the numbers of `tensors`, and the fp32 inverse of every matrix map."""
+    """Return the faults in the numbers of `tensors`, and the fp32 inverse of every map of matrices."""
     infinite = [
         name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
     ]
@@ -37,7 +37,7 @@ def value_faults(header: Header, tensors: Mapping[str, torch.Tensor]) -> tuple[l
         if codec.map == "scale":
             rotary = header.geometry[index].rotary if codec.key_space == "pre_rope" else None
             faults += _scale_faults(name, tensors[name], rotary)
-        elif codec.map == "matrix":
+        elif codec.map in ("matrix", "blocks"):
             inverses[name], singular = _inverse(tensors[name])
             if singular:
                 faults.append(f"tensor {name} is singular for the heads {singular}; expected matrices that can be undone")
@@ -64,7 +64,7 @@ def _scale_faults(name: str, scale: torch.Tensor, rotary: RotaryLayout | None) -
 
 
 def _inverse(matrices: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """Return the fp32 inverse [Hkv, D, D] and the heads whose matrix has none worth the name.
+    """Return the fp32 inverse of [Hkv, D, D] or [Hkv, D / 2, 2, 2] and the heads whose matrix has none worth the name.
 
     Columns are brought to unit length before the condition is judged: their lengths follow the scale of the model's own
     channels, outliers included, and say nothing about how well the map can be undone.
@@ -74,4 +74,4 @@ def _inverse(matrices: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     lengths = wide.norm(dim=-2)
     condition = (inverse * lengths[..., None]).norm(dim=(-2, -1)) * matrices.shape[-1] ** 0.5
     singular = (info != 0) | ~torch.isfinite(inverse.float()).all(dim=(-2, -1)) | ~(condition <= MAX_CONDITION)
-    return inverse.float(), singular.nonzero().flatten().tolist()
+    return inverse.float(), singular.view(len(matrices), -1).any(dim=1).nonzero().flatten().tolist()

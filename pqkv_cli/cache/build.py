@@ -1,9 +1,8 @@
 """Puts caches together from a model config, layer by layer. Knows no model weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pqkv_kernels.tables import CodecTables
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from pqkv_cli.cache.cache import QuantizedCache, TimedCache
@@ -13,12 +12,13 @@ from pqkv_cli.cache.timeline import AngleSource, Timeline
 from pqkv_cli.errors import CacheError
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import CacheSpec, Side
+from pqkv_kernels.tables import CodecTables
 
 AngleSources = Sequence[AngleSource | None]
 
 
 def quantized_cache(
-    config: Any, tables: Sequence[dict[Side, CodecTables] | None], spec: CacheSpec, angle_sources: AngleSources
+    config: Any, tables: Sequence[Mapping[Side, CodecTables] | None], spec: CacheSpec, angle_sources: AngleSources
 ) -> QuantizedCache:
     """Return an empty cache for a model of `config`; layers whose `tables` are None stay as transformers makes them.
 
@@ -36,9 +36,7 @@ def quantized_cache(
     return QuantizedCache(_layers(config, len(tables), make), timeline)
 
 
-def simulated_cache(
-    config: Any, codecs: Sequence[dict[Side, VectorCodec] | None], angle_sources: AngleSources
-) -> TimedCache:
+def simulated_cache(config: Any, codecs: Sequence[dict[Side, VectorCodec] | None], angle_sources: AngleSources) -> TimedCache:
     """Return an empty cache of mode `all`.
 
     Raises
@@ -57,7 +55,7 @@ def simulated_cache(
 
 def _layers(config: Any, num_layers: int, make: Callable[[int], CacheLayerMixin | None]) -> list[CacheLayerMixin]:
     # The layers that transformers itself would make, whatever they are called in its present version.
-    layers: list[CacheLayerMixin] = list(DynamicCache(config=config).layers)
+    layers: list[Any] = list(DynamicCache(config=config).layers)
     if len(layers) != num_layers:
         raise CacheError(f"transformers makes {len(layers)} cache layers for this model; the artifact describes {num_layers}")
     for index in range(num_layers):

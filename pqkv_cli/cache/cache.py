@@ -26,11 +26,11 @@ class CacheBytes:
         return self.codes + self.exact + self.dense + self.positions
 
 
-class TimedCache(Cache):  # type: ignore[misc]
+class TimedCache(Cache):
     """A cache that is told positions and padding of every step before its layers are updated."""
 
     def __init__(self, layers: list[CacheLayerMixin], timeline: Timeline) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers=[*layers])
         self.timeline = timeline
 
     def begin_step(self, positions: torch.Tensor, row_start: torch.Tensor | None) -> None:
@@ -39,7 +39,7 @@ class TimedCache(Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Drop all tokens."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.timeline.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -47,7 +47,7 @@ class TimedCache(Cache):  # type: ignore[misc]
         super().crop(tokens_to_remove)
         self.timeline.crop(self.get_seq_length())
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace row `i` by row ``beam_idx[i]``."""
         super().reorder_cache(beam_idx)
         self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))

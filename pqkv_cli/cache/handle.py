@@ -86,7 +86,7 @@ class LazyStates(torch.Tensor):
         return self.step_view.layer.materialize(self.step_view, self.side)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Decode every handle among the arguments and run the operation on plain tensors."""

@@ -4,9 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pqkv_kernels.codec import decode, encode
-from pqkv_kernels.layout import PAGE_TOKENS
-from pqkv_kernels.tables import CodecTables
 from transformers.cache_utils import CacheLayerMixin
 
 from pqkv_cli.cache.handle import LazyStates, StepView
@@ -14,9 +11,12 @@ from pqkv_cli.cache.pages import PageStore
 from pqkv_cli.cache.timeline import AngleSource, Timeline
 from pqkv_cli.errors import CacheError
 from pqkv_cli.specs import SIDES, CacheSpec, Side
+from pqkv_kernels.codec import decode, encode
+from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.tables import CodecTables
 
 
-class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+class QuantizedLayer(CacheLayerMixin):
     """Keys and values of one layer: pages of codes for old tokens, exact tensors for sinks and for the recent window.
 
     Slots ``0 .. 64 * P`` are coded (padding and sinks too: a uniform layout costs less than it saves); the sinks of each
@@ -30,7 +30,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(
         self, tables: dict[Side, CodecTables], spec: CacheSpec, timeline: Timeline, angle_source: AngleSource | None
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tables, self.spec, self.timeline, self.angle_source = tables, spec, timeline, angle_source
         self.num_updates = 0
         self.num_materialized = 0
@@ -47,11 +47,11 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Allocate sinks and window for the shape, dtype and device of the first states, [B, Hkv, T, D]."""
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = self.spec.window_tokens + PAGE_TOKENS
-        for side, states in (("keys", key_states), ("values", value_states)):
+        for side, states in zip(SIDES, (key_states, value_states), strict=True):
             batch, heads, _, dim = states.shape
-            self.tables[side] = self.tables[side].to(states.device)  # type: ignore[index]
-            self.sinks[side] = states.new_zeros(batch, heads, self.spec.num_sinks, dim)  # type: ignore[index]
-            self.window[side] = states.new_zeros(batch, heads, capacity, dim)  # type: ignore[index]
+            self.tables[side] = self.tables[side].to(states.device)
+            self.sinks[side] = states.new_zeros(batch, heads, self.spec.num_sinks, dim)
+            self.window[side] = states.new_zeros(batch, heads, capacity, dim)
         self.is_initialized = True
 
     @property
@@ -114,8 +114,6 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         """Return -1: the layer grows without bound."""
         return -1
-
-    get_max_cache_shape = get_max_length  # the name before transformers 5.14
 
     def reset(self) -> None:
         """Drop all tokens."""

@@ -7,19 +7,19 @@ measures quality, not memory: what it holds is dense.
 from typing import Any
 
 import torch
-from pqkv_kernels.rope import rotate, unrotate
 from transformers.cache_utils import DynamicLayer
 
 from pqkv_cli.cache.timeline import AngleSource, Timeline
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import Side
+from pqkv_kernels.rope import rotate, unrotate
 
 
-class SimulatedLayer(DynamicLayer):  # type: ignore[misc]
+class SimulatedLayer(DynamicLayer):
     """A dense layer whose content has passed through the codecs."""
 
     def __init__(self, codecs: dict[Side, VectorCodec], timeline: Timeline, angle_source: AngleSource | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.codecs, self.timeline, self.angle_source = codecs, timeline, angle_source
 
     def update(

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.calibration.files import read_json, write_json, write_tensors
+from pqkv_cli.calibration.formats import read_json, write_json, write_tensors
 from pqkv_cli.calibration.observer import BatchObserver, LayerBatch
-from pqkv_cli.calibration.parts import Parts, check_same
+from pqkv_cli.calibration.parts import MOMENT_FIELDS, Moments, Parts, check_same
 from pqkv_cli.calibration.sampling import draw_queries, draw_sample
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.store import SCHEMA, WINDOWS_FILE, layer_file
@@ -76,8 +76,8 @@ class _Run:
     sample: torch.Tensor
     parts: Parts
 
-    def pass_windows(self, num_done: int, on_progress: Progress) -> dict[int, torch.Tensor]:
-        """Run the parts that are not on disk yet; return the sums per layer over all."""
+    def pass_windows(self, num_done: int, on_progress: Progress) -> Moments:
+        """Run the parts that are not on disk yet; return the sums over all."""
         settings = self.settings
         moments = self.parts.moments(num_done)
         on_progress(min(num_done * settings.windows_per_part, settings.num_windows), settings.num_windows)
@@ -88,7 +88,8 @@ class _Run:
                 last = min(first + settings.batch_size, end)
                 batches.append(self._observe(first, last))
                 # In window order, whatever the parts: resuming must not change a bit.
-                moments = {i: layer.moment + moments[i] if moments else layer.moment for i, layer in batches[-1].items()}
+                new = {f"{i}.{field}": getattr(batch, field) for i, batch in batches[-1].items() for field in MOMENT_FIELDS}
+                moments = {name: moments[name] + moment for name, moment in new.items()} if moments else new
                 if last < end:
                     on_progress(last, settings.num_windows)
             self.parts.add(part, batches, moments)
@@ -113,13 +114,15 @@ class _Run:
             self.model.train(was_training)
         return observer.finish()
 
-    def merge(self, moments: dict[int, torch.Tensor]) -> None:
+    def merge(self, moments: Moments) -> None:
         """Write the store's tensors from the parts."""
         settings = self.settings
         attention = attention_modules(self.model)
-        for i, moment in moments.items():
+        counts = (settings.num_windows * settings.seq_len, settings.num_windows * settings.queries_per_window)
+        for i in (index for index, layer in enumerate(self.shape.layers) if not layer.dense_reason):
             tensors = self.parts.samples(i, settings.num_parts)
-            tensors["query_moment"] = moment / (settings.num_windows * settings.seq_len)
+            for field, count in zip(MOMENT_FIELDS, counts, strict=True):
+                tensors[field] = moments[f"{i}.{field}"] / count
             tensors["output_gram"] = output_gram(attention[i], self.shape.layers[i])
             write_tensors(self.directory / layer_file(i), tensors)
         held_out = self.windows[settings.num_windows :].to("cpu", torch.int64)

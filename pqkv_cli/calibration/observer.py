@@ -17,14 +17,16 @@ _FP16_MAX = 65504.0
 class LayerBatch:
     """One layer's share of a batch, n sampled tokens in window order.
 
-    keys, values [Hkv, n, D] fp16 (keys before rotary embedding); attention_mass [Hkv, n] fp32; moment [Hkv, D, D] fp64, the
-    sum over tokens and the group's heads of ``q q^T``.
+    keys, values [Hkv, n, D] fp16 (keys before rotary embedding); attention_mass [Hkv, n] fp32; query_moment [Hkv, D, D] fp64,
+    the sum over tokens and the group's heads of ``q q^T``; pair_moment [Hkv, P, 2, 2] fp64, the sum over sampled queries and
+    the group's heads of what `pair_moment` returns.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     attention_mass: torch.Tensor
-    moment: torch.Tensor
+    query_moment: torch.Tensor
+    pair_moment: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -32,7 +34,8 @@ class _Seen:
     keys: torch.Tensor  # fp32, on the model's device until the batch ends, so that the device is waited for once
     values: torch.Tensor
     mass: torch.Tensor
-    moment: torch.Tensor
+    query_moment: torch.Tensor
+    pair_moment: torch.Tensor
     maxima: dict[str, torch.Tensor]  # largest magnitude per kv head over ALL tokens; NaN and infinity survive a maximum
 
 
@@ -66,12 +69,14 @@ class BatchObserver:
         keys = step.keys[rows, :, positions].float()  # [n, Hkv, D]
         if layer.rotary is not None:
             keys = _unrotated(keys, step, rows, positions, layer.rotary, layer_index)
-        mass = attention_mass(step, self._queries.to(device), layer.group_size)[rows, :, positions]
+        chosen, weights = attention_weights(step, self._queries.to(device), layer.group_size)
+        mass = attention_mass(weights)[rows, :, positions]
         self._layers[layer_index] = _Seen(
             keys.transpose(0, 1),
             step.values[rows, :, positions].float().transpose(0, 1),
             mass.transpose(0, 1),
             (grouped.transpose(-1, -2) @ grouped).double().sum(0),
+            _pair_moment(chosen, weights, step, layer, layer_index),
             {"keys": step.keys.abs().amax((0, 2, 3)), "values": step.values.abs().amax((0, 2, 3))},
         )
 
@@ -104,13 +109,13 @@ class BatchObserver:
             )
 
 
-def attention_mass(step: AttentionStep, queries: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return [B, Hkv, T] fp32: squared attention each token receives, summed over `queries` [B, Q], mean over the group."""
+def attention_weights(step: AttentionStep, queries: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the queries at `queries` [B, Q], [B, Hkv, G, Q, D], and their attention [B, Hkv, G, Q, T], both fp32."""
     num_batch, num_heads, num_tokens, head_dim = step.queries.shape
     num_kv_heads, num_queries = num_heads // group_size, queries.shape[1]
     index = queries[:, None, :, None].expand(-1, num_heads, -1, head_dim)
-    chosen = step.queries.gather(2, index).reshape(num_batch, num_kv_heads, -1, head_dim) * step.scaling
-    scores = (chosen @ step.keys.mT).float().view(num_batch, num_kv_heads, group_size, num_queries, num_tokens)
+    chosen = step.queries.gather(2, index).reshape(num_batch, num_kv_heads, -1, head_dim)
+    scores = ((chosen * step.scaling) @ step.keys.mT).float().view(num_batch, num_kv_heads, group_size, num_queries, num_tokens)
     if step.softcap is not None:
         scores = step.softcap * torch.tanh(scores / step.softcap)
     later = torch.arange(num_tokens, device=queries.device) > queries[:, :, None]  # [B, Q, T]
@@ -119,25 +124,79 @@ def attention_mass(step: AttentionStep, queries: torch.Tensor, group_size: int) 
     if step.sinks is not None:
         extra = step.sinks.float().view(1, num_kv_heads, group_size, 1, 1).expand(num_batch, -1, -1, num_queries, 1)
         scores = torch.cat((scores, extra), dim=-1)
-    received: torch.Tensor = scores.softmax(-1)[..., :num_tokens].square_().sum((2, 3))
-    return received / group_size
+    grouped = chosen.float().view(num_batch, num_kv_heads, group_size, num_queries, head_dim)
+    return grouped, scores.softmax(-1)[..., :num_tokens]
+
+
+def attention_mass(weights: torch.Tensor) -> torch.Tensor:
+    """Return [B, Hkv, T]: squared `weights` [B, Hkv, G, Q, T] each token receives, summed over queries, mean over the group."""
+    return weights.square().sum((2, 3)) / weights.shape[2]
+
+
+def pair_moment(
+    queries: torch.Tensor, weights: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary: RotaryLayout
+) -> torch.Tensor:
+    """Return the second moments of queries as keys before rotary embedding meet them, pair by pair.
+
+    A key at position j scores a query with ``r = R(-j) q``, so an error of the key weighs ``E[r r^T]``. High-frequency pairs
+    turn it into a circle; slow pairs keep a direction, and only errors along it cost anything.
+
+    Parameters
+    ----------
+    queries
+        After rotary embedding, [B, Hkv, G, Q, D].
+    weights
+        How much each key counts for each query, [B, Hkv, G, Q, T].
+    cos, sin
+        Angles of the keys' positions, [B or 1, T, num_pairs], unit modulus.
+
+    Returns
+    -------
+    torch.Tensor
+        [Hkv, num_pairs, 2, 2] fp64, summed over B, G and Q, averaged over keys by `weights`.
+    """
+    first, second = torch.tensor(rotary.pairs(), device=queries.device).unbind(1)
+    a, b = queries[..., first], queries[..., second]
+    # As complex numbers r = exp(-i phi) q, and sum w r^2 = q^2 sum w exp(-2 i phi): one product with the doubled angles.
+    doubled = torch.cat((cos.square() - sin.square(), 2 * sin * cos), dim=-1)[:, None, None]
+    even, odd = (weights @ doubled).chunk(2, dim=-1)
+    real = (a * a - b * b) * even + 2 * a * b * odd
+    imaginary = 2 * a * b * even - (a * a - b * b) * odd
+    total = (a * a + b * b) * weights.sum(-1, keepdim=True)
+    sums = [x.double().sum((0, 2, 3)) for x in (total + real, imaginary, total - real)]
+    moment: torch.Tensor = torch.stack((sums[0], sums[1], sums[1], sums[2]), dim=-1).unflatten(-1, (2, 2)) / 2
+    return moment
+
+
+def _pair_moment(
+    queries: torch.Tensor, weights: torch.Tensor, step: AttentionStep, layer: LayerGeometry, index: int
+) -> torch.Tensor:
+    if layer.rotary is None:
+        return torch.zeros(layer.num_kv_heads, 0, 2, 2, dtype=torch.float64)
+    cos, sin = unit_angles(*_angles(step, index), layer.rotary)
+    return pair_moment(queries, weights, cos, sin, layer.rotary)
 
 
 def _unrotated(
     keys: torch.Tensor, step: AttentionStep, rows: torch.Tensor, positions: torch.Tensor, rotary: RotaryLayout, index: int
 ) -> torch.Tensor:
+    all_cos, all_sin = _angles(step, index)
+    rows = rows if all_cos.shape[0] > 1 else torch.zeros_like(rows)
+    cos, sin = unit_angles(all_cos[rows, positions], all_sin[rows, positions], rotary)
+    return unrotate(keys, cos[:, None], sin[:, None], rotary)
+
+
+def _angles(step: AttentionStep, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     if step.cos is None or step.sin is None or step.cos.ndim != 3 or step.sin.ndim != 3:
         raise UnsupportedModelError(
             f"layer {index} is not given rotary angles as (cos, sin) [B, T, rotary_dim], so its keys cannot be un-rotated. "
             "This architecture is not handled yet."
         )
-    rows = rows if step.cos.shape[0] > 1 else torch.zeros_like(rows)
-    cos, sin = unit_angles(step.cos[rows, positions], step.sin[rows, positions], rotary)
-    return unrotate(keys, cos[:, None], sin[:, None], rotary)
+    return step.cos, step.sin
 
 
 def _finished(index: int, seen: _Seen) -> LayerBatch:
-    diagonal = seen.moment.diagonal(dim1=-2, dim2=-1).amax(-1)
+    diagonal = seen.query_moment.diagonal(dim1=-2, dim2=-1).amax(-1)
     for name, maxima in {**seen.maxima, "queries": diagonal}.items():
         bad = (~torch.isfinite(maxima)).nonzero().flatten().tolist()
         if bad:
@@ -146,8 +205,13 @@ def _finished(index: int, seen: _Seen) -> LayerBatch:
                 f"({float(maxima[bad[0]])}); expected finite activations. Load the model in another dtype "
                 "(bfloat16 or float32) and check its weights."
             )
-    mass = seen.mass.float().cpu().contiguous()
-    return LayerBatch(_half(seen.keys, "keys", index), _half(seen.values, "values", index), mass, seen.moment.cpu())
+    return LayerBatch(
+        _half(seen.keys, "keys", index),
+        _half(seen.values, "values", index),
+        seen.mass.float().cpu().contiguous(),
+        seen.query_moment.cpu(),
+        seen.pair_moment.cpu(),
+    )
 
 
 def _half(samples: torch.Tensor, name: str, index: int) -> torch.Tensor:

@@ -14,11 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from pqkv_cli.calibration.files import read_json, write_json, write_tensors
+from pqkv_cli.calibration.formats import read_json, write_json, write_tensors
 from pqkv_cli.calibration.observer import LayerBatch
 from pqkv_cli.errors import RunError
 
 SAMPLE_FIELDS = ("keys", "values", "attention_mass")
+MOMENT_FIELDS = ("query_moment", "pair_moment")
+Moments = dict[str, torch.Tensor]
+"""Sums by ``layer.field``."""
 
 
 class Parts:
@@ -43,15 +46,13 @@ class Parts:
             write_json(settings, identity)
         return len(list(self._directory.glob("samples-*.safetensors")))
 
-    def moments(self, num_done: int) -> dict[int, torch.Tensor]:
-        """Return the sums per layer over the first `num_done` parts, [Hkv, D, D] fp64 each."""
-        if num_done == 0:
-            return {}
-        return {int(name): tensor for name, tensor in _loaded(self._moments(num_done - 1)).items()}
+    def moments(self, num_done: int) -> Moments:
+        """Return the sums over the first `num_done` parts, fp64."""
+        return _loaded(self._moments(num_done - 1)) if num_done else {}
 
-    def add(self, part: int, batches: Sequence[Mapping[int, LayerBatch]], moments: Mapping[int, torch.Tensor]) -> None:
+    def add(self, part: int, batches: Sequence[Mapping[int, LayerBatch]], moments: Moments) -> None:
         """Commit one part: the samples of its batches and the sums so far."""
-        write_tensors(self._moments(part), {str(i): moment for i, moment in moments.items()})
+        write_tensors(self._moments(part), moments)
         samples = {
             f"{i}.{field}": torch.cat([getattr(batch[i], field) for batch in batches], dim=1)
             for i in batches[0]

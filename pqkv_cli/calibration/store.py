@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pqkv_cli.calibration.files import read_json
+from pqkv_cli.calibration.formats import read_json
 from pqkv_cli.errors import RunError
 
 SCHEMA = "pqkv.calibration/1"
@@ -35,6 +35,9 @@ class LayerSamples:
         [Hkv, N] fp32, squared attention received, summed over sampled queries, mean over the group's heads.
     query_moment
         [Hkv, D, D] fp64, mean over tokens of the group's sum of ``q q^T`` after rotary embedding.
+    pair_moment
+        [Hkv, num_pairs, 2, 2] fp64, mean over sampled queries of the group's sum of ``r r^T``, with `r` the query as keys
+        before rotary embedding meet it, averaged over keys by attention; no pairs where the geometry has no rotary.
     output_gram
         [Hkv, D, D] fp64, sum over the group's heads of ``W^T W`` with `W` [hidden, D] the head's output projection.
     """
@@ -44,6 +47,7 @@ class LayerSamples:
     positions: torch.Tensor
     attention_mass: torch.Tensor
     query_moment: torch.Tensor
+    pair_moment: torch.Tensor
     output_gram: torch.Tensor
 
 

@@ -1,13 +1,14 @@
 """Training checkpoints as one safetensors file (never pickle), replaced atomically."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+
+from pqkv_cli.files import write_bytes
 
 
 def save_checkpoint(
@@ -18,9 +19,8 @@ def save_checkpoint(
     for i, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, {"progress": json.dumps(progress)})
-    os.replace(temporary, path)
+    content = save({k: v.contiguous().cpu() for k, v in tensors.items()}, {"progress": json.dumps(progress)})
+    write_bytes(path, content)
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:

@@ -72,12 +72,13 @@ class RowMaker:
         needle, question, answer = passkey_texts(key)
         return self._recall([needle], [(question, answer)], length, rng)
 
-    def lookup(self, length: int, rng: np.random.Generator) -> Row:
-        """Return several named numbers hidden in text and questions for up to four of them."""
-        num_keys = int(rng.integers(2, max(3, min(33, length // 48))))
+    def lookup(self, length: int, rng: np.random.Generator, num_keys: int | None = None, num_asked: int | None = None) -> Row:
+        """Return named numbers hidden in text and questions for some of them; by default as many as suit `length`."""
+        if num_keys is None:
+            num_keys = int(rng.integers(2, max(3, min(33, length // 48))))
         names = rng.choice(len(_ADJECTIVES) * len(_NOUNS), num_keys, replace=False)
         pairs = [(lookup_name(int(n)), f"{rng.integers(0, 10_000):04d}") for n in names]
-        asked = rng.permutation(num_keys)[: min(4, length // 64)]
+        asked = rng.permutation(num_keys)[: num_asked or min(4, length // 64)]
         needles = [lookup_line(*pair) for pair in pairs]
         return self._recall(needles, [lookup_question(*pairs[i]) for i in asked], length, rng)
 

@@ -92,7 +92,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * scale
         loss = self.model_loss(*self._batch(rows))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -114,7 +114,8 @@ class Trainer:
 
     def _logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16):
-            return self.model(tokens[:, :-1], position_ids=positions, use_cache=False).logits
+            logits: torch.Tensor = self.model(tokens[:, :-1], position_ids=positions, use_cache=False).logits
+        return logits
 
     @torch.no_grad()
     def probe(self, kind: str, length: int) -> float:

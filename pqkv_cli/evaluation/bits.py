@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from pqkv_kernels.tables import CodecTables
-
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.evaluation.outcome import BitsPerChannel
 from pqkv_cli.specs import SIDES
+from pqkv_kernels.tables import CodecTables
 
 
 def codec_bits(artifact: Artifact) -> BitsPerChannel:

@@ -18,8 +18,8 @@ from pqkv_cli.evaluation.outcome import BitsPerChannel, TaskOutcome
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 
 PASSKEY_DIGITS = 5
+ANSWER_TOKENS = PASSKEY_DIGITS + 2  # a space, and digits one by one: a tokenizer may merge those of one key and not of another
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SHORTEST_PROMPT = 128
 DEFAULT_PROMPTS_PER_CELL = 5
 _BATCH_TOKENS = 8192
 
@@ -90,18 +90,15 @@ def make_prompts(subject: Subject, length: int, per_cell: int, seed: int) -> lis
     DataError
         If `length` leaves no room for the needle, exceeds the model's positions, or the text is too short.
     """
-    answer_tokens = len(_ids(subject.tokenizer, passkey_texts("0" * PASSKEY_DIGITS)[2]))
     positions = subject.model.config.max_position_embeddings
-    if length + answer_tokens > positions:
+    if length + ANSWER_TOKENS > positions:
         raise DataError(
-            f"pass key prompts of {length} tokens and {answer_tokens} tokens of answer exceed the model's {positions} positions; "
-            f"use --context {positions - answer_tokens} or less"
+            f"pass key prompts of {length} tokens and {ANSWER_TOKENS} tokens of answer exceed the model's "
+            f"{positions} positions; use --context {positions - ANSWER_TOKENS} or less"
         )
     filler = torch.tensor(_ids(subject.tokenizer, subject.text), dtype=torch.int64)
     rng = np.random.default_rng([seed, length])
-    return [
-        _make_prompt(subject.tokenizer, filler, length, depth, rng) for depth in DEPTHS for _ in range(per_cell)
-    ]
+    return [_make_prompt(subject.tokenizer, filler, length, depth, rng) for depth in DEPTHS for _ in range(per_cell)]
 
 
 def _make_prompt(tokenizer: Any, filler: torch.Tensor, length: int, depth: float, rng: np.random.Generator) -> Prompt:
@@ -109,10 +106,15 @@ def _make_prompt(tokenizer: Any, filler: torch.Tensor, length: int, depth: float
     needle, question, _ = (torch.tensor(_ids(tokenizer, text), dtype=torch.int64) for text in passkey_texts(key))
     start = torch.tensor(added_bos(tokenizer), dtype=torch.int64)
     room = length - len(start) - len(needle) - len(question)
-    if room < 0 or room >= len(filler):
+    if room < 0:
         raise DataError(
-            f"a pass key prompt of {length} tokens needs {room} tokens of text beside its question; the text has {len(filler)}: "
-            "choose another --context or give more text"
+            f"a pass key prompt of {length} tokens is too short: needle and question take {length - room}; "
+            f"use --context {2 * (length - room)} or more"
+        )
+    if room >= len(filler):
+        raise DataError(
+            f"a pass key prompt of {length} tokens needs {room} tokens of text beside its question; the text has "
+            f"{len(filler)}: choose a smaller --context or give more text"
         )
     offset = int(rng.integers(0, len(filler) - room))
     text, cut = filler[offset : offset + room], round(depth * room)
@@ -122,12 +124,11 @@ def _make_prompt(tokenizer: Any, filler: torch.Tensor, length: int, depth: float
 def _answers_right(subject: Subject, prompts: list[Prompt], cache: Any) -> list[bool]:
     model, tokenizer = subject.model, subject.tokenizer
     ids = torch.stack([prompt.ids for prompt in prompts]).to(model.device)
-    num_new = len(_ids(tokenizer, passkey_texts("0" * PASSKEY_DIGITS)[2]))
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
-        max_new_tokens=num_new,
+        max_new_tokens=ANSWER_TOKENS,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
@@ -139,7 +140,9 @@ def _cells(length: int, prompts: list[Prompt], baseline: list[bool], quantized: 
     cells = []
     for depth in DEPTHS:
         rows = [i for i, prompt in enumerate(prompts) if prompt.depth == depth]
-        mean = {name: float(np.mean([side[i] for i in rows])) for name, side in (("baseline", baseline), ("quantized", quantized))}
+        mean = {
+            name: float(np.mean([side[i] for i in rows])) for name, side in (("baseline", baseline), ("quantized", quantized))
+        }
         cells.append({"length": length, "depth": depth, "samples": len(rows), **mean})
     return cells
 

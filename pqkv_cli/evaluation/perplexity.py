@@ -9,6 +9,7 @@ import torch
 
 from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.calibration.text import token_windows
+from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.bits import cache_bits, codec_bits
 from pqkv_cli.evaluation.bootstrap import Floats, interval95
 from pqkv_cli.evaluation.contender import CacheFactory, contender
@@ -26,8 +27,9 @@ def perplexity(subject: Subject, settings: EvaluationSettings, on_progress: Prog
     Raises
     ------
     DataError
-        If the text is too short for one window, or logits are not finite.
+        If the text is too short for one window, windows exceed the model's positions, or logits are not finite.
     """
+    _check_context(subject, settings)
     windows = token_windows(subject.tokenizer, subject.text, settings.limit, settings.context, settings.seed, at_most=True)
     parts: list[Divergence] = []
     seconds = {"baseline": 0.0, "quantized": 0.0}
@@ -45,6 +47,14 @@ def perplexity(subject: Subject, settings: EvaluationSettings, on_progress: Prog
             on_progress(index + 1, len(windows))
     bits = cache_bits(cache) if isinstance(cache, QuantizedCache) else codec_bits(subject.artifact)
     return TaskOutcome(_metrics(parts, settings.seed), bits, int(windows.numel()), {"seconds": seconds})
+
+
+def _check_context(subject: Subject, settings: EvaluationSettings) -> None:
+    positions = getattr(subject.model.config, "max_position_embeddings", None)
+    if positions and settings.context > positions:
+        raise DataError(
+            f"windows of {settings.context} tokens exceed the model's {positions} positions; use --context {positions} or less"
+        )
 
 
 def _positions(ids: torch.Tensor, settings: EvaluationSettings) -> torch.Tensor:

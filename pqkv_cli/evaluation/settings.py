@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pqkv_cli.artifact.store import Artifact
+from pqkv_cli.errors import UsageError, did_you_mean
 
 Mode = Literal["all", "cache"]
 MODES: tuple[Mode, Mode] = ("all", "cache")
@@ -26,6 +27,11 @@ class EvaluationSettings:
         smaller, the closer to token-by-token decoding.
     position_offset
         Added to all positions; the uncompressed model does not change under it, a cache must not either.
+
+    Raises
+    ------
+    UsageError
+        If a field is out of range.
     """
 
     mode: Mode
@@ -34,6 +40,14 @@ class EvaluationSettings:
     seed: int = 0
     chunk_tokens: int = 16
     position_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UsageError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}{did_you_mean(self.mode, MODES)}")
+        least = {"context": 2, "chunk_tokens": 1, "position_offset": 0} | ({} if self.limit is None else {"limit": 1})
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected at least {low}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: 
         "cache_bytes": {**outcome.bits.cache_bytes, "num_tokens": outcome.bits.num_tokens},
         "metrics": dict(outcome.metrics),
         "cost": dict(outcome.cost),
-        "settings": asdict(settings) | {"num_tokens": outcome.num_tokens, "dtype": str(subject.model.dtype).removeprefix("torch.")},
+        "settings": asdict(settings)
+        | {"num_tokens": outcome.num_tokens, "dtype": str(subject.model.dtype).removeprefix("torch.")},
         "environment": environment(subject.model.device),
     }

@@ -9,7 +9,7 @@ from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.errors import DataError, UsageError
 from pqkv_cli.fitting.settings import FitSettings, Weighting
 from pqkv_cli.quantizers.grouping import balanced_pairs
-from pqkv_cli.quantizers.maps import metric_rotation, pair_scale, range_factor
+from pqkv_cli.quantizers.maps import metric_rotation, pair_metric, pair_scale, range_factor
 from pqkv_cli.quantizers.product import Codebooks, fit_product, relative_error
 from pqkv_cli.specs import SIDES, CodecSpec, LayerGeometry, Side
 from pqkv_kernels.codec import to_code_space
@@ -93,12 +93,11 @@ def _fit_side(
     vectors = (samples.keys if side == "keys" else samples.values).float()
     weights = sample_weights(samples.attention_mass.float(), settings.weighting(side), settings.damping)
     rotary = layer.rotary if spec.key_space == "pre_rope" else None
-    # Sampled keys are already un-rotated, so their way to code space is that of tables without rotary embedding.
-    tables = CodecTables(spec.layout, _blank(spec.layout, len(vectors)))
+    tables = CodecTables(spec.layout, _blank(spec.layout, len(vectors)), rotary=rotary)
     matrix = _map(samples, vectors, weights, spec, side, rotary, settings)
     if matrix is not None:
         factor = range_factor(_coded(vectors, replace(tables, map=matrix)))
-        tables = replace(tables, map=matrix * factor.view(-1, *[1] * (matrix.ndim - 1)))
+        tables = replace(tables, map=matrix * factor.view(-1, *[1] * (matrix.ndim - 1)), inverse=None)
     if rotary is not None:
         energy = _pair_energy(_coded(vectors, tables), weights, rotary)
         tables = replace(tables, permutation=balanced_pairs(energy, rotary, spec.layout))
@@ -106,7 +105,7 @@ def _fit_side(
     seed = settings.derived_seed(index, side)
     codebooks = fit_product(points, spec.layout, weights=weights, iterations=settings.iterations, seed=seed)
     error = relative_error(points, spec.layout, codebooks)
-    return replace(tables, codebooks=codebooks, rotary=rotary), error
+    return replace(tables, codebooks=codebooks), error
 
 
 def _map(
@@ -124,6 +123,8 @@ def _map(
         return None
     if spec.map == "scale":
         return pair_scale(gram, rotary)
+    if spec.map == "blocks" and rotary is not None:
+        return pair_metric(samples.pair_moment, samples.query_moment, rotary, vectors.shape[-1])
     if side == "values" and not settings.rotate_values:
         return metric_rotation(gram)
     wide = vectors.double()
@@ -132,7 +133,8 @@ def _map(
 
 
 def _coded(vectors: torch.Tensor, tables: CodecTables) -> torch.Tensor:
-    return to_code_space(vectors[None], tables)[0]
+    # Sampled keys are those before rotary embedding already.
+    return to_code_space(vectors[None], tables, rotated=False)[0]
 
 
 def _blank(layout: CodeLayout, num_heads: int) -> Codebooks:
@@ -175,7 +177,7 @@ def _check_spec(spec: CodecSpec, layer: LayerGeometry, index: int, side: Side) -
         found = "a matrix map" if layer.rotary is not None else "a layer without rotary embedding"
         raise UsageError(
             f"layer {index}, keys: found {found} for codes before rotary embedding; expected rotary keys and the map "
-            "'scale' or 'identity'; plan this layer with the key space 'post_rope'"
+            "'blocks', 'scale' or 'identity'; plan this layer with the key space 'post_rope'"
         )
     if spec.key_space == "post_rope" and layer.rotary is not None:
         raise UsageError(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from pqkv_cli.errors import RunError
-from pqkv_cli.fitting.files import write_whole
+from pqkv_cli.files import write_bytes
 from pqkv_cli.fitting.fit import FittedLayer
 from pqkv_cli.specs import SIDES, CodecSpec, Side
 from pqkv_kernels.layout import RotaryLayout
@@ -49,7 +49,7 @@ def save_layer(path: Path, fitted: FittedLayer, request_sha256: str) -> LayerSta
         "relative_error": {side: list(errors) for side, errors in fitted.relative_error.items()},
         "rotary": {side: asdict(t.rotary) if t.rotary is not None else None for side, t in fitted.tables.items()},
     }
-    write_whole(path, save(tensors, {METADATA_KEY: json.dumps(document, sort_keys=True)}))
+    write_bytes(path, save(tensors, {METADATA_KEY: json.dumps(document, sort_keys=True)}), RunError)
     return stamp
 
 

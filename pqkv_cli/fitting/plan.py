@@ -1,14 +1,24 @@
 """Plans made without looking at data: the same rate everywhere. Knows geometry and rates; no torch, no files."""
 
 from pqkv_cli.errors import UsageError
-from pqkv_cli.specs import CacheSpec, CodecSpec, CompressionPlan, LayerGeometry, LayerPlan, ModelGeometry, rate_layout
+from pqkv_cli.specs import (
+    CacheSpec,
+    CodecSpec,
+    CompressionPlan,
+    LayerGeometry,
+    LayerPlan,
+    MapKind,
+    ModelGeometry,
+    key_layout,
+    rate_layout,
+)
 
 
 def uniform_plan(geometry: ModelGeometry, bits: int, cache: CacheSpec) -> CompressionPlan:
     """Return a plan that codes every layer that can be at `bits` per channel.
 
-    Keys of rotary layers are coded before rotary embedding with a scale per pair, other keys as they are; values in the
-    metric of the output projection. Codecs are named ``k4`` and ``v4``, and ``k4_d128`` where layers differ in width.
+    Keys of rotary layers are coded before rotary embedding in the metric of each pair, other keys as they are; values in
+    the metric of the output projection. Codecs are named ``k4`` and ``v4``, and ``k4_d128`` where layers differ in width.
 
     Raises
     ------
@@ -31,12 +41,17 @@ def uniform_plan(geometry: ModelGeometry, bits: int, cache: CacheSpec) -> Compre
         layout = rate_layout(bits, layer.head_dim)
         keys, values = _names(layer, bits, kinds)
         if layer.rotary is not None:
-            codecs.setdefault(keys, CodecSpec(layout, "scale", "pre_rope"))
+            codecs.setdefault(keys, CodecSpec(key_layout(bits, layer.head_dim), _key_map(layer), "pre_rope"))
         else:
             codecs.setdefault(keys, CodecSpec(layout, "identity", "post_rope"))
         codecs.setdefault(values, CodecSpec(layout, "matrix"))
         layers.append(LayerPlan(keys, values))
     return CompressionPlan(codecs, tuple(layers), cache)
+
+
+def _key_map(layer: LayerGeometry) -> MapKind:
+    # Blocks cover all channels in twos; one channel left over outside the rotary pairs leaves only a scale.
+    return "scale" if layer.head_dim % 2 else "blocks"
 
 
 def _names(layer: LayerGeometry, bits: int, kinds: list[tuple[int, bool]]) -> tuple[str, str]:

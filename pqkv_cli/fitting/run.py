@@ -10,7 +10,7 @@ import torch
 
 from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.errors import RunError
-from pqkv_cli.fitting.files import write_whole
+from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import FittedLayer, fit_layer
 from pqkv_cli.fitting.layer_file import LayerStamp, layer_path, load_layer, save_layer, tensors_sha256
 from pqkv_cli.fitting.record import RECORD_NAME, FitRecord, digest, load_record
@@ -171,4 +171,4 @@ def _commit(directory: Path, record: FitRecord) -> None:
     for path in directory.glob("layer_*.safetensors"):
         if path.name not in kept:
             path.unlink(missing_ok=True)
-    write_whole(directory / RECORD_NAME, record.text().encode())
+    write_text(directory / RECORD_NAME, record.text(), RunError)

@@ -38,8 +38,8 @@ class FitSettings:
 
     seed: int = 0
     iterations: int = 25
-    key_weighting: Weighting = "mass"
-    value_weighting: Weighting = "mass"
+    key_weighting: Weighting = "sqrt"
+    value_weighting: Weighting = "sqrt"
     damping: float = 0.1
     rotate_values: bool = True
 

@@ -85,8 +85,10 @@ def _settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> Evalua
     wanted = recipe.evaluation
     positions = int(getattr(subject.model.config, "max_position_embeddings", 0) or _LONGEST_PROMPT)
     longest = min(_LONGEST_PROMPT, positions - _ANSWER_ROOM)
-    context, limit = (longest, None) if task == "passkey" else (min(recipe.calibration.seq_len, positions), _DEFAULT_WINDOWS)
-    return EvaluationSettings(mode, wanted.context or context, wanted.limit or limit, recipe.seed)
+    if task == "passkey":
+        return EvaluationSettings(mode, wanted.context or longest, wanted.prompts or wanted.limit, recipe.seed)
+    context = wanted.context or min(recipe.calibration.seq_len, positions)
+    return EvaluationSettings(mode, context, wanted.limit or _DEFAULT_WINDOWS, recipe.seed)
 
 
 def _renew_card(source: Source, artifact: Artifact) -> None:

@@ -1,7 +1,7 @@
 """How a stage tells somebody what it does. Knows no terminal."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 Advance = Callable[[int, int], None]
@@ -15,14 +15,3 @@ class Reporter(Protocol):
 
     def progress(self, label: str) -> AbstractContextManager[Advance]:
         """Open a progress display; the yielded function takes ``(done, total)``."""
-
-
-class SilentReporter:
-    """Says nothing; for callers from Python."""
-
-    def note(self, text: str) -> None:
-        """Ignore the sentence."""
-
-    def progress(self, label: str) -> AbstractContextManager[Advance]:
-        """Return a display that shows nothing."""
-        return nullcontext(lambda done, total: None)

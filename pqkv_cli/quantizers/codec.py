@@ -1,6 +1,5 @@
 """What every vector quantizer in a simulated cache looks like, ours and the rivals'. Knows no cache and no model."""
 
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -41,7 +40,6 @@ class ProductCodec:
 
     def __init__(self, tables: CodecTables) -> None:
         self._tables = tables
-        self._inner = replace(tables, rotary=None)
 
     @property
     def rotary(self) -> RotaryLayout | None:
@@ -55,5 +53,5 @@ class ProductCodec:
 
     def encode_decode(self, x: torch.Tensor) -> torch.Tensor:
         """Return the decoded codes of `x` [B, Hkv, T, D], fp32."""
-        self._inner = self._inner.to(x.device)
-        return round_trip(x, self._inner)
+        self._tables = self._tables.to(x.device)
+        return round_trip(x, self._tables, rotated=False)

@@ -13,6 +13,8 @@ from pqkv_kernels.layout import CodeLayout, RotaryLayout
 
 # A channel without any second moment gets this share of its head's mean root mean square, so that the map stays invertible.
 DEAD_SHARE = 1e-2
+# Share of the diagonal added to a pair's moment: the condition of its map stays below about 200.
+PAIR_RIDGE = 1e-4
 # Shares of the diagonal added to a Gram matrix: the first whose map inverts to within INVERSE_TOLERANCE in fp32 is taken.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 INVERSE_TOLERANCE = 1e-4
@@ -45,6 +47,47 @@ def pair_scale(query_moment: torch.Tensor, rotary: RotaryLayout | None) -> torch
         both = (mean_square[:, first] + mean_square[:, second]) / 2
         mean_square[:, first] = mean_square[:, second] = both
     return _alive(mean_square.sqrt()).float()
+
+
+def pair_metric(pair_moment: torch.Tensor, query_moment: torch.Tensor, rotary: RotaryLayout, head_dim: int) -> torch.Tensor:
+    """Return the 2 x 2 maps in which plain L2 is the error of logits, for keys before rotary embedding.
+
+    Each is the upper triangular `A` with ``A^T A`` the pair's moment and a ridge of `PAIR_RIDGE` of its diagonal.
+
+    Parameters
+    ----------
+    pair_moment
+        ``E[r r^T]`` of the queries as keys before rotary embedding meet them, [Hkv, num_pairs, 2, 2] fp64.
+    query_moment
+        ``E[q q^T]``, [Hkv, D, D] fp64: unrotated channels get their root mean square, without correlation.
+    rotary
+        The pairs.
+    head_dim
+        `D`.
+
+    Returns
+    -------
+    torch.Tensor
+        [Hkv, D / 2, 2, 2] fp32, for ``rotary.blocks(D)``.
+
+    Raises
+    ------
+    DataError
+        If a moment is not finite or negative on the diagonal.
+    """
+    channels = pair_scale(query_moment, None).double()
+    first, second = torch.tensor(rotary.blocks(head_dim)).unbind(1)
+    blocks = torch.diag_embed(torch.stack((channels[:, first], channels[:, second]), dim=-1).square())
+    _diagonal(pair_moment.flatten(0, 1), "pair moment")
+    alive = pair_moment.diagonal(dim1=-2, dim2=-1).amin(-1) > 0
+    blocks[:, : rotary.num_pairs] = torch.where(alive[..., None, None], pair_moment.double(), blocks[:, : rotary.num_pairs])
+    a, b, c = blocks[..., 0, 0] * (1 + PAIR_RIDGE), blocks[..., 0, 1], blocks[..., 1, 1] * (1 + PAIR_RIDGE)
+    # By hand: square roots and quotients scale exactly under powers of two, so the map undoes such a gauge bit for bit.
+    top = a.sqrt()
+    side = b / top
+    bottom = (c - side * side).clamp(min=PAIR_RIDGE * c).sqrt()
+    maps: torch.Tensor = torch.stack((top, side, torch.zeros_like(top), bottom), dim=-1).unflatten(-1, (2, 2)).float()
+    return maps
 
 
 def metric_matrix(gram: torch.Tensor, ridge: float = RIDGES[0]) -> torch.Tensor:

@@ -3,6 +3,8 @@
     artifact = load("artifact/")
     with attach(model, artifact) as attached:
         model.generate(**inputs, past_key_values=attached.new_cache())
+
+Knows no evaluation and no command line; typer, rich, pydantic, yaml and datasets may be absent.
 """
 
 from pqkv_cli.artifact.store import Artifact

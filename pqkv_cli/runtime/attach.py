@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 from weakref import WeakSet
 
 import torch
-from pqkv_kernels.tables import CodecTables
 
 from pqkv_cli.artifact.check import check_model
 from pqkv_cli.artifact.store import Artifact
@@ -18,11 +17,12 @@ from pqkv_cli.cache.timeline import AngleSource
 from pqkv_cli.errors import CacheError, UnsupportedModelError
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.identity import model_identity
-from pqkv_cli.models.rotary import rotary_angles
+from pqkv_cli.models.rotary import rotary_angles, rotary_key
 from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
 from pqkv_cli.runtime.attention import ATTENTION_NAME, register_attention
 from pqkv_cli.runtime.hooks import install_step_hook
 from pqkv_cli.specs import SIDES, CacheSpec, Side
+from pqkv_kernels.tables import CodecTables
 
 _attached: WeakSet[torch.nn.Module] = WeakSet()
 
@@ -30,17 +30,18 @@ _attached: WeakSet[torch.nn.Module] = WeakSet()
 class Attached:
     """A model that can use quantized caches, until `detach`. Also a context manager."""
 
-    def __init__(self, model: Any, tables: Sequence[dict[Side, CodecTables] | None], spec: CacheSpec) -> None:
+    def __init__(self, model: Any, tables: Sequence[Mapping[Side, CodecTables] | None], spec: CacheSpec) -> None:
         self.model, self.spec = model, spec
         self._tables = tables
         self._angles = _angle_sources(model, [None if t is None else t["keys"].rotary is not None for t in tables])
         self._previous = model.config._attn_implementation
+        self._is_attached = True
         register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
         if model.config._attn_implementation != ATTENTION_NAME:
             raise UnsupportedModelError(
-                f"{type(model).__name__} keeps its own attention ({model.config._attn_implementation}) and cannot attend over codes; "
-                "expected a model that dispatches through transformers' attention interface"
+                f"{type(model).__name__} keeps its own attention ({model.config._attn_implementation}) and cannot attend over "
+                "codes; expected a model that dispatches through transformers' attention interface"
             )
         self._hook = install_step_hook(model)
         _attached.add(model)
@@ -51,7 +52,8 @@ class Attached:
 
     def detach(self) -> None:
         """Remove every hook and restore the attention implementation; harmless when repeated."""
-        if self.model in _attached:
+        if self._is_attached:
+            self._is_attached = False
             self._hook.remove()
             self.model.set_attn_implementation(self._previous)
             _attached.discard(self.model)
@@ -113,7 +115,7 @@ def attach(model: Any, artifact: Artifact, *, cache: CacheSpec | None = None, fo
     if model in _attached:
         raise CacheError("the model is attached already; call detach() on what the first attach returned")
     _require_match(model, artifact, force)
-    return Attached(model, artifact.tables, artifact.header.cache if cache is None else cache)
+    return Attached(model, artifact.tables, artifact.header.plan.cache if cache is None else cache)
 
 
 def simulate(model: Any, codecs: Sequence[dict[Side, VectorCodec] | None]) -> Simulation:
@@ -139,4 +141,10 @@ def _require_match(model: Any, artifact: Artifact, force: bool) -> None:
 
 
 def _angle_sources(model: Any, rotary: Sequence[bool | None]) -> list[AngleSource | None]:
-    return [rotary_angles(model, index) if needed else None for index, needed in enumerate(rotary)]
+    # Layers that share a rotary module share one source, so that a step computes their angles once.
+    shared: dict[object, AngleSource] = {}
+    sources: list[AngleSource | None] = []
+    for index, needed in enumerate(rotary):
+        key = rotary_key(model, index) if needed else None
+        sources.append(shared.setdefault(key, rotary_angles(model, index)) if key is not None else None)
+    return sources

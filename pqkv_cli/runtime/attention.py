@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-from pqkv_kernels.attention import Part, code_attention, code_queries, exact_attention, leave_code_space, merge
-from pqkv_kernels.layout import PAGE_TOKENS
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pqkv_cli.cache.handle import LazyStates, StepView
 from pqkv_cli.errors import CacheError
+from pqkv_kernels.attention import Part, code_attention, code_queries, exact_attention, leave_code_space, merge
+from pqkv_kernels.layout import PAGE_TOKENS
 
 ATTENTION_NAME = "pqkv"
 _QUERY_BLOCK = 256  # queries scored at a time, so that logits stay small in a long chunk
@@ -83,9 +83,7 @@ def _attend_block(
     return merge(parts)[0]
 
 
-def _coded_part(
-    query: torch.Tensor, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None
-) -> Part:
+def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None) -> Part:
     key_tables, value_tables = view.layer.tables["keys"], view.layer.tables["values"]
     angles = view.layer.angles("keys", 0, view.num_coded)
     coded_query = code_queries(query, key_tables)
@@ -96,7 +94,15 @@ def _coded_part(
         slab_angles = None if angles is None else (angles[0][:, start:stop], angles[1][:, start:stop])
         parts.append(
             code_attention(
-                coded_query, key_pages, value_pages, key_tables, value_tables, first_token - start, scaling, slab_angles, softcap
+                coded_query,
+                key_pages,
+                value_pages,
+                key_tables,
+                value_tables,
+                first_token - start,
+                scaling,
+                slab_angles,
+                softcap,
             )
         )
         start = stop
@@ -114,7 +120,5 @@ def _sdpa(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
-    output, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     return output, None

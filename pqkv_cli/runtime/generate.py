@@ -8,17 +8,29 @@ import torch
 from transformers import TextStreamer
 
 from pqkv_cli.cache.cache import CacheBytes
-from pqkv_cli.errors import DataError
+from pqkv_cli.errors import DataError, UsageError
 from pqkv_cli.runtime.attach import Attached
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateSettings:
-    """How to generate; `temperature` 0 is greedy."""
+    """How to generate; `temperature` 0 is greedy.
+
+    Raises
+    ------
+    UsageError
+        If a field is out of range.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +76,7 @@ def generate(
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
         max_new_tokens=settings.max_new_tokens,
-        pad_token_id=model.config.pad_token_id if model.config.pad_token_id is not None else model.config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=None if on_text is None else _CallbackStreamer(tokenizer, on_text),
         **sampling,
     )
@@ -86,7 +98,7 @@ def _baseline_bytes(cache: Any, element_bytes: int) -> int:
     return int(quantized * element_bytes + cache.num_bytes().dense)
 
 
-class _CallbackStreamer(TextStreamer):  # type: ignore[misc]
+class _CallbackStreamer(TextStreamer):
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text

@@ -27,6 +27,7 @@ def make_header() -> Header:
     uneven = CodeLayout(((CodeGroup(2, 2, 2), CodeGroup(1, 3, 4)), (CodeGroup(4, 1, 2),)))
     codecs = {
         "k2": CodecSpec(CodeLayout.uniform(DIM, 4, 2), "scale", "pre_rope"),
+        "k3": CodecSpec(CodeLayout.uniform(DIM, 4, 2), "blocks", "pre_rope"),
         "v2": CodecSpec(uneven, "matrix"),
         "v1": CodecSpec(CodeLayout.uniform(DIM, 2, 3), "identity"),
     }
@@ -36,7 +37,7 @@ def make_header() -> Header:
         geometry=(attention, attention, LayerGeometry(4, HEADS, DIM, None, "sliding window")),
         plan=CompressionPlan(
             codecs,
-            (LayerPlan("k2", "v2"), LayerPlan("k2", "v1"), LayerPlan(dense_reason="sliding window")),
+            (LayerPlan("k2", "v2"), LayerPlan("k3", "v1"), LayerPlan(dense_reason="sliding window")),
             CacheSpec(4, 64),
         ),
         relative_error=(error, error, None),
@@ -68,11 +69,12 @@ def _tables(codec: CodecSpec, geometry: LayerGeometry, generator: torch.Generato
     )
     scale = (torch.rand(heads, dim // 2, generator=generator) + 0.5).repeat(1, 2)
     matrix = torch.randn(heads, dim, dim, generator=generator) + 4 * torch.eye(dim)
+    blocks = torch.randn(heads, dim // 2, 2, 2, generator=generator) + 4 * torch.eye(2)
     permutation = torch.stack([torch.randperm(dim, generator=generator) for _ in range(heads)]).to(torch.int16)
     return CodecTables(
         codec.layout,
         books,
-        {"identity": None, "scale": scale, "matrix": matrix}[codec.map],
+        {"identity": None, "scale": scale, "blocks": blocks, "matrix": matrix}[codec.map],
         None if codec.map == "identity" else permutation,
         geometry.rotary if codec.key_space == "pre_rope" else None,
     )

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import key_tables, value_tables
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pqkv_cli.cache.build import quantized_cache
 from pqkv_cli.runtime.attention import register_attention
 from pqkv_cli.runtime.hooks import install_step_hook
-from tests_support import key_tables, value_tables
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -1,11 +1,11 @@
 """A dense cache that holds what the quantized cache should stand for, written as plainly as possible."""
 
 import torch
-from pqkv_kernels.codec import round_trip
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pqkv_cli.cache.cache import TimedCache
 from pqkv_cli.cache.timeline import Timeline
+from pqkv_kernels.codec import round_trip
 
 PAGE = 64
 
@@ -46,7 +46,9 @@ class OracleLayer(DynamicLayer):
 def oracle_cache(config, tables, spec, sources):
     timeline = Timeline()
     layers = DynamicCache(config=config).layers
-    made = [layer if t is None else OracleLayer(t, spec, timeline, s) for layer, t, s in zip(layers, tables, sources, strict=True)]
+    made = [
+        layer if t is None else OracleLayer(t, spec, timeline, s) for layer, t, s in zip(layers, tables, sources, strict=True)
+    ]
     return TimedCache(made, timeline)
 
 

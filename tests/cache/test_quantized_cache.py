@@ -46,7 +46,9 @@ def test_left_padded_rows_equal_their_unbatched_runs(bench) -> None:
     lengths = [1, 7, 64, 300]
     rows = [bench.tokens(1, length + 70, seed=length) for length in lengths]
     longest = max(lengths)
-    tokens = torch.cat([torch.cat((torch.zeros(1, longest - n, dtype=torch.long), row), 1) for n, row in zip(lengths, rows, strict=True)])
+    tokens = torch.cat(
+        [torch.cat((torch.zeros(1, longest - n, dtype=torch.long), row), 1) for n, row in zip(lengths, rows, strict=True)]
+    )
     mask = torch.stack([(torch.arange(longest + 70) >= longest - n).long() for n in lengths])
     steps = [longest, *[1] * 70]
     batched = logits_in_steps(bench, bench.quantized(), tokens, steps, "pqkv", mask)
@@ -86,7 +88,13 @@ def test_reordering_and_selecting_rows(bench) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 48}],
+    [
+        {},
+        {"num_beams": 3},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 48},
+    ],
     ids=["greedy", "beams", "sampling", "prompt-lookup", "chunked-prefill"],
 )
 def test_generate_gives_the_oracle_tokens(bench, options) -> None:

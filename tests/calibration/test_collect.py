@@ -45,6 +45,8 @@ def dense_reference(model: Any, windows: torch.Tensor, settings: CollectSettings
     group = shape.group_size
     keys, values, masses = [], [], []
     moment = torch.zeros(shape.num_kv_heads, shape.head_dim, shape.head_dim, dtype=torch.float64)
+    num_pairs = 0 if shape.rotary is None else shape.rotary.num_pairs
+    met = torch.zeros(shape.num_kv_heads, num_pairs, 2, 2, dtype=torch.float64)
     for number, step in enumerate(steps):
         positions = torch.arange(settings.seq_len)[None]
         key = step.keys[0].float()
@@ -60,6 +62,12 @@ def dense_reference(model: Any, windows: torch.Tensor, settings: CollectSettings
             for t in draw_queries(number, settings.seq_len, settings.queries_per_window, settings.seed).tolist():
                 logits = q[t] @ step.keys[0, head // group, : t + 1].double().T * step.scaling
                 mass[head // group, : t + 1] += (logits.softmax(-1) ** 2 / group).float()
+                if shape.rotary is not None:
+                    # The query as each key before rotary embedding meets it: turned back by the key's angle.
+                    turned = unrotate(q[t].expand(t + 1, -1), cos[0, : t + 1].double(), sin[0, : t + 1].double(), shape.rotary)
+                    for pair, channels in enumerate(shape.rotary.pairs()):
+                        r = turned[:, channels]
+                        met[head // group, pair] += r.T @ (r * logits.softmax(-1)[:, None])
         masses.append(mass)
     sample = draw_sample(settings.num_windows, settings.seq_len, settings.reservoir_size, settings.seed)
     weight = model.model.layers[layer].self_attn.o_proj.weight.detach().double()
@@ -73,6 +81,7 @@ def dense_reference(model: Any, windows: torch.Tensor, settings: CollectSettings
         (sample % settings.seq_len).int(),
         torch.cat(masses, 1)[:, sample],
         moment / (settings.num_windows * settings.seq_len),
+        met / (settings.num_windows * settings.queries_per_window),
         gram,
     )
 
@@ -109,6 +118,7 @@ def test_the_store_equals_a_dull_reference(
         torch.testing.assert_close(found.values, expected.values, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(found.attention_mass, expected.attention_mass, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found.query_moment, expected.query_moment, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.pair_moment, expected.pair_moment, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(found.output_gram, expected.output_gram)
 
 
@@ -290,7 +300,7 @@ def test_a_full_disk_leaves_no_temporary_file(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pqkv_cli.calibration.files.os.replace", full)
+        patch.setattr("pqkv_cli.files.os.replace", full)
         with pytest.raises(RunError, match=r"No space left on device.*run again"):
             collect(random_model(), windows, tmp_path, settings, quiet)
     assert not list(tmp_path.rglob("*.tmp"))

@@ -101,7 +101,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def exported(tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run that has gone through calibrate, fit-codebooks and export; tests must not change it."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    words = ["calibrate", tiny_model, "--data", texts[0], "--samples", 12, "--seq-len", 64, "--batch-size", 4, "-o", run]
+    words = ["calibrate", tiny_model, "--data", texts[0], "--samples", 20, "--seq-len", 64, "--batch-size", 4, "-o", run]
     for command in (words, ["fit-codebooks", run, "--bits", 4, "--iterations", 4], ["export", run]):
         assert main([str(word) for word in command]) == 0
     return run

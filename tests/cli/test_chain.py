@@ -30,7 +30,7 @@ def test_a_run_holds_what_the_layout_says(exported: Path) -> None:
 def test_the_effective_recipe_is_saved(exported: Path, tiny_model: Path, texts: tuple[Path, Path]) -> None:
     text = (exported / "recipe.yaml").read_text()
     assert [
-        line for line in (f"model: {tiny_model}", f"data: {texts[0]}", "samples: 12", "iterations: 4") if line not in text
+        line for line in (f"model: {tiny_model}", f"data: {texts[0]}", "samples: 20", "iterations: 4") if line not in text
     ] == []
 
 
@@ -44,7 +44,7 @@ def test_artifact_holds_no_path_host_or_time(exported: Path, tiny_model: Path) -
 def test_same_seed_gives_the_same_bytes(
     pqkv: Callable, exported: Path, tiny_model: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    options = ["--data", texts[0], "--samples", 12, "--seq-len", 64, "--batch-size", 4, "-o", "again"]
+    options = ["--data", texts[0], "--samples", 20, "--seq-len", 64, "--batch-size", 4, "-o", "again"]
     assert pqkv("calibrate", tiny_model, *options).code == 0
     assert pqkv("fit-codebooks", "again", "--bits", 4, "--iterations", 4).code == 0
     assert pqkv("export", "again").code == 0
@@ -181,7 +181,7 @@ def test_inspect_tells_models_runs_and_artifacts_apart(pqkv: Callable, run: Path
 def test_run_does_everything_once(pqkv: Callable, tiny_model: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
-        f"name: mine\nmodel: {tiny_model}\ncalibration: {{data: {texts[0]}, samples: 8, seq_len: 64}}\n"
+        f"name: mine\nmodel: {tiny_model}\ncalibration: {{data: {texts[0]}, samples: 20, seq_len: 64}}\n"
         "codebooks: {iterations: 2}\n"
         f"evaluation: {{tasks: [perplexity], data: {texts[1]}, limit: 2}}\n"
         "generation: {prompt: once upon, max_new_tokens: 4}\n"
@@ -198,7 +198,7 @@ def test_run_does_everything_once(pqkv: Callable, tiny_model: Path, texts: tuple
 
 def test_recipes_of_runs_and_files(pqkv: Callable, run: Path) -> None:
     assert pqkv("recipes", "show", "demo", "--json", "-").json["recipe"]["model"] == "demo"
-    assert "samples: 12" in pqkv("recipes", "show", "--run", run).out
+    assert "samples: 20" in pqkv("recipes", "show", "--run", run).out
     assert len(pqkv("recipes", "--json", "-").json) == 9
 
 

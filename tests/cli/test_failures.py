@@ -13,7 +13,6 @@ import pytest
 
 from pqkv_cli.cli.failure import Terminated, describe
 from pqkv_cli.errors import ArtifactError, GateError, RunError, UsageError
-from pqkv_cli.files import atomic_path, write_text
 from pqkv_cli.pipeline.lock import locked
 from pqkv_cli.pipeline.rundir import Run
 
@@ -85,16 +84,6 @@ def test_a_full_disk_during_export_keeps_the_old_artifact(
     assert list(run.rglob("*.tmp")) == []
     monkeypatch.undo()
     assert pqkv("export", run, "--window-tokens", 8).code == 0
-
-
-def test_atomic_path_replaces_or_leaves_alone(tmp_path: Path) -> None:
-    file = tmp_path / "a" / "file"
-    write_text(file, "one\n")
-    with pytest.raises(KeyboardInterrupt), atomic_path(file) as temporary:
-        temporary.write_text("two")
-        raise KeyboardInterrupt
-    assert [path.name for path in file.parent.iterdir()] == ["file"]
-    assert file.read_bytes() == b"one\n"
 
 
 class OutOfMemoryError(RuntimeError):

@@ -10,7 +10,7 @@ from pqkv_kernels.layout import CodeLayout, RotaryLayout
 
 HEADS, DIM, POINTS = 2, 8, 700
 LAYER = LayerGeometry(4, HEADS, DIM, RotaryLayout(DIM))
-KEYS = CodecSpec(CodeLayout.uniform(DIM, 2, 5), "scale", "pre_rope")
+KEYS = CodecSpec(CodeLayout.uniform(DIM, 2, 5), "blocks", "pre_rope")
 VALUES = CodecSpec(CodeLayout.uniform(DIM, 4, 4), "matrix")
 SPECS = {"keys": KEYS, "values": VALUES}
 
@@ -19,6 +19,7 @@ def samples(seed: int, dim: int = DIM) -> LayerSamples:
     g = torch.Generator().manual_seed(seed)
     spread = torch.rand(HEADS, 1, dim, generator=g) + 0.1
     queries = torch.randn(HEADS, 50, dim, generator=g).double() * torch.rand(dim, generator=g)
+    met = torch.randn(HEADS, dim // 2, 3, 2, generator=g).double()
     output = torch.randn(HEADS, 40, dim, generator=g).double()
     return LayerSamples(
         keys=(torch.randn(HEADS, POINTS, dim, generator=g) * spread).half(),
@@ -26,6 +27,7 @@ def samples(seed: int, dim: int = DIM) -> LayerSamples:
         positions=torch.arange(POINTS, dtype=torch.int32),
         attention_mass=torch.rand(HEADS, POINTS, generator=g) ** 4,
         query_moment=queries.mT @ queries / 50,
+        pair_moment=met.mT @ met,
         output_gram=output.mT @ output,
     )
 

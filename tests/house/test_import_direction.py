@@ -10,8 +10,8 @@ import pytest
 ROWS = (
     ("pqkv_kernels.errors",),
     ("pqkv_kernels.layout",),
-    ("pqkv_cli", "errors", "files"),
-    ("specs", "recipe_faults"),
+    ("pqkv_cli", "errors"),
+    ("specs", "recipe_faults", "files"),
     ("recipe", "pqkv_kernels"),
     ("quantizers", "models"),
     ("calibration", "artifact", "cache"),

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from tests_support import dull_attention, key_tables, random_angles, value_tables
+
 from pqkv_kernels.attention import code_attention, code_queries, exact_attention, leave_code_space, merge
 from pqkv_kernels.codec import decode, encode
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import RotaryLayout
-
-from tests_support import dull_attention, key_tables, random_angles, value_tables
 
 
 def coded(generator: torch.Generator, batch: int, num_pages: int, heads: int = 2, dim: int = 16):
@@ -26,9 +26,7 @@ def test_attention_over_codes_equals_attention_over_decoded_vectors(
     keys, values, angles, key_pages, value_pages, decoded_keys, decoded_values = coded(generator, 3, num_pages)
     query = torch.randn(3, 2 * groups, 2, 16, generator=generator)
     first = torch.tensor([0, 5, 64 * num_pages - 1])
-    output, lse = code_attention(
-        code_queries(query, keys), key_pages, value_pages, keys, values, first, 0.3, angles, softcap
-    )
+    output, lse = code_attention(code_queries(query, keys), key_pages, value_pages, keys, values, first, 0.3, angles, softcap)
     valid = (torch.arange(64 * num_pages) >= first[:, None])[:, None]
     expected = dull_attention(query, decoded_keys, decoded_values, valid, 0.3, softcap)
     torch.testing.assert_close(leave_code_space(output, values).double(), expected, atol=2e-4, rtol=2e-4)
@@ -56,7 +54,10 @@ def test_merged_parts_equal_the_whole(generator: torch.Generator) -> None:
     keys, values = (torch.randn(2, 2, 20, 16, generator=generator) for _ in range(2))
     valid = torch.rand(2, 3, 20, generator=generator) > 0.4
     valid[0, 0] = False  # a query that sees nothing, as those of padding do
-    parts = [exact_attention(query, keys[:, :, s], values[:, :, s], valid[:, :, s], 0.25) for s in (slice(0, 3), slice(3, 3), slice(3, 20))]
+    parts = [
+        exact_attention(query, keys[:, :, s], values[:, :, s], valid[:, :, s], 0.25)
+        for s in (slice(0, 3), slice(3, 3), slice(3, 20))
+    ]
     output, lse = merge(parts)
     torch.testing.assert_close(output.double(), dull_attention(query, keys, values, valid, 0.25), atol=1e-5, rtol=1e-5)
     assert torch.equal(output[0, :, 0], torch.zeros(4, 16)) and bool((lse[0, :, 0] == -torch.inf).all())

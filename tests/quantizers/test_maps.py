@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.grouping import balanced_pairs, deal
-from pqkv_cli.quantizers.maps import inverse_error, metric_matrix, metric_rotation, pair_scale, range_factor
+from pqkv_cli.quantizers.maps import inverse_error, metric_matrix, metric_rotation, pair_metric, pair_scale, range_factor
 from pqkv_kernels.layout import CodeGroup, CodeLayout, RotaryLayout
 
 seeds = st.integers(0, 2**31)
@@ -169,3 +169,33 @@ def test_range_factor_is_a_power_of_two_into_one_to_two() -> None:
     rms = (mapped * factor.view(3, 1, 1)).square().mean((1, 2)).sqrt()
     assert ((rms >= 1) & (rms < 2)).all()
     assert torch.equal(range_factor(torch.zeros(1, 3, 2)), torch.ones(1))
+
+
+@pytest.mark.parametrize("rotary_dim", [16, 12])
+def test_pair_metric_measures_the_error_under_the_pair_moment(rotary_dim: int) -> None:
+    rotary = RotaryLayout(rotary_dim)
+    g = torch.Generator().manual_seed(5)
+    met = torch.randn(2, rotary.num_pairs, 5, 2, generator=g).double()
+    moments, channels = met.mT @ met, moment(3)
+    maps = pair_metric(moments, channels, rotary, 16).double()
+    assert maps.shape == (2, 8, 2, 2)
+    x = torch.randn(2, rotary.num_pairs, 2, generator=g).double()
+    expected = torch.einsum("hpi,hpij,hpj->hp", x, moments, x)
+    found = torch.einsum("hpij,hpj->hpi", maps[:, : rotary.num_pairs], x).square().sum(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
+    left_over = maps[:, rotary.num_pairs :].diagonal(dim1=-2, dim2=-1).flatten(1)
+    torch.testing.assert_close(left_over, channels.diagonal(dim1=1, dim2=2)[:, rotary_dim:].sqrt(), rtol=1e-4, atol=0)
+
+
+def test_pair_metric_undoes_power_of_two_gauges_exactly_and_survives_degenerate_pairs() -> None:
+    rotary = RotaryLayout(16)
+    g = torch.Generator().manual_seed(6)
+    met = torch.randn(2, 8, 5, 2, generator=g).double()
+    moments = met.mT @ met
+    factors = torch.exp2(torch.randint(-5, 6, (2, 8), generator=g).double())
+    gauge = moments * factors[..., None, None].square()
+    channels = moment(3)
+    plain = pair_metric(moments, channels, rotary, 16)
+    assert torch.equal(pair_metric(gauge, channels, rotary, 16), plain * factors[..., None, None].float())
+    moments[0, 0], moments[0, 1] = 0.0, 1.0  # a dead pair; a pair that sees one direction only
+    assert bool(torch.isfinite(torch.linalg.inv(pair_metric(moments, channels, rotary, 16))).all())

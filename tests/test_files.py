@@ -1,0 +1,104 @@
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pqkv_cli.errors import ArtifactError, PqkvError, RunError
+from pqkv_cli.files import write_bytes, write_text
+
+
+def fails(number: int) -> Any:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_content_is_written_as_it_is(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a" / "b" / "bytes", b"\0\r\n")
+    write_text(tmp_path / "text", "Grüße\r\n")
+    write_text(tmp_path / "text", "")
+    assert (tmp_path / "a" / "b" / "bytes").read_bytes() == b"\0\r\n"
+    assert (tmp_path / "text").read_bytes() == b""
+    write_text(tmp_path / "text", "Grüße\r\n")
+    assert (tmp_path / "text").read_bytes() == b"Gr\xc3\xbc\xc3\x9fe\r\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "text"]
+
+
+def test_the_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_bytes(tmp_path / "file", b"x")
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "file")}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_keeps_the_old_file(call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    write_text(file, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails(number))
+        with pytest.raises(RunError, match=r"the disk is full .*file needs 3 bytes and \d+ are free; .*free some space"):
+            write_text(file, "new", RunError)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_interrupt_at_any_call_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    for call in ("write", "fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                write_bytes(tmp_path / "file", b"new")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+    write_bytes(tmp_path / "file", bytes(range(100)))
+    assert (tmp_path / "file").read_bytes() == bytes(range(100))
+
+
+def test_file_and_directory_are_synced_before_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    write_bytes(tmp_path / "file", b"x")
+    assert synced == [False, True]
+
+
+def test_a_directory_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def fail(number: int) -> Any:
+        return lambda d: fails(number)() if stat.S_ISDIR(os.fstat(d).st_mode) else fsync(d)
+
+    monkeypatch.setattr(os, "fsync", fail(errno.EINVAL))
+    write_bytes(tmp_path / "file", b"some file systems cannot sync directories")
+    monkeypatch.setattr(os, "fsync", fail(errno.EIO))
+    with pytest.raises(PqkvError, match="is written, but its directory cannot be synced"):
+        write_bytes(tmp_path / "file", b"x")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("file/below", "Not a directory|File exists"), ("directory", "Is a directory"), ("nul\0byte", "null byte")],
+)
+def test_impossible_places(name: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(ArtifactError, match=f"cannot be written: .*({reason}).*; choose another place"):
+        write_bytes(tmp_path / name, b"x", ArtifactError)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file"]
