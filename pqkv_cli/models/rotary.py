@@ -50,7 +50,8 @@ def rotary_angles(model: nn.Module, layer_index: int) -> Angles:
 
 def rotary_key(model: nn.Module, layer_index: int) -> tuple[int, str]:
     """Return what tells whether two layers have the same angles: their rotary module and their layer type."""
-    return id(rotary_module(model, layer_index)), layer_types(text_config(model.config))[layer_index]
+    config: Any = model.config
+    return id(rotary_module(model, layer_index)), layer_types(text_config(config))[layer_index]
 
 
 def rotary_module(model: nn.Module, layer_index: int) -> nn.Module:

@@ -1,0 +1,38 @@
+"""The reference model, and one calibrated, fitted and exported run of it per test session."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pqkv_cli.artifact.store import Artifact, open_artifact
+from pqkv_cli.cli.main import main
+from pqkv_cli.models.load import load_model
+from pqkv_cli.models.resolve import resolve_model
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The embedded model with an artifact of 4 bits per channel."""
+
+    model: Any
+    tokenizer: Any
+    artifact: Artifact
+    run: Path
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> tuple[Any, Any]:
+    import torch
+
+    return load_model(resolve_model("demo"), torch.float32, "cpu")
+
+
+@pytest.fixture(scope="session")
+def reference(reference_model: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    run = tmp_path_factory.mktemp("runs") / "demo"
+    for words in (["calibrate", "demo", "-o", str(run)], ["fit-codebooks", str(run)], ["export", str(run)]):
+        assert main(words) == 0
+    yield Reference(*reference_model, open_artifact(run / "artifact"), run)
