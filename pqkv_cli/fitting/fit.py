@@ -147,13 +147,19 @@ def _blank(layout: CodeLayout, num_heads: int) -> Codebooks:
 
 
 def _pair_energy(mapped: torch.Tensor, weights: torch.Tensor | None, rotary: RotaryLayout) -> torch.Tensor:
-    """Return the mean square [Hkv, num_pairs] fp64 of each rotary pair of `mapped` [Hkv, N, D]."""
-    square = mapped.double().square()
-    if weights is not None:
-        square = square * weights[..., None]
+    """Return the energy [Hkv, num_pairs] fp64 of each rotary pair of `mapped` [Hkv, N, D]: the root of its determinant.
+
+    The distortion of a pair's codes goes with the area over which its vectors spread: a constant offset costs nothing, nor
+    does the second axis of a pair that spreads along one.
+    """
     first, second = torch.tensor(rotary.pairs()).unbind(1)
-    energy = square.mean(dim=1)
-    return energy[:, first] + energy[:, second]
+    pairs = torch.stack((mapped[..., first], mapped[..., second]), dim=-1).double()  # [Hkv, N, P, 2]
+    counted = torch.ones(mapped.shape[:2], dtype=torch.float64) if weights is None else weights.double()
+    shares = counted / counted.sum(dim=1, keepdim=True)
+    mean = torch.einsum("hn,hnpi->hpi", shares, pairs)
+    square = torch.einsum("hn,hnpi,hnpj->hpij", shares, pairs, pairs)
+    covariance = square - mean[..., :, None] * mean[..., None, :]
+    return torch.linalg.det(covariance).clamp(min=0).sqrt()
 
 
 def _check_finite(vectors: torch.Tensor) -> None:

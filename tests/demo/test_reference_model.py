@@ -48,10 +48,11 @@ def test_it_recalls_at_full_precision(reference_model, length: int) -> None:
     assert right >= 0.9
 
 
-def test_four_bits_cost_almost_nothing(subject: Subject) -> None:
-    for mode in ("all", "cache"):
-        divergence, agreement = kl_bits(subject, mode, limit=8)
-        assert divergence <= 0.01 and agreement >= 0.96
+@pytest.mark.parametrize(("mode", "most_bits", "least_agreement"), [("all", 0.016, 0.94), ("cache", 0.003, 0.97)])
+def test_four_bits_cost_little(subject: Subject, mode: str, most_bits: float, least_agreement: float) -> None:
+    # Guards what docs/results.md reports against regressions, with room for another Python's text.
+    divergence, agreement = kl_bits(subject, mode, limit=16)
+    assert divergence <= most_bits and agreement >= least_agreement
 
 
 def test_positions_do_not_matter(subject: Subject) -> None:
