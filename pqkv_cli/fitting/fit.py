@@ -159,7 +159,8 @@ def _pair_energy(mapped: torch.Tensor, weights: torch.Tensor | None, rotary: Rot
     mean = torch.einsum("hn,hnpi->hpi", shares, pairs)
     square = torch.einsum("hn,hnpi,hnpj->hpij", shares, pairs, pairs)
     covariance = square - mean[..., :, None] * mean[..., None, :]
-    return torch.linalg.det(covariance).clamp(min=0).sqrt()
+    determinant: torch.Tensor = torch.linalg.det(covariance)
+    return determinant.clamp(min=0).sqrt()
 
 
 def _check_finite(vectors: torch.Tensor) -> None:
