@@ -50,6 +50,7 @@ def evaluate(
         "evaluation.modes": mode or None,
         "evaluation.context": context,
         "evaluation.limit": limit,
+        "evaluation.prompts": limit,
         **{"seed": seed, "device": device, "dtype": dtype},
     }
     checked(changes)
