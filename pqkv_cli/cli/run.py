@@ -59,5 +59,21 @@ def run(
 
 def _continuation(whole: "Whole", prompt: str) -> list[str]:
     made = whole.generation
-    held, dense = made.cache_bytes.total, made.baseline_bytes
-    return [f"\n{prompt}{made.text}\n", f"cache of this text: {held:,} bytes, uncompressed {dense:,} bytes"]
+    held, dense = made.cache_bytes, made.baseline_bytes
+    lines = [f"\n{prompt}{made.text}\n", f"cache of this text: {held.total:,} bytes, uncompressed {dense:,} bytes"]
+    if held.total > dense:
+        lines.append(
+            f"({held.exact:,} bytes are the exact first and most recent tokens, whatever the length: longer texts gain)"
+        )
+    longest = _longest_cache(whole)
+    return lines if longest is None else [*lines, longest]
+
+
+def _longest_cache(whole: "Whole") -> str | None:
+    """Return a line on the fullest cache that the evaluation measured, None where it measured none."""
+    measured = [r["cache_bytes"] for r in whole.records if r["cache_bytes"]["num_tokens"]]
+    if not measured:
+        return None
+    most = max(measured, key=lambda held: int(held["num_tokens"]))
+    ratio = most["baseline"] / most["quantized"]
+    return f"at {most['num_tokens']:,} tokens the cache was {ratio:.1f} times smaller than uncompressed"

@@ -35,7 +35,15 @@ STAGE_FIELDS: Mapping[Stage, tuple[str, ...]] = {
     ),
     "fit-codebooks": ("seed", "codebooks.bits", "codebooks.iterations"),
     "export": ("cache.num_sinks", "cache.window_tokens"),
-    "eval": ("seed", "dtype", "evaluation.tasks", "evaluation.modes", "evaluation.context", "evaluation.limit"),
+    "eval": (
+        "seed",
+        "dtype",
+        "evaluation.tasks",
+        "evaluation.modes",
+        "evaluation.context",
+        "evaluation.limit",
+        "evaluation.prompts",
+    ),
 }
 
 

@@ -28,7 +28,13 @@ def long_line(tiny_model: Path, texts: tuple[Path, Path], tmp_path: Path) -> lis
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_goes_on(number: signal.Signals, code: int, long_line: list[str], pqkv: Callable, tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "pqkv_cli", *long_line], stderr=subprocess.PIPE, text=True)
+    # A job in the background of a shell inherits an ignored SIGINT; what is tested is the answer to one that arrives.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pqkv_cli", *long_line],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL) and None,
+    )
     deadline = time.monotonic() + 60
     while not any(tmp_path.glob("RUN/calibration/parts/*")) and time.monotonic() < deadline:
         time.sleep(0.02)
