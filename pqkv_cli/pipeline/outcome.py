@@ -49,7 +49,8 @@ class StageWork:
 
 def do_stage(run: Run, recipe: Recipe, work: StageWork, reporter: Reporter) -> StageOutcome:
     """Do `work` unless it is done already; the recipe becomes the effective one as soon as it is known to be good."""
-    was_done = is_done(run, work.stage, work.inputs, reporter)
+    # Whoever deleted a stage's files wants it done again.
+    was_done = work.directory.is_dir() and is_done(run, work.stage, work.inputs, reporter)
     act = None if was_done else work.prepare()
     run.save_recipe(recipe)
     if act is not None:

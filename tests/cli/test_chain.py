@@ -211,3 +211,10 @@ def test_records_that_are_not_good_fail_the_command() -> None:
     with pytest.raises(GateError, match="kl too high") as gate:
         raise_on_bad([{"task": "t", "mode": "all", "gate": {"passed": False, "failed": ["kl too high"]}}])
     assert (incomplete.value.exit_code, gate.value.exit_code) == (1, 3)
+
+
+def test_a_stage_whose_files_were_deleted_is_done_again(pqkv: Callable, run: Path) -> None:
+    shutil.rmtree(run / "codebooks")
+    again = pqkv("fit-codebooks", run)
+    assert again.code == 0 and "already done" not in again.err
+    assert any((run / "codebooks").iterdir())
