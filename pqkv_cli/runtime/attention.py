@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pqkv_cli.cache.handle import LazyStates, StepView
-from pqkv_cli.errors import CacheError
+from pqkv_cli.runtime.dense_attention import dense_attention, sink_share
 from pqkv_kernels.attention import Part, code_attention, code_queries, exact_attention, leave_code_space, merge
 from pqkv_kernels.layout import PAGE_TOKENS
 
@@ -45,27 +44,31 @@ def pqkv_attention(
     Raises
     ------
     CacheError
-        If a handle is stale, or the model asks for attention sinks, which are not supported.
+        If a handle is stale.
     """
     if not isinstance(key, LazyStates):
-        return _sdpa(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+        return dense_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs), None
     view = key.step_view
     view.check_fresh()
-    softcap = kwargs.get("softcap")
-    if kwargs.get("s_aux") is not None:
-        raise CacheError("this model's attention has learned sinks (s_aux); `pqkv` attention does not support them yet")
-    if not view.num_coded and softcap is None:
-        exact = view.exact
-        return _sdpa(module, query, exact["keys"], exact["values"], attention_mask, scaling, dropout, kwargs)
+    if not view.num_coded:
+        keys, values = view.exact["keys"], view.exact["values"]
+        return dense_attention(module, query, keys, values, attention_mask, scaling, dropout, **kwargs), None
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     blocks = []
     for start in range(0, query.shape[2], _QUERY_BLOCK):
-        blocks.append(_attend_block(query, start, min(start + _QUERY_BLOCK, query.shape[2]), view, scale, softcap))
+        blocks.append(_attend_block(query, start, min(start + _QUERY_BLOCK, query.shape[2]), view, scale, softcap, sinks))
     return torch.cat(blocks, dim=2).transpose(1, 2).to(query.dtype), None
 
 
 def _attend_block(
-    query: torch.Tensor, start: int, stop: int, view: StepView, scaling: float, softcap: float | None
+    query: torch.Tensor,
+    start: int,
+    stop: int,
+    view: StepView,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     block = query[:, :, start:stop]
     row_start = view.layer.timeline.starts()
@@ -80,7 +83,8 @@ def _attend_block(
     causal = exact_slots[None, :] <= query_slots[:, None]
     valid = causal[None] & (exact_slots >= row_start[:, None])[:, None]
     parts.append(exact_attention(block, view.exact["keys"], view.exact["values"], valid, scaling, softcap))
-    return merge(parts)[0]
+    output, lse = merge(parts)
+    return output if sinks is None else output * sink_share(lse, sinks)[..., None]
 
 
 def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None) -> Part:
@@ -108,17 +112,3 @@ def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, sc
         start = stop
     output, lse = merge(parts)
     return leave_code_space(output, value_tables), lse.flatten(1, 2)
-
-
-def _sdpa(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, None]:
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    return output, None
