@@ -1,5 +1,7 @@
 """Codes to bytes and back: the only definition of the bit layout (see `pqkv_kernels.layout`)."""
 
+import math
+
 import torch
 
 from pqkv_kernels.errors import KernelError
@@ -41,13 +43,18 @@ def unpack_codes(packed: torch.Tensor, nbits: int) -> torch.Tensor:
     if nbits in (1, 2, 4):  # codes do not cross bytes
         shifts = torch.arange(0, 8, nbits, dtype=torch.uint8, device=packed.device)
         return ((packed[..., None] >> shifts) & ((1 << nbits) - 1)).flatten(-2).to(torch.int32)
-    # 8 codes fill exactly nbits bytes, so the page is 8 such blocks, each a window of shifted bytes.
-    blocks = packed.to(torch.int32).unflatten(-1, (8, nbits))
-    start = torch.arange(8, device=packed.device) * nbits
-    byte = start // 8
-    reach = [blocks[..., (byte + k).clamp(max=nbits - 1)] << (8 * k) for k in range(3)]
-    codes: torch.Tensor = ((reach[0] | reach[1] | reach[2]) >> (start % 8).to(torch.int32)) & ((1 << nbits) - 1)
-    return codes.flatten(-2)
+    words = _words(packed, nbits)
+    runs = [(words >> (i * nbits)) & ((1 << nbits) - 1) for i in range(64 // words.shape[-1])]
+    return torch.stack([run.to(torch.int32) for run in runs], dim=-1).flatten(-2)
+
+
+def _words(packed: torch.Tensor, nbits: int) -> torch.Tensor:
+    """Return the shortest runs of codes that end on a byte boundary as integers [..., 64 / codes per run]."""
+    num_bytes = nbits // math.gcd(nbits, 8)
+    wide = torch.int32 if num_bytes <= 4 else torch.int64
+    padded = packed.new_zeros(*packed.shape[:-1], packed.shape[-1] // num_bytes, wide.itemsize)
+    padded[..., :num_bytes] = packed.unflatten(-1, (-1, num_bytes))
+    return padded.view(wide)[..., 0]
 
 
 def _check(nbits: int, found: int, expected: int, what: str) -> None:
