@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
+from pqkv_cli.gates import parse_gates
 from pqkv_cli.recipe_faults import describe_faults
 
 TaskName = Literal["perplexity", "passkey"]
 ModeName = Literal["all", "cache"]
+
+
+def _consistent(gates: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        parse_gates(gates)
+    except UsageError as error:
+        raise ValueError(str(error)) from error  # the kind that pydantic collects
+    return gates
+
+
 _DEVICE = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
 
 
@@ -50,7 +61,8 @@ class EvaluationRecipe(_Section):
     """What is measured.
 
     `context` (tokens, the longest of them for pass keys), `limit` (text windows, or pass keys per length and depth) and
-    `prompts` (pass keys alone, before `limit`) are the task's own choice where they are None.
+    `prompts` (pass keys alone, before `limit`) are the task's own choice where they are None. `gates` are what the results
+    must reach, such as ``perplexity.kl_bits<=0.02``; they decide the exit code and change no result.
     """
 
     tasks: Annotated[tuple[TaskName, ...], Field(strict=False, min_length=1)] = ("perplexity", "passkey")
@@ -59,6 +71,7 @@ class EvaluationRecipe(_Section):
     context: int | None = Field(None, ge=8)
     limit: int | None = Field(None, ge=1)
     prompts: int | None = Field(None, ge=1)
+    gates: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_consistent)] = ()
 
 
 class GenerationRecipe(_Section):

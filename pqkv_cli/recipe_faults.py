@@ -37,6 +37,8 @@ def _describe(detail: ErrorDetails, model: type[BaseModel]) -> str:
         case "extra_forbidden":
             known = tuple(_section(model, parents).model_fields)
             return f"{where}: unknown key{did_you_mean(str(last), known)}; known are {', '.join(known)}"
+        case "value_error":
+            return f"{where}: {detail['ctx']['error']}"
         case "missing":
             return f"{where}: missing, but required"
         case "literal_error":

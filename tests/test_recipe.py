@@ -125,7 +125,7 @@ def test_every_setting_invalidates_a_stage_or_is_known_not_to() -> None:
     data = Recipe(name="a", model="b").model_dump()
     settings = {f"{k}.{i}" if isinstance(v, dict) else k for k, v in data.items() for i in (v if isinstance(v, dict) else [0])}
     by_content = {"name", "model", "device", "calibration.data", "evaluation.data"}
-    free = {"generation.prompt", "generation.max_new_tokens"}
+    free = {"generation.prompt", "generation.max_new_tokens", "evaluation.gates"}
     assert settings == {field for fields in STAGE_FIELDS.values() for field in fields} | by_content | free
 
 

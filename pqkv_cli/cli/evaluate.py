@@ -1,5 +1,8 @@
 """``pqkv eval``: measure an artifact next to the uncompressed model."""
 
+from dataclasses import dataclass
+
+from pqkv_cli.cli.option_set import takes
 from pqkv_cli.cli.options import (
     ContextOption,
     DebugOption,
@@ -7,8 +10,12 @@ from pqkv_cli.cli.options import (
     DtypeOption,
     EvaluationDataOption,
     ForceOption,
+    GateOption,
     JsonOption,
     LimitOption,
+    MaxKldOption,
+    MaxPplIncreaseOption,
+    MinRecoveryOption,
     ModelOption,
     ModeOption,
     RunOption,
@@ -18,46 +25,63 @@ from pqkv_cli.cli.options import (
 )
 
 
-def evaluate(
-    target: TargetArgument = None,
-    run: RunOption = None,
-    task: TaskOption = None,
-    data: EvaluationDataOption = None,
-    mode: ModeOption = None,
-    context: ContextOption = None,
-    limit: LimitOption = None,
-    model: ModelOption = None,
-    force: ForceOption = False,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    json_target: JsonOption = None,
-    debug: DebugOption = False,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class EvaluateWords:
+    """The options of ``pqkv eval``."""
+
+    target: TargetArgument = None
+    run: RunOption = None
+    task: TaskOption = None
+    data: EvaluationDataOption = None
+    mode: ModeOption = None
+    context: ContextOption = None
+    limit: LimitOption = None
+    gate: GateOption = None
+    min_recovery: MinRecoveryOption = None
+    max_kld: MaxKldOption = None
+    max_ppl_increase: MaxPplIncreaseOption = None
+    model: ModelOption = None
+    force: ForceOption = False
+    seed: SeedOption = None
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+    json_target: JsonOption = None
+    debug: DebugOption = False
+
+
+@takes(EvaluateWords)
+def evaluate(words: EvaluateWords) -> None:
     """Measure an artifact next to the uncompressed model.
 
-    Example: pqkv eval my-run --task perplexity --data held-out.txt --mode all
+    With gates the last line on stdout is JSON, and the exit code is 3 where one is not met.
+
+    Example: pqkv eval my-run --task perplexity --data held-out.txt --mode all --max-kld 0.02
     """
     from pqkv_cli.cli.output import Output, TerminalReporter
-    from pqkv_cli.cli.result_table import raise_on_bad, show_records
-    from pqkv_cli.cli.words import checked, target_of
+    from pqkv_cli.cli.result_table import raise_on_bad, show_records, verdict
+    from pqkv_cli.cli.words import checked, gate_texts, target_of
     from pqkv_cli.pipeline.start import artifact_source, file_reference
 
-    output, reporter = Output(json_target), TerminalReporter()
+    output, reporter = Output(words.json_target), TerminalReporter()
+    gates = gate_texts(words.gate, words.min_recovery, words.max_kld, words.max_ppl_increase)
     changes = {
-        "evaluation.tasks": task or None,
-        "evaluation.data": file_reference(data),
-        "evaluation.modes": mode or None,
-        "evaluation.context": context,
-        "evaluation.limit": limit,
-        "evaluation.prompts": limit,
-        **{"seed": seed, "device": device, "dtype": dtype},
+        "evaluation.tasks": words.task or None,
+        "evaluation.data": file_reference(words.data),
+        "evaluation.modes": words.mode or None,
+        "evaluation.context": words.context,
+        "evaluation.limit": words.limit,
+        "evaluation.prompts": words.limit,
+        "evaluation.gates": gates or None,
+        **{"seed": words.seed, "device": words.device, "dtype": words.dtype},
     }
     checked(changes)
-    source = artifact_source(target_of(target, run, reporter), model, changes)
+    source = artifact_source(target_of(words.target, words.run, reporter), words.model, changes)
 
     from pqkv_cli.pipeline.evaluate import evaluate_source
 
-    records = evaluate_source(source, reporter, force=force)
+    # A recipe's gates may be about more than the tasks of this command; those of this command may not.
+    all_gates = bool(gates) or not (words.task or words.mode)
+    records = evaluate_source(source, reporter, force=words.force, all_gates=all_gates)
     output.result(records[0] if len(records) == 1 else records, show_records(records))
+    output.last_line(verdict(records))
     raise_on_bad(records)

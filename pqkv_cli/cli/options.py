@@ -52,5 +52,18 @@ EvaluationDataOption = Annotated[
 ]
 ContextOption = Annotated[int | None, typer.Option("--context", help="Tokens of an evaluation window.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="At most this many examples of a task.")]
+MinRecoveryOption = Annotated[
+    str | None, typer.Option("--min-recovery", metavar="SHARE", help="Fail (exit 3) below this recovery, such as 0.99 or 99%.")
+]
+MaxKldOption = Annotated[
+    str | None, typer.Option("--max-kld", metavar="BITS", help="Fail above this mean KL divergence, bits per token.")
+]
+MaxPplIncreaseOption = Annotated[
+    str | None, typer.Option("--max-ppl-increase", metavar="SHARE", help="Fail if perplexity grows by more, such as 1%.")
+]
+GateOption = Annotated[
+    list[str] | None,
+    typer.Option("--gate", metavar="GATE", help="Fail unless it holds, as 'perplexity.kl_bits<=0.02'; may be repeated."),
+]
 MaxNewTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", help="How many tokens to write.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]

@@ -46,6 +46,11 @@ class Output:
         for each in shown:
             out.print(each)
 
+    def last_line(self, line: str | None) -> None:
+        """Print `line` for a program to read, unless stdout is JSON already."""
+        if line is not None and self.json_target != "-":
+            sys.stdout.write(line + "\n")
+
 
 def console() -> Console:
     """Return a console on stdout that never cuts a table short for want of a terminal."""

@@ -1,5 +1,6 @@
 """Shows result records to people. Knows the keys of a record, not how they are measured."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,9 +34,18 @@ def raise_on_bad(records: Sequence[Record]) -> None:
         raise PqkvError(
             f"the results of {', '.join(incomplete)} are incomplete; see their status, then run the same command again"
         )
-    failed = [fault for r in records if not r.get("gate", {}).get("passed", True) for fault in r["gate"]["failed"]]
+    failed = dict.fromkeys(fault for r in records if not r.get("gate", {}).get("passed", True) for fault in r["gate"]["failed"])
     if failed:
         raise GateError("quality gates not met:\n" + "\n".join(f"  - {fault}" for fault in failed))
+
+
+def verdict(records: Sequence[Record]) -> str | None:
+    """Return one line of JSON on what the gates say of `records`, None where there were no gates."""
+    gates = [record["gate"] for record in records if "gate" in record]
+    if not gates:
+        return None
+    results = [{name: record[name] for name in ("task", "mode", "method", "status", "gate")} for record in records]
+    return json.dumps({"gate": {"passed": all(gate["passed"] for gate in gates)}, "results": results}, ensure_ascii=False)
 
 
 def _rows(record: Record) -> list[tuple[object, ...]]:

@@ -40,7 +40,7 @@ def run(
     from dataclasses import asdict
 
     from pqkv_cli.cli.output import Output, TerminalReporter
-    from pqkv_cli.cli.result_table import raise_on_bad, show_records
+    from pqkv_cli.cli.result_table import raise_on_bad, show_records, verdict
     from pqkv_cli.cli.words import checked, path_or_none, target_of
     from pqkv_cli.pipeline.start import file_reference, start_run
 
@@ -54,6 +54,7 @@ def run(
 
     whole = run_all(started, recipe, reporter)
     output.result(asdict(whole), show_records(whole.records), *_continuation(whole, recipe.generation.prompt))
+    output.last_line(verdict(whole.records))
     raise_on_bad(whole.records)
 
 

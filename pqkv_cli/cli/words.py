@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from pqkv_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from pqkv_cli.pipeline.reporter import Reporter
     from pqkv_cli.pipeline.target import Target
@@ -35,6 +35,14 @@ def target_of(target: str | None, run: str | None, reporter: "Reporter") -> "Tar
 def path_or_none(word: str | None) -> Path | None:
     """Return the path that `word` names, with ``~`` resolved."""
     return None if word is None else Path(word).expanduser()
+
+
+def gate_texts(
+    gates: "Sequence[str] | None", min_recovery: str | None, max_kld: str | None, max_ppl_increase: str | None
+) -> list[str]:
+    """Return the gates of a command line, its short forms spelt out."""
+    short = {"recovery>=": min_recovery, "kl_bits<=": max_kld, "perplexity.increase<=": max_ppl_increase}
+    return [*(gates or []), *(f"*.{form}{bound}" for form, bound in short.items() if bound is not None)]
 
 
 def checked(changes: "Mapping[str, object]") -> "Mapping[str, object]":

@@ -8,9 +8,11 @@ from typing import Any
 from pqkv_cli.artifact.derived import write_derived
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.calibration.text import load_text
+from pqkv_cli.errors import UsageError
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
 from pqkv_cli.evaluation.tasks import run_task
 from pqkv_cli.files import write_text
+from pqkv_cli.gates import Gate, judge, parse_gates, split_gates
 from pqkv_cli.pipeline.content import text_identity
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.outcome import Facts, StageWork, do_stage
@@ -34,7 +36,10 @@ def evaluate(run: Run, recipe: Recipe, reporter: Reporter) -> list[Record]:
     ------
     RunError
         If the run has no artifact or an outdated one.
+    UsageError
+        If a gate is about a task or mode that is not evaluated.
     """
+    gates = _gates(recipe, reporter, all_gates=True)
     inputs = stage_inputs(run, recipe, "eval", {"data": text_identity(recipe.evaluation.data)})
     source = Source(run.artifact_file, recipe, run.results, run)
 
@@ -43,11 +48,13 @@ def evaluate(run: Run, recipe: Recipe, reporter: Reporter) -> list[Record]:
         return lambda: {"records": _measure(source, subject, reporter)}
 
     outcome = do_stage(run, recipe, StageWork("eval", inputs, run.results, prepare, keeps_old_files=True), reporter)
-    return list(outcome.facts["records"])
+    return _judged(source, gates, outcome.facts["records"])
 
 
-def evaluate_source(source: Source, reporter: Reporter, *, force: bool = False) -> list[Record]:
+def evaluate_source(source: Source, reporter: Reporter, *, force: bool = False, all_gates: bool = True) -> list[Record]:
     """Measure the artifact of `source` on the tasks and in the modes of its recipe; results are kept beside it.
+
+    Gates of the recipe that no result of this evaluation could meet are an error, or, without `all_gates`, left out aloud.
 
     Raises
     ------
@@ -55,8 +62,36 @@ def evaluate_source(source: Source, reporter: Reporter, *, force: bool = False) 
         If the artifact is damaged or, without `force`, of another model.
     DataError
         If the text cannot be used.
+    UsageError
+        If a gate is about a task or mode that is not evaluated.
     """
-    return _measure(source, _open(source, force=force), reporter)
+    gates = _gates(source.recipe, reporter, all_gates=all_gates)
+    return _judged(source, gates, _measure(source, _open(source, force=force), reporter))
+
+
+def _gates(recipe: Recipe, reporter: Reporter, *, all_gates: bool) -> list[Gate]:
+    wanted = recipe.evaluation
+    judged, idle = split_gates(parse_gates(wanted.gates), wanted.tasks, wanted.modes)
+    if idle:
+        names = ", ".join(gate.text for gate in idle)
+        evaluated = f"{', '.join(wanted.tasks)} in mode {' and '.join(wanted.modes)}"
+        if all_gates:
+            raise UsageError(f"nothing that is evaluated could meet the gate {names}; evaluated are {evaluated}")
+        reporter.note(f"not judged, because evaluated are {evaluated}: {names}")
+    return judged
+
+
+def _judged(source: Source, gates: list[Gate], records: list[Record]) -> list[Record]:
+    if not gates:
+        return list(records)
+    judged = judge(gates, records)
+    for record in judged:
+        _keep(source, record)
+    return judged
+
+
+def _keep(source: Source, record: Record) -> None:
+    write_text(source.results / f"{record['task']}-{record['mode']}.json", json.dumps(record, indent=1) + "\n")
 
 
 def _open(source: Source, *, force: bool) -> Subject:
@@ -75,7 +110,7 @@ def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Recor
             settings = _settings(task, mode, source.recipe, subject)
             with reporter.progress(f"{task}, mode {mode}") as advance:
                 records.append(run_task(task, subject, settings, advance))
-            write_text(source.results / f"{task}-{mode}.json", json.dumps(records[-1], indent=1) + "\n")
+            _keep(source, records[-1])
     _renew_card(source, subject.artifact)
     return records
 

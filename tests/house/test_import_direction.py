@@ -11,7 +11,7 @@ ROWS = (
     ("pqkv_kernels.errors",),
     ("pqkv_kernels.layout",),
     ("pqkv_cli", "errors"),
-    ("specs", "recipe_faults", "files"),
+    ("specs", "recipe_faults", "files", "gates"),
     ("recipe", "pqkv_kernels"),
     ("quantizers", "models"),
     ("calibration", "artifact", "cache"),
@@ -87,6 +87,7 @@ def test_torch_free_rooms_import_no_torch(root: Path) -> None:
         "files",
         "specs",
         "recipe_faults",
+        "gates",
         "recipe",
         "cli",
     }
