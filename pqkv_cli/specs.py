@@ -38,11 +38,23 @@ class LayerGeometry:
 
 @dataclass(frozen=True, slots=True)
 class ModelGeometry:
-    """What the cache of a model looks like."""
+    """What the cache of a model looks like.
+
+    Attributes
+    ----------
+    model_type, layers, max_positions
+        Family, attention of every layer, and how far the model reads (0 where its config names no limit).
+    decoded_reason
+        Why attention must decode codes instead of reading them; empty where it reads them.
+    notes
+        One per layer: why its keys are not un-rotated before they are coded; empty where they are. May be left out.
+    """
 
     model_type: str
     layers: tuple[LayerGeometry, ...]
     max_positions: int
+    decoded_reason: str = ""
+    notes: tuple[str, ...] = ()
 
     def cache_bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes per token of the uncompressed cache of the layers that can be quantized."""

@@ -56,12 +56,15 @@ def simulated_cache(config: Any, codecs: Sequence[dict[Side, VectorCodec] | None
 def _layers(config: Any, num_layers: int, make: Callable[[int], CacheLayerMixin | None]) -> list[CacheLayerMixin]:
     # The layers that transformers itself would make, whatever they are called in its present version.
     layers: list[Any] = list(DynamicCache(config=config).layers)
-    if len(layers) != num_layers:
+    if len(layers) > num_layers:
         raise CacheError(f"transformers makes {len(layers)} cache layers for this model; the artifact describes {num_layers}")
     for index in range(num_layers):
         layer = make(index)
         if layer is None:
             continue
+        # Where the last layers read earlier caches, older versions of transformers make no cache layers for them.
+        if index >= len(layers):
+            raise CacheError(f"transformers makes {len(layers)} cache layers for this model; layer {index} is quantized")
         if type(layers[index]) is not DynamicLayer:
             raise CacheError(
                 f"layer {index} is quantized in the artifact but is a {type(layers[index]).__name__} in this model; "

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 
 from pqkv_cli.errors import CacheError
+from pqkv_kernels.angles import Angles, PageAngles
+from pqkv_kernels.layout import PAGE_TOKENS
 
 AngleSource = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Maps positions [B, T] int64 to per-pair ``(cos, sin)``, each [B, T, rotary_dim / 2] fp32 of unit modulus."""
@@ -34,7 +36,8 @@ class Timeline:
         """Forget all slots."""
         self.positions: torch.Tensor | None = None
         self.row_start: torch.Tensor | None = None
-        self._angles: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._angles: dict[tuple[int, int, int], Angles] = {}
+        self._page_angles: dict[tuple[int, int], Angles | PageAngles] = {}
 
     @property
     def num_slots(self) -> int:
@@ -70,7 +73,7 @@ class Timeline:
                 "it was filled without `attach`: make a new cache with Attached.new_cache()"
             )
         self.step += 1
-        self._angles.clear()
+        self._forget_angles()
         new = positions.to(torch.int32)
         if self.positions is None or num_past == 0:
             self.positions = new.contiguous()
@@ -119,14 +122,59 @@ class Timeline:
             self._angles[key] = source(self.positions[:, start:stop].long())
         return self._angles[key]
 
+    def page_angles(self, source: AngleSource, num_pages: int) -> Angles | PageAngles:
+        """Return the angles of the first `num_pages` pages, computed once per step for all layers.
+
+        Where the real tokens of each page stand at consecutive positions that is one angle per page and a constant table;
+        else angles per token.
+
+        Raises
+        ------
+        CacheError
+            If positions of these slots are unknown.
+        """
+        key = (id(source), num_pages)
+        if key not in self._page_angles:
+            stop = num_pages * PAGE_TOKENS
+            base = self._page_bases(stop)
+            if base is None:
+                per_token = self.angles(source, 0, stop)
+                assert per_token is not None  # there is a source
+                self._page_angles[key] = per_token
+            else:
+                steps = torch.arange(PAGE_TOKENS, device=base.device)[None]
+                cos, sin = source(steps)
+                self._page_angles[key] = PageAngles(source(base), (cos[0], sin[0]))
+        return self._page_angles[key]
+
+    def _page_bases(self, stop: int) -> torch.Tensor | None:
+        """Return the position of the first slot of each page before slot `stop`, [B, P] int64, as its last slot implies.
+
+        None if positions inside a page are not consecutive from the row's first real token on. Slots of padding, whose
+        positions mean nothing, may get any angle.
+        """
+        starts = self.starts()
+        assert self.positions is not None  # known together with the row starts
+        if stop > self.num_slots:
+            raise CacheError(f"positions are known for {self.num_slots} slots; {stop} are needed: attach the model first")
+        pages = self.positions[:, :stop].unflatten(1, (-1, PAGE_TOKENS))
+        base = pages[..., -1] - (PAGE_TOKENS - 1)
+        expected = base[..., None] + torch.arange(PAGE_TOKENS, dtype=torch.int32, device=pages.device)
+        padding = torch.arange(stop, device=pages.device).view(-1, PAGE_TOKENS) < starts[:, None, None]
+        return base.long() if bool(((pages == expected) | padding).all()) else None
+
+    def _forget_angles(self) -> None:
+        self._angles.clear()
+        self._page_angles.clear()
+
     def crop(self, num_slots: int) -> None:
         """Forget the slots from `num_slots` on."""
-        self._angles.clear()
+        self._forget_angles()
         if self.positions is not None:
             self.positions = self.positions[:, :num_slots].contiguous()
 
     def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the rows of every tensor by `change` of them (reorder, repeat, select)."""
-        self._angles.clear()
+        self._forget_angles()
         if self.positions is not None and self.row_start is not None:
             self.positions, self.row_start = change(self.positions), change(self.row_start)

@@ -10,6 +10,8 @@ from typing import Literal
 
 # Where the config says which layers leave rotary embedding out.
 NopeRule = Literal["", "no_rope_layers", "full_attention", "full_attention_of_hybrid"]
+# How far compression goes: attention reads the codes; they are decoded for attention at every step; none at all.
+Tier = Literal["codes", "decoded", "dense"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,9 @@ class FamilyFacts:
         Why keys cannot be coded before rotary embedding; empty where they can.
     nope
         How to tell the layers without rotary embedding.
+    decoded
+        Why attention cannot read codes, so that keys and values are decoded for it at every step (right, but slow); empty
+        where it can.
     unsupported
         Why the family cannot be quantized at all; empty where it can.
     """
@@ -31,9 +36,21 @@ class FamilyFacts:
     interleaved: bool = False
     unrotatable: str = ""
     nope: NopeRule = ""
+    decoded: str = ""
     unsupported: str = ""
 
+    @property
+    def tier(self) -> Tier:
+        """How far compression goes."""
+        if self.unsupported:
+            return "dense"
+        return "decoded" if self.decoded else "codes"
 
+
+LATENT_REASON = (
+    "its cache holds one latent vector per token (multi-head latent attention), already much smaller than keys and values, "
+    "and coding it is not handled"
+)
 _STANDARD = FamilyFacts()
 _INTERLEAVED = FamilyFacts(interleaved=True)
 _NO_ROPE_LIST = FamilyFacts(nope="no_rope_layers")
@@ -42,7 +59,7 @@ _HYBRID_NOPE = FamilyFacts(nope="full_attention_of_hybrid")
 _REPEATED = "its rotary module repeats each angle in place"
 _COMPLEX = "its rotary embedding is a complex tensor"
 _STATE_SPACE = FamilyFacts(unsupported="it keeps a recurrent state instead of attention keys and values")
-_SHARED_KV = FamilyFacts(unsupported="its layers share key/value caches and differ in head size, which is not handled yet")
+_LATENT = FamilyFacts(unsupported=LATENT_REASON)
 _OWN_ATTENTION = FamilyFacts(unsupported="its attention does not go through the attention interface of transformers")
 
 FAMILIES: Mapping[str, FamilyFacts] = {
@@ -55,6 +72,8 @@ FAMILIES: Mapping[str, FamilyFacts] = {
     "qwen3_moe": _STANDARD,
     "gemma2": _STANDARD,
     "gemma3_text": _STANDARD,
+    "gemma4_text": _STANDARD,
+    "gemma4_unified_text": _STANDARD,
     "phi3": _STANDARD,
     "gpt_oss": _STANDARD,
     "olmo2": _STANDARD,
@@ -70,14 +89,17 @@ FAMILIES: Mapping[str, FamilyFacts] = {
     "exaone4": _HYBRID_NOPE,
     "exaone_moe": _HYBRID_NOPE,
     "llama4_text": FamilyFacts(unrotatable=_COMPLEX, nope="no_rope_layers"),
+    "doge": FamilyFacts(decoded="it computes its attention mask from all cached values"),
+    "diffllama": FamilyFacts(unsupported="its layers attend twice with halves of the values, which is not handled"),
+    "gemma3n_text": _STANDARD,
+    "jetmoe": FamilyFacts(unsupported="its experts repeat key/value heads in an order of their own, which is not handled"),
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
     "mamba": _STATE_SPACE,
     "mamba2": _STATE_SPACE,
     "falcon_mamba": _STATE_SPACE,
     "rwkv": _STATE_SPACE,
     "xlstm": _STATE_SPACE,
-    "gemma3n_text": _SHARED_KV,
-    "gemma4_text": _SHARED_KV,
-    "gemma4_unified_text": _SHARED_KV,
     "falcon": _OWN_ATTENTION,
     "mpt": _OWN_ATTENTION,
     "bloom": _OWN_ATTENTION,

@@ -8,9 +8,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from pqkv_cli.errors import ModelError, UnsupportedModelError
 from pqkv_cli.models.config_reader import read, read_count
-from pqkv_cli.models.families import FIXED_ROPE_TYPES, FamilyFacts, family
+from pqkv_cli.models.families import LATENT_REASON, FamilyFacts, family
+from pqkv_cli.models.rope_facts import rope_facts
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
-from pqkv_kernels.layout import RotaryLayout
 
 
 def geometry(config: PretrainedConfig) -> ModelGeometry:
@@ -29,19 +29,15 @@ def geometry(config: PretrainedConfig) -> ModelGeometry:
     text = text_config(config)
     facts = family(str(text.model_type))
     _refuse(config, text, facts)
-    num_heads = read_count(text, "num_attention_heads")
-    num_kv_heads = read_count(text, "num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise ModelError(
-            f"the model's config has {num_heads} query heads and {num_kv_heads} key/value heads; "
-            "expected a multiple. Check config.json against the model's original."
-        )
-    head_dim = _head_dim(text, num_heads)
-    layers = tuple(
-        LayerGeometry(num_heads, num_kv_heads, head_dim, _rotary(text, facts, i, kind, head_dim), _dense_reason(text, kind))
-        for i, kind in enumerate(layer_types(text))
+    layers, notes = [], []
+    for index, kind in enumerate(layer_types(text)):
+        num_heads, num_kv_heads, head_dim = _heads(layer_config(text, index))
+        rope = rope_facts(text, facts, index, kind, head_dim)
+        layers.append(LayerGeometry(num_heads, num_kv_heads, head_dim, rope.rotary, _dense_reason(text, index, kind)))
+        notes.append(rope.note)
+    return ModelGeometry(
+        str(text.model_type), tuple(layers), read(text, "max_position_embeddings", int, 0), facts.decoded, tuple(notes)
     )
-    return ModelGeometry(str(text.model_type), layers, read(text, "max_position_embeddings", int, 0))
 
 
 def check_quantizable(model: ModelGeometry) -> None:
@@ -107,28 +103,51 @@ def _unsupported_reason(config: PretrainedConfig, text: Any, facts: FamilyFacts)
     if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(text, "is_decoder", False):
         return "it is an encoder, which keeps no cache"
     if getattr(text, "kv_lora_rank", None) is not None:
-        return "its cache holds one latent vector per token (multi-head latent attention), which is not handled yet"
-    if getattr(text, "is_heterogeneous", False):
-        return "its layers differ in shape, which is not handled yet"
+        return LATENT_REASON
     if getattr(text, "num_attention_heads", None) is None:
         return "it has no attention keys and values (its config has no 'num_attention_heads')"
     known = {name, str(config.model_type)} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     return "" if known or getattr(config, "auto_map", None) else "it is not a causal language model"
 
 
-def _head_dim(text: Any, num_heads: int) -> int:
-    if getattr(text, "head_dim", None) is not None:
-        return read_count(text, "head_dim")
-    hidden = read_count(text, "hidden_size")
+def layer_config(text: Any, index: int) -> Any:
+    """Return what `text` says about one layer: itself, except where layers differ in shape."""
+    return text.per_layer_config[index] if getattr(text, "is_heterogeneous", False) else text
+
+
+def kv_source(text: Any, index: int) -> int:
+    """Return the layer whose cache layer `index` reads: itself, except where the last layers share earlier caches."""
+    kinds = layer_types(text)
+    num_own = len(kinds) - read(text, "num_kv_shared_layers", int, 0)
+    if index < num_own:
+        return index
+    return max((i for i in range(num_own) if kinds[i] == kinds[index]), default=index)
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Return query heads, key/value heads and head_dim."""
+    num_heads = read_count(config, "num_attention_heads")
+    num_kv_heads = read_count(config, "num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise ModelError(
+            f"the model's config has {num_heads} query heads and {num_kv_heads} key/value heads; "
+            "expected a multiple. Check config.json against the model's original."
+        )
+    if getattr(config, "head_dim", None) is not None:
+        return num_heads, num_kv_heads, read_count(config, "head_dim")
+    hidden = read_count(config, "hidden_size")
     if hidden % num_heads:
         raise ModelError(
             f"hidden_size {hidden} is not divisible by {num_heads} heads and the model's config has no 'head_dim'. "
             "Check config.json against the model's original."
         )
-    return hidden // num_heads
+    return num_heads, num_kv_heads, hidden // num_heads
 
 
-def _dense_reason(text: Any, kind: str) -> str:
+def _dense_reason(text: Any, index: int, kind: str) -> str:
+    source = kv_source(text, index)
+    if source != index:
+        return f"it keeps no cache and reads that of layer {source}"
     if kind == "full_attention":
         return ""
     if kind == "sliding_attention":
@@ -136,34 +155,3 @@ def _dense_reason(text: Any, kind: str) -> str:
     if kind == "chunked_attention":
         return f"attention in chunks of {getattr(text, 'attention_chunk_size', None)} tokens"
     return f"layer type {kind} keeps no growing cache of keys and values"
-
-
-def _rotary(text: Any, facts: FamilyFacts, index: int, kind: str, head_dim: int) -> RotaryLayout | None:
-    parameters = _rope_parameters(text, kind)
-    if not parameters or facts.unrotatable or _is_nope(text, facts, index, kind):
-        return None
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    # Sections of the angles then belong to different axes of an image position.
-    if rope_type not in FIXED_ROPE_TYPES or "mrope_section" in parameters:
-        return None
-    factor = parameters.get("partial_rotary_factor", getattr(text, "partial_rotary_factor", None))
-    rotary_dim = head_dim if factor is None or rope_type == "proportional" else int(head_dim * factor)
-    return RotaryLayout(rotary_dim, facts.interleaved) if rotary_dim >= 2 and rotary_dim % 2 == 0 else None
-
-
-def _rope_parameters(text: Any, kind: str) -> dict[str, Any]:
-    parameters = read(text, "rope_parameters", dict, {})
-    if getattr(text, "alibi", False):
-        return {}
-    nested = any(isinstance(value, dict) for value in parameters.values()) and "rope_type" not in parameters
-    return (parameters.get(kind) or {}) if nested else parameters
-
-
-def _is_nope(text: Any, facts: FamilyFacts, index: int, kind: str) -> bool:
-    if facts.nope == "no_rope_layers":
-        listed = read(text, "no_rope_layers", list, [])
-        return bool(listed) and not listed[index]  # The list names the layers that DO rotate, whatever it is called.
-    if facts.nope == "full_attention":
-        return kind == "full_attention"
-    hybrid = getattr(text, "sliding_window", None) is not None
-    return facts.nope == "full_attention_of_hybrid" and hybrid and kind == "full_attention"

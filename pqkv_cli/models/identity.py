@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pqkv_cli.models.geometry import text_config
+from pqkv_cli.models.geometry import layer_config, text_config
 from pqkv_cli.models.modules import attention_modules
 
 # An explicit list: newer versions of transformers add fields with defaults, and that must not make another model.
@@ -46,9 +46,17 @@ def model_identity(model: nn.Module) -> ModelIdentity:
 def config_sha256(config: Any) -> str:
     """Return the hash of the architecture that `config` describes."""
     text = text_config(config)
-    facts = {key: getattr(text, key) for key in _CONFIG_KEYS if getattr(text, key, None) is not None}
+    facts = {key: value for key in _CONFIG_KEYS if (value := _value(text, key)) is not None}
     canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _value(text: Any, key: str) -> Any:
+    if not getattr(text, "is_heterogeneous", False):
+        return getattr(text, key, None)
+    # Where layers differ in shape, some keys have one value per layer and may not be asked for as one.
+    values = [getattr(layer_config(text, index), key, None) for index in range(text.num_hidden_layers)]
+    return values[0] if all(value == values[0] for value in values) else values
 
 
 def _weights_sha256(model: nn.Module) -> str:

@@ -32,7 +32,7 @@ def dense_attention(
         )
         return output
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = _visible(attention_mask, query.shape[2], key.shape[2], query.device)
+    mask = _additive(attention_mask, query.shape[2], key.shape[2], query.device)
     blocks = []
     for start in range(0, query.shape[2], _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)
@@ -58,19 +58,22 @@ def sink_share(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(lse - sinks.float().view(1, -1, 1))
 
 
-def _visible(mask: torch.Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
-    """Return the mask as [B or 1, 1 or H, Tq, T], true where a query sees a key; without one, all that came before it."""
-    if mask is not None:
-        return mask if mask.dtype == torch.bool else mask >= 0
-    positions = torch.arange(num_keys - num_queries, num_keys, device=device)
-    return (torch.arange(num_keys, device=device) <= positions[:, None])[None, None]
+def _additive(mask: torch.Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """Return what is added to the logits, [B or 1, 1 or H, Tq, T] fp32; without a mask, queries see all that came before."""
+    if mask is None:
+        positions = torch.arange(num_keys - num_queries, num_keys, device=device)
+        mask = (torch.arange(num_keys, device=device) <= positions[:, None])[None, None]
+    if mask.dtype != torch.bool:
+        return mask.float()
+    # The smallest number rather than minus infinity: a row that sees nothing gives numbers, which nobody reads.
+    return torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    visible: torch.Tensor,
+    mask: torch.Tensor,
     scaling: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -79,8 +82,7 @@ def _attend(
     logits = (torch.matmul(grouped, key.float()[:, :, None].mT) * scaling).flatten(1, 2)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    # The smallest number rather than minus infinity: a row that sees nothing gives numbers, which nobody reads.
-    logits = logits.masked_fill(~visible, torch.finfo(torch.float32).min)
+    logits = logits + mask
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.exp(logits - lse[..., None]).unflatten(1, (key.shape[1], -1))
     output = torch.matmul(weights, value.float()[:, :, None]).flatten(1, 2)

@@ -29,7 +29,7 @@ class OracleLayer(DynamicLayer):
 
     def _code(self, slots):
         exact = self.keys[:, :, slots], self.values[:, :, slots]
-        angles = self.source(self.timeline.positions[:, slots].long())
+        angles = None if self.source is None else self.source(self.timeline.positions[:, slots].long())
         coded = round_trip(exact[0], self.tables["keys"], angles), round_trip(exact[1], self.tables["values"])
         for row, start in enumerate(self.timeline.starts().tolist()):
             sinks = range(max(start, slots.start), min(start + self.spec.num_sinks, slots.stop))
@@ -47,7 +47,8 @@ def oracle_cache(config, tables, spec, sources):
     timeline = Timeline()
     layers = DynamicCache(config=config).layers
     made = [
-        layer if t is None else OracleLayer(t, spec, timeline, s) for layer, t, s in zip(layers, tables, sources, strict=True)
+        layer if t is None else OracleLayer(t, spec, timeline, s)
+        for layer, t, s in zip(layers, tables[: len(layers)], sources[: len(layers)], strict=True)
     ]
     return TimedCache(made, timeline)
 

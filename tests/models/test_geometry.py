@@ -5,6 +5,7 @@ from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pqkv_cli.errors import ModelError, UnsupportedModelError
+from pqkv_cli.models.families import FAMILIES
 from pqkv_cli.models.geometry import check_quantizable, geometry
 from pqkv_kernels.layout import RotaryLayout
 
@@ -99,7 +100,8 @@ def test_sliding_windows_everywhere_leave_nothing(config_of: Any) -> None:
         ("vit", "not a causal language model"),
         ("deepseek_v3", "latent"),
         ("mpt", "attention interface"),
-        ("gemma4_text", "share"),
+        ("diffllama", "attend twice"),
+        ("jetmoe", "an order of their own"),
     ],
 )
 def test_refusals_say_why(model_type: str, reason: str) -> None:
@@ -134,3 +136,29 @@ def test_layer_types_must_be_one_per_layer(config_of: Any) -> None:
     config.__dict__["layer_types"] = ["full_attention"]
     with pytest.raises(ModelError, match="1 layer_types for num_hidden_layers 3"):
         geometry(config)
+
+
+def test_layers_that_read_another_layers_cache_and_differ_in_size(config_of: Any) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shape = geometry(
+        config_of("gemma4_text", num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2, global_head_dim=32)
+    )
+    assert [layer.head_dim for layer in shape.layers] == [16, 32, 16, 32]
+    assert [bool(layer.dense_reason) for layer in shape.layers] == [True, False, True, True]
+    assert shape.layers[2].dense_reason == "it keeps no cache and reads that of layer 0"
+    assert shape.layers[1].rotary == RotaryLayout(32)
+
+
+def test_notes_say_why_keys_are_coded_as_they_are(config_of: Any) -> None:
+    shape = geometry(config_of("smollm3", num_hidden_layers=2, no_rope_layers=[1, 0]))
+    assert shape.notes == ("", "its keys have no rotary embedding")
+    rope = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}
+    assert "frequencies of dynamic embedding change" in geometry(config_of("llama", rope_parameters=rope)).notes[0]
+    assert "repeats each angle" in geometry(config_of("cohere")).notes[0]
+
+
+def test_every_family_has_one_tier() -> None:
+    tiers = {name: facts.tier for name, facts in FAMILIES.items()}
+    assert tiers["llama"] == tiers["gpt_oss"] == tiers["gemma4_text"] == "codes"
+    assert tiers["doge"] == "decoded"
+    assert tiers["deepseek_v3"] == tiers["mamba"] == "dense"
