@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from pqkv_kernels.codec import Angles, decode, decode_codes, from_code_space
+from pqkv_kernels.angles import Angles, PageAngles, page_range, token_angles
+from pqkv_kernels.codec import decode, decode_codes, from_code_space
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.tables import CodecTables
@@ -40,7 +41,7 @@ def code_attention(
     value_tables: CodecTables,
     first_token: torch.Tensor,
     scaling: float,
-    angles: Angles | None = None,
+    angles: Angles | PageAngles | None = None,
     softcap: float | None = None,
 ) -> Part:
     """Attend to coded tokens; all of them precede all queries.
@@ -56,7 +57,7 @@ def code_attention(
     scaling
         Factor on the logits.
     angles
-        ``(cos, sin)`` [B, 64 * P, rotary_dim / 2] fp32 where ``key_tables.rotary`` is set.
+        Where ``key_tables.rotary`` is set: ``(cos, sin)`` [B, 64 * P, rotary_dim / 2] fp32, or those of whole pages.
     softcap
         Logits are squashed to ``softcap * tanh(logit / softcap)`` where given.
 
@@ -77,8 +78,7 @@ def code_attention(
     parts = []
     for start in range(0, key_pages.shape[1], _BLOCK_PAGES):
         block = slice(start, start + _BLOCK_PAGES)
-        tokens = slice(start * PAGE_TOKENS, (start + _BLOCK_PAGES) * PAGE_TOKENS)
-        block_angles = None if angles is None else (angles[0][:, tokens], angles[1][:, tokens])
+        block_angles = token_angles(page_range(angles, start, start + _BLOCK_PAGES))
         keys = _scored_keys(key_pages[:, block], key_tables, block_angles)
         index = start * PAGE_TOKENS + torch.arange(keys.shape[2], device=keys.device)
         valid = (index >= first_token[:, None])[:, None, None, None]

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from pqkv_kernels.angles import Angles
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout, RotaryLayout
 from pqkv_kernels.nearest import nearest_centroids
@@ -10,7 +11,6 @@ from pqkv_kernels.packing import pack_codes, unpack_codes
 from pqkv_kernels.rope import rotate, unrotate
 from pqkv_kernels.tables import CodecTables
 
-Angles = tuple[torch.Tensor, torch.Tensor]
 Codebooks = tuple[tuple[torch.Tensor, ...], ...]
 
 

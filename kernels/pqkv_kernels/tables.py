@@ -1,6 +1,7 @@
 """The tensors that turn one layer's keys or values into codes and back. Data only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -32,6 +33,8 @@ class CodecTables:
         Set where keys are coded before rotary embedding; None codes what the cache is given.
     inverse
         Inverse of a `map` of matrices or blocks, of its shape, fp32; derived in fp64 when not given.
+    derived
+        What readers of the codes have worked out of these tables and keep with them; never part of an artifact.
 
     Raises
     ------
@@ -45,6 +48,7 @@ class CodecTables:
     permutation: torch.Tensor | None = None
     rotary: RotaryLayout | None = None
     inverse: torch.Tensor | None = None
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         num_heads, dim = self.num_heads, self.layout.head_dim
@@ -83,7 +87,9 @@ class CodecTables:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def to(self, device: torch.device) -> "CodecTables":
-        """Return the same tables on `device`."""
+        """Return the same tables on `device`; themselves, if they lie there already."""
+        if self.codebooks[0][0].to(device) is self.codebooks[0][0]:
+            return self
         return CodecTables(
             self.layout,
             tuple(tuple(t.to(device) for t in stage) for stage in self.codebooks),

@@ -1,0 +1,81 @@
+"""Whether the arguments of attention over codes fit together. Says what was found and what was expected; computes nothing."""
+
+from collections.abc import Sequence
+
+import torch
+
+from pqkv_kernels.angles import Angles, PageAngles
+from pqkv_kernels.errors import KernelError
+from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.tables import CodecTables
+
+
+def check_attention(
+    query: torch.Tensor,
+    key_pages: Sequence[torch.Tensor],
+    value_pages: Sequence[torch.Tensor],
+    key_tables: CodecTables,
+    value_tables: CodecTables,
+    first_token: torch.Tensor,
+    angles: Angles | PageAngles | None,
+) -> None:
+    """Check the arguments of `pqkv_kernels.dispatch.attend_codes`.
+
+    Raises
+    ------
+    KernelError
+        At the first that does not fit.
+    """
+    heads, dim = key_tables.num_heads, key_tables.layout.head_dim
+    if (value_tables.num_heads, value_tables.layout.head_dim) != (heads, dim):
+        found = f"[{value_tables.num_heads}, {value_tables.layout.head_dim}]"
+        raise KernelError(f"value tables have heads and channels {found}; expected those of the key tables, [{heads}, {dim}]")
+    if query.ndim != 4 or query.shape[3] != dim or query.shape[1] < heads or query.shape[1] % heads:
+        raise KernelError(f"queries have shape {list(query.shape)}; expected [B, a multiple of {heads}, Tq, {dim}]")
+    if not query.dtype.is_floating_point:
+        raise KernelError(f"queries have dtype {query.dtype}; expected a float dtype")
+    batch = query.shape[0]
+    if first_token.shape != (batch,) or first_token.dtype != torch.int64:
+        raise KernelError(
+            f"first_token has shape {list(first_token.shape)} and dtype {first_token.dtype}; expected [{batch}] torch.int64"
+        )
+    found_pages = [slab.shape[1] if slab.ndim == 4 else -1 for slab in key_pages]
+    if found_pages != [slab.shape[1] if slab.ndim == 4 else -1 for slab in value_pages]:
+        shapes = f"{[list(s.shape) for s in key_pages]} and {[list(s.shape) for s in value_pages]}"
+        raise KernelError(f"key and value pages have shapes {shapes}; expected equal B, P, Hkv in every slab")
+    for slabs, tables, side in ((key_pages, key_tables, "key"), (value_pages, value_tables, "value")):
+        for slab in slabs:
+            _check_slab(slab, batch, tables, side)
+    _check_devices(query, [*key_pages, *value_pages, first_token, key_tables.codebooks[0][0], value_tables.codebooks[0][0]])
+    _check_angles(angles, key_tables, batch, sum(found_pages))
+
+
+def _check_slab(slab: torch.Tensor, batch: int, tables: CodecTables, side: str) -> None:
+    expected = (batch, tables.num_heads, tables.layout.page_bytes)
+    if slab.ndim != 4 or (slab.shape[0], *slab.shape[2:]) != expected or slab.dtype != torch.uint8:
+        raise KernelError(
+            f"{side} pages have shape {list(slab.shape)} and dtype {slab.dtype}; "
+            f"expected [{batch}, P, {expected[1]}, {expected[2]}] torch.uint8"
+        )
+
+
+def _check_devices(query: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
+    devices = {str(t.device) for t in others} | {str(query.device)}
+    if len(devices) != 1:
+        raise KernelError(
+            f"arguments lie on {', '.join(sorted(devices))}; expected one device: move tables and pages to {query.device}"
+        )
+
+
+def _check_angles(angles: Angles | PageAngles | None, tables: CodecTables, batch: int, num_pages: int) -> None:
+    if tables.rotary is None:
+        return
+    if angles is None:
+        raise KernelError("keys coded before rotary embedding need the angles of their positions; none were given")
+    pairs = tables.rotary.num_pairs
+    if isinstance(angles, PageAngles):
+        found, expected = list(angles.base[0].shape), [num_pages, pairs]
+    else:
+        found, expected = list(angles[0].shape), [num_pages * PAGE_TOKENS, pairs]
+    if len(found) != 3 or found[1:] != expected or found[0] not in (1, batch):
+        raise KernelError(f"angles have shape {found}; expected [{batch}, {expected[0]}, {expected[1]}]")

@@ -1,0 +1,108 @@
+"""Which implementation of the operations runs, and why. The only place that chooses.
+
+A backend that is asked for by name runs or raises: nothing falls back silently. ``auto`` takes the best that can run and says
+which and why.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from pqkv_kernels.angles import Angles, PageAngles, page_range
+from pqkv_kernels.attention import Part, code_attention, code_queries, leave_code_space, merge
+from pqkv_kernels.checks import check_attention
+from pqkv_kernels.errors import KernelError
+from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.planes import planes_of
+from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.torch_attention import plane_attention
+
+Backend = Literal["torch", "triton"]
+BackendRequest = Literal["auto", "torch", "triton"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend that will run, and the reason in words."""
+
+    backend: Backend
+    reason: str
+
+
+def choose_backend(requested: BackendRequest, device: torch.device) -> Choice:
+    """Return what runs on `device`.
+
+    Raises
+    ------
+    KernelError
+        If the backend is unknown, or was asked for by name and cannot run there.
+    """
+    if requested not in get_args(BackendRequest):
+        raise KernelError(f"backend is {requested!r}; expected one of {', '.join(get_args(BackendRequest))}")
+    if requested == "torch":
+        return Choice("torch", "asked for by name")
+    obstacle = "Triton kernels are not there yet"
+    if requested == "triton":
+        raise KernelError(obstacle)
+    return Choice("torch", obstacle)
+
+
+def attend_codes(
+    backend: Backend,
+    query: torch.Tensor,
+    key_pages: Sequence[torch.Tensor],
+    value_pages: Sequence[torch.Tensor],
+    key_tables: CodecTables,
+    value_tables: CodecTables,
+    first_token: torch.Tensor,
+    scaling: float,
+    angles: Angles | PageAngles | None = None,
+    softcap: float | None = None,
+) -> Part:
+    """Attend with model-space queries to coded tokens, all of which precede all queries.
+
+    Parameters
+    ----------
+    backend
+        As `choose_backend` names it.
+    query
+        [B, H, Tq, D], any float dtype.
+    key_pages, value_pages
+        Slabs of pages in order, each [B, P, Hkv, page_bytes] uint8.
+    first_token, scaling, angles, softcap
+        As `pqkv_kernels.attention.code_attention` takes them.
+
+    Returns
+    -------
+    tuple
+        Output in model space [B, H, Tq, D] fp32 and log-sum-exp [B, H, Tq] fp32.
+
+    Raises
+    ------
+    KernelError
+        If shapes, dtypes or devices do not fit, or the backend cannot run this.
+    """
+    check_attention(query, key_pages, value_pages, key_tables, value_tables, first_token, angles)
+    coded = code_queries(query, key_tables)
+    keys, values = planes_of(key_tables), planes_of(value_tables)
+    if keys is None or values is None:
+        parts = [
+            code_attention(coded, k, v, key_tables, value_tables, first_token - PAGE_TOKENS * start, scaling, turned, softcap)
+            for start, k, v, turned in _slabs(key_pages, value_pages, angles)
+        ]
+        output, lse = merge(parts) if parts else (torch.zeros_like(coded), coded.new_full(coded.shape[:-1], -torch.inf))
+    else:
+        output, lse = plane_attention(coded, key_pages, value_pages, keys, values, first_token, scaling, angles, softcap)
+    return leave_code_space(output, value_tables), lse.flatten(1, 2)
+
+
+def _slabs(
+    key_pages: Sequence[torch.Tensor], value_pages: Sequence[torch.Tensor], angles: Angles | PageAngles | None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, Angles | PageAngles | None]]:
+    start = 0
+    for keys, values in zip(key_pages, value_pages, strict=True):
+        stop = start + keys.shape[1]
+        yield start, keys, values, page_range(angles, start, stop)
+        start = stop
