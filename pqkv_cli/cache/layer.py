@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 from pqkv_cli.cache.handle import LazyStates, StepView
 from pqkv_cli.cache.pages import PageStore
 from pqkv_cli.cache.timeline import AngleSource, Timeline
+from pqkv_cli.cache.window import take_tokens, with_room
 from pqkv_cli.errors import CacheError
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.codec import decode, encode
@@ -44,15 +45,16 @@ class QuantizedLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate sinks and window for the shape, dtype and device of the first states, [B, Hkv, T, D]."""
+        """Take shape, dtype and device of the first states, [B, Hkv, T, D]; sinks and window come when tokens need them."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        capacity = self.spec.window_tokens + PAGE_TOKENS
         for side, states in zip(SIDES, (key_states, value_states), strict=True):
-            batch, heads, _, dim = states.shape
             self.tables[side] = self.tables[side].to(states.device)
-            self.sinks[side] = states.new_zeros(batch, heads, self.spec.num_sinks, dim)
-            self.window[side] = states.new_zeros(batch, heads, capacity, dim)
+            self.sinks[side] = self.window[side] = states.new_empty(*states.shape[:2], 0, states.shape[3])
         self.is_initialized = True
+
+    @property
+    def _capacity(self) -> int:
+        return self.spec.window_tokens + PAGE_TOKENS
 
     @property
     def num_coded(self) -> int:
@@ -78,13 +80,13 @@ class QuantizedLayer(CacheLayerMixin):
         self._check(states)
         self.num_updates += 1
         num_exact = self.num_window + key_states.shape[2]
-        fits = num_exact < self.window["keys"].shape[2]
+        fits = num_exact < self._capacity
         exact = {side: self._joined(side, states[side], fits) for side in SIDES}
         view = StepView(
             layer=self,
             step=self.num_updates,
             num_coded=self.num_coded,
-            pages={side: self.pages[side].views() for side in SIDES},
+            pages={side: self.pages[side].views(self.device) for side in SIDES},
             sinks=dict(self.sinks),
             exact=exact,
         )
@@ -138,8 +140,9 @@ class QuantizedLayer(CacheLayerMixin):
         num_pages, rest = divmod(kept, PAGE_TOKENS)
         for side in SIDES:
             start = num_pages * PAGE_TOKENS
-            page = self.pages[side].page(num_pages)
+            page = self.pages[side].page(num_pages).to(self.device)
             decoded = self._decoded(side, page, start, start + PAGE_TOKENS, self.sinks[side])
+            self.window[side] = with_room(self.window[side], 0, rest, self._capacity)
             self.window[side][:, :, :rest] = decoded[:, :, :rest]
             self.pages[side].truncate(num_pages)
         self.num_window = rest
@@ -154,15 +157,17 @@ class QuantizedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`."""
-        self._map_tensors(lambda t: t[indices])
+        self._map_tensors(lambda t: t[indices.to(t.device)])
 
     def offload(self) -> None:
-        """Move all tensors to the CPU."""
-        self._map_tensors(lambda t: t.to("cpu", non_blocking=True))
+        """Keep codes in the memory of the CPU from now on; each step copies this layer's codes to the device and drops them."""
+        for store in self.pages.values():
+            store.move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        """Move all tensors back to the layer's device."""
-        self._map_tensors(lambda t: t.to(self.device, non_blocking=True))
+        """Keep codes on the layer's device again."""
+        for store in self.pages.values():
+            store.move(self.device)
 
     @property
     def code_bytes(self) -> int:
@@ -196,6 +201,7 @@ class QuantizedLayer(CacheLayerMixin):
         window, start = self.window[side], self.num_window
         if not fits:
             return torch.cat((window[:, :, :start], states), dim=2) if start else states
+        window = self.window[side] = with_room(window, start, start + states.shape[2], self._capacity)
         window[:, :, start : start + states.shape[2]] = states
         return window[:, :, : start + states.shape[2]]
 
@@ -209,7 +215,7 @@ class QuantizedLayer(CacheLayerMixin):
             angles = self.angles(side, first, first + num_leaving)
             self._keep_sinks(side, leaving, first)
             self.pages[side].append(encode(leaving, self.tables[side], angles))
-            window = torch.empty_like(self.window[side])
+            window = leaving.new_empty(*leaving.shape[:2], self._capacity, leaving.shape[3])
             window[:, :, : num_exact - num_leaving] = exact[side][:, :, num_leaving:]
             self.window[side] = window
         self.num_window = num_exact - num_leaving
@@ -218,9 +224,10 @@ class QuantizedLayer(CacheLayerMixin):
         slots = self.timeline.starts()[:, None] + torch.arange(self.spec.num_sinks, device=leaving.device)
         index = slots - first
         inside = (index >= 0) & (index < leaving.shape[2])
-        taken = _take_tokens(leaving, index.clamp(0, leaving.shape[2] - 1))
+        taken = take_tokens(leaving, index.clamp(0, leaving.shape[2] - 1))
+        known = self.sinks[side] if self.sinks[side].shape[2] else torch.zeros_like(taken)
         # A new tensor: handles of this step must go on seeing the sinks as they were.
-        self.sinks[side] = torch.where(inside[:, None, :, None], taken, self.sinks[side])
+        self.sinks[side] = torch.where(inside[:, None, :, None], taken, known)
 
     def _decoded(self, side: Side, pages: torch.Tensor, start: int, stop: int, sinks: torch.Tensor) -> torch.Tensor:
         decoded = decode(pages, self.tables[side], self.angles(side, start, stop)).to(self.dtype)
@@ -228,7 +235,7 @@ class QuantizedLayer(CacheLayerMixin):
             return decoded
         index = torch.arange(start, stop, device=decoded.device) - self.timeline.starts()[:, None]
         is_sink = (index >= 0) & (index < self.spec.num_sinks)
-        exact = _take_tokens(sinks, index.clamp(0, self.spec.num_sinks - 1))
+        exact = take_tokens(sinks, index.clamp(0, self.spec.num_sinks - 1))
         return torch.where(is_sink[:, None, :, None], exact, decoded)
 
     def angles(self, side: Side, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -240,8 +247,3 @@ class QuantizedLayer(CacheLayerMixin):
         self.window = {side: change(t) for side, t in self.window.items()}
         for store in self.pages.values():
             store.map_tensors(change)
-
-
-def _take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return ``x[b, :, index[b, t]]`` of `x` [B, Hkv, T, D] and `index` [B, T']."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

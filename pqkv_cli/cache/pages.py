@@ -16,6 +16,7 @@ class PageStore:
 
     def __init__(self) -> None:
         self._slabs: list[torch.Tensor] = []
+        self._home: torch.device | None = None  # None: wherever pages are made
         self.num_pages = 0
 
     @property
@@ -29,15 +30,16 @@ class PageStore:
         count = pages.shape[1]
         if count > free:
             size = max(count - free, SLAB_PAGES) if self.num_pages else count
-            self._slabs.append(pages.new_empty((pages.shape[0], size, *pages.shape[2:])))
+            self._slabs.append(self._new_slab(pages, size))
         for slab, start, stop in self._parts(self.num_pages, self.num_pages + count):
             taken, pages = pages[:, : stop - start], pages[:, stop - start :]
             slab[:, start:stop] = taken
         self.num_pages += count
 
-    def views(self) -> list[torch.Tensor]:
-        """Return the filled parts of the slabs, in order, without copying."""
-        return [slab[:, start:stop] for slab, start, stop in self._parts(0, self.num_pages)]
+    def views(self, device: torch.device | None = None) -> list[torch.Tensor]:
+        """Return the filled parts of the slabs, in order, on `device`; without copying where they lie there."""
+        parts = [slab[:, start:stop] for slab, start, stop in self._parts(0, self.num_pages)]
+        return parts if device is None else [part.to(device, non_blocking=True) for part in parts]
 
     def page(self, index: int) -> torch.Tensor:
         """Return one page, [B, 1, Hkv, page_bytes]."""
@@ -50,9 +52,19 @@ class PageStore:
         used = len({id(slab) for slab, _, _ in self._parts(0, num_pages)})
         self._slabs = self._slabs[:used]
 
+    def move(self, home: torch.device) -> None:
+        """Keep all pages, those to come too, in the memory of `home`."""
+        self._home = home
+        self._slabs = [slab.to(home) for slab in self._slabs]
+
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every slab by `change` of it (rows reordered, moved to a device, ...)."""
         self._slabs = [change(slab) for slab in self._slabs]
+
+    def _new_slab(self, pages: torch.Tensor, size: int) -> torch.Tensor:
+        home = self._home or pages.device
+        pinned = pages.is_cuda and home.type == "cpu"  # copies from pinned memory do not wait for each other
+        return torch.empty((pages.shape[0], size, *pages.shape[2:]), dtype=pages.dtype, device=home, pin_memory=pinned)
 
     def _parts(self, start: int, stop: int) -> list[tuple[torch.Tensor, int, int]]:
         parts, first = [], 0
