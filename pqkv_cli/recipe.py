@@ -14,7 +14,7 @@ from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
 from pqkv_cli.gates import parse_gates
 from pqkv_cli.recipe_faults import describe_faults
 
-TaskName = Literal["perplexity", "passkey"]
+TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated"]
 ModeName = Literal["all", "cache"]
 
 
@@ -61,7 +61,8 @@ class EvaluationRecipe(_Section):
     """What is measured.
 
     `context` (tokens, the longest of them for pass keys), `limit` (text windows, or pass keys per length and depth) and
-    `prompts` (pass keys alone, before `limit`) are the task's own choice where they are None. `gates` are what the results
+    `prompts` (pass keys alone, before `limit`) are the task's own choice where they are None, and so is `max_new_tokens`
+    (tasks that generate and leave it open). `gates` are what the results
     must reach, such as ``perplexity.kl_bits<=0.02``; they decide the exit code and change no result.
     """
 
@@ -71,6 +72,7 @@ class EvaluationRecipe(_Section):
     context: int | None = Field(None, ge=8)
     limit: int | None = Field(None, ge=1)
     prompts: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)
     gates: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_consistent)] = ()
 
 

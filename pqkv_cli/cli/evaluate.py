@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pqkv_cli.cli.option_set import takes
 from pqkv_cli.cli.options import (
     ContextOption,
+    ContinuationOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
     EvaluationDataOption,
     ForceOption,
     GateOption,
+    GeneratedOption,
     JsonOption,
     LimitOption,
     MaxKldOption,
@@ -36,6 +38,8 @@ class EvaluateWords:
     mode: ModeOption = None
     context: ContextOption = None
     limit: LimitOption = None
+    generated: GeneratedOption = False
+    max_new_tokens: ContinuationOption = None
     gate: GateOption = None
     min_recovery: MinRecoveryOption = None
     max_kld: MaxKldOption = None
@@ -59,18 +63,20 @@ def evaluate(words: EvaluateWords) -> None:
     """
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.cli.result_table import raise_on_bad, show_records, verdict
-    from pqkv_cli.cli.words import checked, gate_texts, target_of
+    from pqkv_cli.cli.words import checked, gate_texts, target_of, task_words
     from pqkv_cli.pipeline.start import artifact_source, file_reference
 
     output, reporter = Output(words.json_target), TerminalReporter()
+    task, mode = task_words(words.task, words.mode, generated=words.generated)
     gates = gate_texts(words.gate, words.min_recovery, words.max_kld, words.max_ppl_increase)
     changes = {
-        "evaluation.tasks": words.task or None,
+        "evaluation.tasks": task,
         "evaluation.data": file_reference(words.data),
-        "evaluation.modes": words.mode or None,
+        "evaluation.modes": mode,
         "evaluation.context": words.context,
         "evaluation.limit": words.limit,
         "evaluation.prompts": words.limit,
+        "evaluation.max_new_tokens": words.max_new_tokens,
         "evaluation.gates": gates or None,
         **{"seed": words.seed, "device": words.device, "dtype": words.dtype},
     }
@@ -80,7 +86,7 @@ def evaluate(words: EvaluateWords) -> None:
     from pqkv_cli.pipeline.evaluate import evaluate_source
 
     # A recipe's gates may be about more than the tasks of this command; those of this command may not.
-    all_gates = bool(gates) or not (words.task or words.mode)
+    all_gates = bool(gates) or not (task or mode)
     records = evaluate_source(source, reporter, force=words.force, all_gates=all_gates)
     output.result(records[0] if len(records) == 1 else records, show_records(records))
     output.last_line(verdict(records))

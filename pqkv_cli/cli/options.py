@@ -42,13 +42,16 @@ BitsOption = Annotated[int | None, typer.Option("--bits", metavar="N", help="Bit
 IterationsOption = Annotated[int | None, typer.Option("--iterations", help="Most rounds of k-means.")]
 SinksOption = Annotated[int | None, typer.Option("--num-sinks", help="First tokens of a row that stay exact.")]
 WindowOption = Annotated[int | None, typer.Option("--window-tokens", help="Most recent tokens that stay exact.")]
-TaskOption = Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help="perplexity or passkey; may be repeated.")]
+TaskOption = Annotated[
+    list[str] | None, typer.Option("--task", metavar="NAME", help="perplexity, kld, passkey, needle or lines; may be repeated.")
+]
 ModeOption = Annotated[
     list[str] | None,
     typer.Option("--mode", metavar="NAME", help="all (every token quantized) or cache (as in use); may be repeated."),
 ]
 EvaluationDataOption = Annotated[
-    str | None, typer.Option("--data", metavar="FILE", help="Text to evaluate on: a UTF-8 file, or stdlib:evaluation.")
+    str | None,
+    typer.Option("--data", metavar="PATH", help="UTF-8 text, stdlib:evaluation, or the task's rows (*.jsonl or their folder)."),
 ]
 ContextOption = Annotated[int | None, typer.Option("--context", help="Tokens of an evaluation window.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="At most this many examples of a task.")]
@@ -64,6 +67,12 @@ MaxPplIncreaseOption = Annotated[
 GateOption = Annotated[
     list[str] | None,
     typer.Option("--gate", metavar="GATE", help="Fail unless it holds, as 'perplexity.kl_bits<=0.02'; may be repeated."),
+]
+GeneratedOption = Annotated[
+    bool, typer.Option("--generated", help="Task kld along the uncompressed model's own continuation, in mode cache.")
+]
+ContinuationOption = Annotated[
+    int | None, typer.Option("--max-new-tokens", help="Tokens of a continuation, where the task leaves it open.")
 ]
 MaxNewTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", help="How many tokens to write.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]

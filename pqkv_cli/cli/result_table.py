@@ -29,14 +29,21 @@ def raise_on_bad(records: Sequence[Record]) -> None:
     GateError
         If a quality gate was not met.
     """
-    incomplete = [f"{r['task']} ({r['mode']})" for r in records if r.get("status", "complete") != "complete"]
+    incomplete = [r for r in records if r.get("status", "complete") != "complete"]
     if incomplete:
-        raise PqkvError(
-            f"the results of {', '.join(incomplete)} are incomplete; see their status, then run the same command again"
-        )
+        names = ", ".join(f"{r['task']} ({r['mode']})" for r in incomplete)
+        missing = [fault for r in incomplete for fault in r.get("failed_samples", ())]
+        raise PqkvError(f"the results of {names} are incomplete; {_first(missing)}; the other samples were measured")
     failed = dict.fromkeys(fault for r in records if not r.get("gate", {}).get("passed", True) for fault in r["gate"]["failed"])
     if failed:
         raise GateError("quality gates not met:\n" + "\n".join(f"  - {fault}" for fault in failed))
+
+
+def _first(failed: Sequence[str], most: int = 3) -> str:
+    if not failed:
+        return "samples are missing"
+    rest = f" and {len(failed) - most} more" if len(failed) > most else ""
+    return f"{len(failed)} samples have no result: {'; '.join(failed[:most])}{rest}"
 
 
 def verdict(records: Sequence[Record]) -> str | None:

@@ -45,6 +45,24 @@ def gate_texts(
     return [*(gates or []), *(f"*.{form}{bound}" for form, bound in short.items() if bound is not None)]
 
 
+def task_words(
+    tasks: "Sequence[str] | None", modes: "Sequence[str] | None", *, generated: bool
+) -> "tuple[list[str] | None, list[str] | None]":
+    """Return the tasks and modes asked for, None where they are left to the recipe; `generated` turns kld into its other form.
+
+    Raises
+    ------
+    UsageError
+        If `generated` is asked for without the task it belongs to.
+    """
+    named = list(tasks or [])
+    if not generated:
+        return named or None, list(modes or []) or None
+    if "kld" not in named:
+        raise UsageError("--generated belongs to the task kld; expected --task kld --generated")
+    return ["kld_generated" if task == "kld" else task for task in named], list(modes or ["cache"])
+
+
 def checked(changes: "Mapping[str, object]") -> "Mapping[str, object]":
     """Return `changes` of a recipe, all found to be allowed before anything is opened.
 

@@ -1,7 +1,8 @@
 """Counts the bits of a cache as it lies in memory, or of its codes alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.cache.cache import QuantizedCache
@@ -36,3 +37,9 @@ def cache_bits(cache: QuantizedCache) -> BitsPerChannel:
 def _asymptotic(tables: Sequence[CodecTables]) -> float:
     channels = [t.num_heads * t.layout.head_dim for t in tables]
     return fmean([t.layout.bits_per_channel for t in tables], weights=channels)
+
+
+def fullest_bits(held: Sequence[Mapping[str, Any] | None], artifact: Artifact) -> BitsPerChannel:
+    """Return the bits of the fullest cache among those `held` (their fields as plain data), or of the codes where none was."""
+    found = [BitsPerChannel(**fields) for fields in held if fields]
+    return max(found, key=lambda bits: bits.num_tokens) if found else codec_bits(artifact)

@@ -19,12 +19,15 @@ class Divergence:
         KL divergence of the compressed from the uncompressed distribution, bits.
     agrees
         1 where both have the same most likely token.
+    top5
+        Share of the uncompressed model's five most likely tokens that are among the compressed model's five.
     baseline_nll, quantized_nll
         Negative log-likelihood of the true next token, nats.
     """
 
     kl_bits: torch.Tensor
     agrees: torch.Tensor
+    top5: torch.Tensor
     baseline_nll: torch.Tensor
     quantized_nll: torch.Tensor
 
@@ -46,9 +49,16 @@ def diverge(baseline: torch.Tensor, quantized: torch.Tensor, targets: torch.Tens
     return Divergence(
         kl_bits=kl_bits.double().cpu(),
         agrees=(baseline.argmax(-1) == quantized.argmax(-1)).double().cpu(),
+        top5=_shared_best(baseline, quantized, 5).cpu(),
         baseline_nll=-log_p.gather(-1, columns)[:, 0].double().cpu(),
         quantized_nll=-log_q.gather(-1, columns)[:, 0].double().cpu(),
     )
+
+
+def _shared_best(baseline: torch.Tensor, quantized: torch.Tensor, count: int) -> torch.Tensor:
+    count = min(count, baseline.shape[-1])
+    first, second = baseline.topk(count).indices, quantized.topk(count).indices
+    return (first[..., None] == second[..., None, :]).any(-1).double().mean(-1)
 
 
 def joined(parts: list[Divergence]) -> Divergence:

@@ -34,9 +34,16 @@ class BitsPerChannel:
 
 @dataclass(frozen=True, slots=True)
 class TaskOutcome:
-    """Metrics of one task in one mode; `num_tokens` were looked at."""
+    """Metrics of one task in one mode; `num_tokens` were looked at.
+
+    `headline` names the metrics that stand for the task; `failed` the samples that have none, with the reason; `notes` is
+    what a reader of the result must know.
+    """
 
     metrics: Mapping[str, Any]
     bits: BitsPerChannel
     num_tokens: int
     cost: Mapping[str, Any] = field(default_factory=dict)
+    headline: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)

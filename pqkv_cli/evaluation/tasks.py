@@ -6,14 +6,30 @@ from typing import Any
 
 from pqkv_cli.errors import UsageError, did_you_mean
 from pqkv_cli.evaluation.environment import environment
+from pqkv_cli.evaluation.kld import kld, kld_generated
+from pqkv_cli.evaluation.lines import lines
+from pqkv_cli.evaluation.needle import needle
 from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.passkey import passkey
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 
 Task = Callable[[Subject, EvaluationSettings, Callable[[int, int], None]], TaskOutcome]
-TASKS: Mapping[str, Task] = {"perplexity": perplexity, "passkey": passkey}
+TASKS: Mapping[str, Task] = {
+    "perplexity": perplexity,
+    "passkey": passkey,
+    "needle": needle,
+    "lines": lines,
+    "kld": kld,
+    "kld_generated": kld_generated,
+}
+_TEXT_TASKS = frozenset({"perplexity", "passkey", "needle", "kld", "kld_generated"})
 SCHEMA = "pqkv.result/1"
+
+
+def reads_text(name: str) -> bool:
+    """Return whether the task needs held-out text; others make their prompts or read rows."""
+    return name in _TEXT_TASKS
 
 
 def run_task(
@@ -39,15 +55,18 @@ def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: 
         "task": name,
         "mode": settings.mode,
         "method": "pqkv",
-        "status": "complete",
+        "status": "incomplete" if outcome.failed else "complete",
         "model": {"id": model.label, "revision": None, "config_sha256": model.config_sha256},
         "artifact_sha256": artifact.sha256,
         "bits_per_channel": outcome.bits.document(),
         "table_bytes": artifact.table_bytes,
         "cache_bytes": {**outcome.bits.cache_bytes, "num_tokens": outcome.bits.num_tokens},
+        "headline": list(outcome.headline),
         "metrics": dict(outcome.metrics),
         "cost": dict(outcome.cost),
         "settings": asdict(settings)
         | {"num_tokens": outcome.num_tokens, "dtype": str(subject.model.dtype).removeprefix("torch.")},
         "environment": environment(subject.model.device),
+        **({"failed_samples": list(outcome.failed)} if outcome.failed else {}),
+        **({"notes": dict(outcome.notes)} if outcome.notes else {}),
     }

@@ -10,13 +10,25 @@ _BLOCK_BYTES = 4096
 
 
 def text_identity(source: str) -> str:
-    """Return what identifies the text behind `source`: the hash of a file, or the name of a built-in text and its origin."""
+    """Return what identifies what lies behind `source`.
+
+    It is the hash of a file or of a directory's rows, or the name of a built-in text and its origin.
+    """
     path = Path(source).expanduser()
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _file_hash(path)
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(path.glob("*.jsonl")):
+            digest.update(f"{file.name}:{_file_hash(file)}\n".encode())
+        return digest.hexdigest()
     # The standard library is another text under every Python version.
     return f"{source} of Python {sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_fingerprint(path_or_id: str) -> str:

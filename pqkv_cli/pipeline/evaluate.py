@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from pqkv_cli.artifact.derived import write_derived
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
-from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
-from pqkv_cli.evaluation.tasks import run_task
+from pqkv_cli.evaluation.settings import Subject
+from pqkv_cli.evaluation.tasks import reads_text, run_task
 from pqkv_cli.files import write_text
 from pqkv_cli.gates import Gate, judge, parse_gates, split_gates
 from pqkv_cli.pipeline.content import text_identity
+from pqkv_cli.pipeline.evaluation_settings import open_log, rows_path, task_settings
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.outcome import Facts, StageWork, do_stage
 from pqkv_cli.pipeline.reporter import Reporter
@@ -23,10 +25,6 @@ from pqkv_cli.pipeline.state import stage_inputs
 from pqkv_cli.recipe import Recipe
 
 Record = dict[str, Any]
-
-_DEFAULT_WINDOWS = 32
-_LONGEST_PROMPT = 4096
-_ANSWER_ROOM = 16
 
 
 def evaluate(run: Run, recipe: Recipe, reporter: Reporter) -> list[Record]:
@@ -97,9 +95,10 @@ def _keep(source: Source, record: Record) -> None:
 def _open(source: Source, *, force: bool) -> Subject:
     # The cheap ones first: a damaged artifact or a missing text shows before a model is loaded.
     artifact = open_artifact(source.artifact, device_of(source.recipe))
-    text = load_text(source.recipe.evaluation.data)
+    wanted = source.recipe.evaluation
+    text = load_text(wanted.data) if any(map(reads_text, wanted.tasks)) else ""
     model, tokenizer = open_model(source.recipe)
-    return Subject(model, tokenizer, artifact, text, force)
+    return Subject(model, tokenizer, artifact, text, force, rows_path(wanted.data))
 
 
 def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Record]:
@@ -107,23 +106,16 @@ def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Recor
     wanted = source.recipe.evaluation
     for task in wanted.tasks:
         for mode in wanted.modes:
-            settings = _settings(task, mode, source.recipe, subject)
+            settings = task_settings(task, mode, source.recipe, subject)
+            log = open_log(source, task, settings, subject)
+            if log.num_found:
+                reporter.note(f"{task}, mode {mode}: going on after {log.num_found} samples")
             with reporter.progress(f"{task}, mode {mode}") as advance:
-                records.append(run_task(task, subject, settings, advance))
+                records.append(run_task(task, replace(subject, log=log), settings, advance))
             _keep(source, records[-1])
+            log.finish()
     _renew_card(source, subject.artifact)
     return records
-
-
-def _settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> EvaluationSettings:
-    """Fill in what the recipe leaves open: text in windows as long as calibration's, pass keys as far as the model reaches."""
-    wanted = recipe.evaluation
-    positions = int(getattr(subject.model.config, "max_position_embeddings", 0) or _LONGEST_PROMPT)
-    longest = min(_LONGEST_PROMPT, positions - _ANSWER_ROOM)
-    if task == "passkey":
-        return EvaluationSettings(mode, wanted.context or longest, wanted.prompts or wanted.limit, recipe.seed)
-    context = wanted.context or min(recipe.calibration.seq_len, positions)
-    return EvaluationSettings(mode, context, wanted.limit or _DEFAULT_WINDOWS, recipe.seed)
 
 
 def _renew_card(source: Source, artifact: Artifact) -> None:

@@ -43,6 +43,7 @@ STAGE_FIELDS: Mapping[Stage, tuple[str, ...]] = {
         "evaluation.context",
         "evaluation.limit",
         "evaluation.prompts",
+        "evaluation.max_new_tokens",
     ),
 }
 

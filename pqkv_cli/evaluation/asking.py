@@ -1,0 +1,118 @@
+"""Asks both models the same questions in the same batches and keeps every answer. Knows logs and caches, no task's meaning."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pqkv_cli.cache.cache import QuantizedCache
+from pqkv_cli.evaluation.bits import cache_bits, fullest_bits
+from pqkv_cli.evaluation.contender import CacheFactory, contender
+from pqkv_cli.evaluation.outcome import BitsPerChannel
+from pqkv_cli.evaluation.replies import Question, reply
+from pqkv_cli.evaluation.samples import Group, Sample
+from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+
+Score = Callable[[Question, str], float]
+SIDES = ("baseline", "quantized")
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What both models answered.
+
+    Attributes
+    ----------
+    samples
+        Per question its ``name``, ``facts``, and of each side ``text`` and ``score``; None where logits were not finite.
+    cost
+        Record's ``cost``: of each side milliseconds until the first token and per further token, peak bytes, seconds.
+    """
+
+    samples: list[Sample]
+    bits: BitsPerChannel
+    cost: Mapping[str, Any]
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the questions that have no score, with the reason."""
+        return tuple(f"{s['name']}: {s['failed']}" for s in self.samples if "failed" in s)
+
+    @property
+    def scored(self) -> list[Sample]:
+        """The samples that both models answered."""
+        return [sample for sample in self.samples if "failed" not in sample]
+
+
+def ask(
+    subject: Subject,
+    settings: EvaluationSettings,
+    questions: Sequence[Question],
+    score: Score,
+    on_progress: Callable[[int, int], None],
+) -> Answers:
+    """Ask every question with and without compression; batches that the subject's log holds already are not asked again."""
+    groups, done = [], 0
+    with contender(subject, settings.mode) as new_cache:
+        for name, batch in _batches(questions, settings.batch_tokens):
+            group = subject.log.get(name)
+            if group is None:
+                group = subject.log.add(name, *_ask_batch(subject, batch, new_cache, score))
+            groups.append(group)
+            done += len(batch)
+            on_progress(done, len(questions))
+    samples = [sample for group in groups for sample in group.samples]
+    bits = fullest_bits([group.facts["bits"] for group in groups], subject.artifact)
+    return Answers(samples, bits, _cost(groups))
+
+
+def _batches(questions: Sequence[Question], budget: int) -> Iterator[tuple[str, list[Question]]]:
+    """Cut `questions` into batches of at most `budget` padded tokens, whose names and content depend on nothing else."""
+    batch: list[Question] = []
+    for question in questions:
+        longest = max([len(question.ids), *(len(other.ids) for other in batch)]) + question.max_new_tokens
+        if batch and (batch[0].decoding != question.decoding or longest * (len(batch) + 1) > budget):
+            yield f"{batch[0].name}+{len(batch)}", batch
+            batch = []
+        batch.append(question)
+    if batch:
+        yield f"{batch[0].name}+{len(batch)}", batch
+
+
+def _ask_batch(
+    subject: Subject, batch: list[Question], new_cache: CacheFactory, score: Score
+) -> tuple[list[Sample], dict[str, Any]]:
+    model, tokenizer = subject.model, subject.tokenizer
+    cache = new_cache()
+    replies = {"baseline": reply(model, tokenizer, batch, None), "quantized": reply(model, tokenizer, batch, cache)}
+    held = asdict(cache_bits(cache)) if isinstance(cache, QuantizedCache) else None
+    samples = [_sample(question, {side: replies[side].texts[i] for side in SIDES}, score) for i, question in enumerate(batch)]
+    return samples, {"bits": held, "batch": len(batch), "cost": {side: replies[side].cost() for side in SIDES}}
+
+
+def _sample(question: Question, texts: Mapping[str, str | None], score: Score) -> Sample:
+    sample: Sample = {"name": question.name, "num_tokens": len(question.ids), "facts": dict(question.facts)}
+    for side in SIDES:
+        text = texts[side]
+        sample[side] = None if text is None else {"text": text, "score": score(question, text)}
+    if broken := [side for side in SIDES if sample[side] is None]:
+        sample["failed"] = f"logits of the {' and the '.join(broken)} model are not finite"
+    return sample
+
+
+def _cost(groups: Sequence[Group]) -> dict[str, Any]:
+    costs = {side: [group.facts["cost"][side] for group in groups] for side in SIDES}
+    peaks = {side: [c["peak_bytes"] for c in own if c["peak_bytes"] is not None] for side, own in costs.items()}
+    return {
+        "prefill_ms": {side: _quantiles([c["prefill_ms"] for c in own if c["prefill_ms"]]) for side, own in costs.items()},
+        "ms_per_token": {side: _quantiles([ms for c in own for ms in c["step_ms"]]) for side, own in costs.items()},
+        "peak_bytes": {side: max(own) if own else None for side, own in peaks.items()},
+        "seconds": {side: sum(c["seconds"] for c in own) for side, own in costs.items()},
+        "batch_size": max((group.facts["batch"] for group in groups), default=0),
+    }
+
+
+def _quantiles(values: list[float]) -> dict[str, float | None]:
+    points = {"p20": 20, "p50": 50, "p90": 90}
+    return {name: float(np.percentile(values, point)) if values else None for name, point in points.items()}

@@ -1,0 +1,130 @@
+"""LongEval's line retrieval: many named numbers in a list, one of them asked for.
+
+The lists are made to fit a prompt length, or read from LongEval's own files (rows of ``prompt`` and ``expected_number``). A
+model with a chat template is asked, any other completes the sentence that holds the answer. An answer is right if its first
+number is the one asked for.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pqkv_cli.errors import DataError
+from pqkv_cli.evaluation.asking import ask
+from pqkv_cli.evaluation.names import line_names
+from pqkv_cli.evaluation.outcome import TaskOutcome
+from pqkv_cli.evaluation.prompts import chat_text, has_chat_template, num_positions, prompt_ids, prompt_lengths, require_room
+from pqkv_cli.evaluation.replies import Question
+from pqkv_cli.evaluation.rows import read_rows
+from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, scores
+from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+
+ANSWER_TOKENS = 16
+DEFAULT_PROMPTS_PER_LENGTH = 10
+_LARGEST_NUMBER = 50_000
+_SHORTEST = 1024  # the instructions alone take some 200 tokens
+_HEAD = (
+    "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
+    "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its corresponding "
+    "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of a "
+    "certain line index. Now the record start:\n\n"
+)
+_TAIL = "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {name}? I need the number. "
+_CUE = "\nline {name}: REGISTER_CONTENT is <"
+
+
+def lines(subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]) -> TaskOutcome:
+    """Ask for numbers with and without compression, greedily, by length of the list.
+
+    Raises
+    ------
+    DataError
+        If no prompt fits the model, or the rows are not LongEval's.
+    """
+    skipped = 0
+    if subject.data is None:
+        questions, key = _generated(subject, settings), "length"
+    else:
+        questions, skipped = _read(subject, subject.data, settings.limit)
+        key = "num_lines"
+    answers = ask(subject, settings, questions, _is_right, on_progress)
+    metrics: dict[str, Any] = {"accuracy": compared_samples(answers.scored, settings.seed)}
+    for group, own in grouped(answers.scored, lambda s: s["facts"][key]).items():
+        metrics[f"accuracy@{group}"] = compared(*scores(own))
+    num_tokens = sum(sample["num_tokens"] for sample in answers.samples)
+    notes = {"chat_template": has_chat_template(subject.tokenizer), "prompts_too_long_for_the_model": skipped}
+    return TaskOutcome(metrics, answers.bits, num_tokens, answers.cost, ("accuracy",), answers.failed, notes)
+
+
+def _is_right(question: Question, text: str) -> float:
+    found = re.search(r"\d+", text)
+    return float(found is not None and int(found[0]) == question.facts["expected"])
+
+
+def _generated(subject: Subject, settings: EvaluationSettings) -> list[Question]:
+    questions = []
+    for length in [n for n in prompt_lengths(settings.context) if n >= _SHORTEST] or [settings.context]:
+        require_room(subject.model, "line retrieval", length, ANSWER_TOKENS)
+        rng = np.random.default_rng([settings.seed, length])
+        for i in range(settings.limit or DEFAULT_PROMPTS_PER_LENGTH):
+            questions.append(_made(subject.tokenizer, length, f"{length}/{i}", rng))
+    return questions
+
+
+def _made(tokenizer: Any, length: int, name: str, rng: np.random.Generator) -> Question:
+    """Return a question with as many lines as fit `length` tokens."""
+    per_line = len(prompt_ids(tokenizer, _line("abundant-aardvark", 12345)))
+    all_names = line_names(length // 4, rng)
+    numbers = rng.integers(1, _LARGEST_NUMBER, len(all_names)).tolist()
+    asked = float(rng.random())
+
+    def build(count: int) -> tuple[Any, int]:
+        index = int(asked * count)
+        body = "".join(map(_line, all_names[:count], numbers[:count]))
+        return _ids(tokenizer, _HEAD + body + _TAIL.format(name=all_names[index]), all_names[index]), index
+
+    count = max(1, length // per_line)
+    while count < len(all_names) and len(build(count)[0]) < length:
+        count += 1
+    while count > 0 and len(build(count)[0]) > length:
+        count -= 1
+    if count == 0:
+        shortest = len(build(1)[0])
+        raise DataError(f"a line retrieval prompt of {length} tokens cannot hold one line; use --context {shortest} or more")
+    ids, index = build(count)
+    facts = {"length": length, "num_lines": count, "depth": index / count, "expected": numbers[index]}
+    return Question(name, ids, ANSWER_TOKENS, facts)
+
+
+def _line(name: str, number: int) -> str:
+    return f"line {name}: REGISTER_CONTENT is <{number}>\n"
+
+
+def _ids(tokenizer: Any, prompt: str, name: str) -> Any:
+    if has_chat_template(tokenizer):
+        return prompt_ids(tokenizer, chat_text(tokenizer, prompt))
+    return prompt_ids(tokenizer, prompt.rstrip() + _CUE.format(name=name))
+
+
+def _read(subject: Subject, path: Path, limit: int | None) -> tuple[list[Question], int]:
+    wanted = {"prompt": str, "expected_number": int, "num_lines": int, "random_idx": list}
+    questions, longest, skipped = [], 0, 0
+    for file, rows in read_rows(path, wanted).items():
+        for i, row in enumerate(rows[:limit]):
+            ids = _ids(subject.tokenizer, row["prompt"], str(row["random_idx"][0]))
+            facts = {"num_lines": row["num_lines"], "expected": row["expected_number"]}
+            longest = max(longest, len(ids))
+            positions = num_positions(subject.model)
+            if positions is not None and len(ids) + ANSWER_TOKENS > positions:
+                skipped += 1
+                continue
+            questions.append(Question(f"{file}/{i}", ids, ANSWER_TOKENS, facts))
+    if not questions:
+        raise DataError(
+            f"no prompt of {path} fits the model's {num_positions(subject.model)} positions (the longest has {longest} "
+            "tokens); choose a file with fewer lines, or leave out --data to have prompts made"
+        )
+    return sorted(questions, key=lambda question: (len(question.ids), question.name)), skipped

@@ -1,0 +1,167 @@
+"""Windows of text through both models, token by token: what the tasks on plain text have in common. Knows logs and caches."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from pqkv_cli.cache.cache import QuantizedCache
+from pqkv_cli.errors import DataError
+from pqkv_cli.evaluation.bits import cache_bits
+from pqkv_cli.evaluation.bootstrap import Floats, interval95
+from pqkv_cli.evaluation.contender import CacheFactory
+from pqkv_cli.evaluation.divergence import Divergence
+from pqkv_cli.evaluation.memory import peak_memory
+from pqkv_cli.evaluation.prompts import num_positions
+from pqkv_cli.evaluation.samples import Group, Sample
+from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+
+_FIRST_SPAN = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One window: how far both models are apart, what the compressed one's cache held, seconds of each side."""
+
+    divergence: Divergence
+    cache: Any
+    seconds: dict[str, float]
+
+
+def measured(
+    subject: Subject, count: int, measure: Callable[[int], Compared], on_progress: Callable[[int, int], None]
+) -> list[Group]:
+    """Return one group per window, measured now or found in the subject's log; windows that fail are kept as such."""
+    groups = []
+    for index in range(count):
+        name = str(index)
+        group = subject.log.get(name)
+        if group is None:
+            group = subject.log.add(name, *_measure(subject, name, index, measure))
+        groups.append(group)
+        on_progress(index + 1, count)
+    return groups
+
+
+def _measure(
+    subject: Subject, name: str, index: int, measure: Callable[[int], Compared]
+) -> tuple[list[Sample], dict[str, Any]]:
+    try:
+        with peak_memory(subject.model.device) as peak:
+            done = measure(index)
+    except DataError as error:  # logits that are not finite
+        return [{"name": name, "failed": str(error)}], {"bits": None, "seconds": None, "peak_bytes": None}
+    held = asdict(cache_bits(done.cache)) if isinstance(done.cache, QuantizedCache) else None
+    rows = {f.name: [float(f"{x:.9g}") for x in getattr(done.divergence, f.name).tolist()] for f in fields(Divergence)}
+    return [{"name": name, **rows}], {"bits": held, "seconds": done.seconds, "peak_bytes": peak.num_bytes}
+
+
+def logits_of(model: Any, ids: torch.Tensor, settings: EvaluationSettings, new_cache: CacheFactory) -> tuple[torch.Tensor, Any]:
+    """Return the compressed model's logits [T, V] of a window `ids` [1, T], and its cache."""
+    cache = new_cache()
+    positions = positions_of(ids, settings)
+    size = ids.shape[1] if settings.mode == "all" else settings.chunk_tokens
+    logits = []
+    for start in range(0, ids.shape[1], size):
+        chunk = slice(start, start + size)
+        logits.append(model(ids[:, chunk], position_ids=positions[:, chunk], past_key_values=cache, use_cache=True).logits[0])
+    return torch.cat(logits), cache
+
+
+def positions_of(ids: torch.Tensor, settings: EvaluationSettings) -> torch.Tensor:
+    """Return the positions [1, T] of a window."""
+    return (torch.arange(ids.shape[1], device=ids.device) + settings.position_offset)[None]
+
+
+def timed(device: torch.device) -> float:
+    """Return the time when all that was asked of `device` is done, seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def check_context(subject: Subject, num_tokens: int) -> None:
+    """Refuse windows that the model cannot hold.
+
+    Raises
+    ------
+    DataError
+        If a window of `num_tokens` exceeds the model's positions.
+    """
+    positions = num_positions(subject.model)
+    if positions and num_tokens > positions:
+        raise DataError(
+            f"windows of {num_tokens} tokens exceed the model's {positions} positions; use --context {positions} or less"
+        )
+
+
+def table(groups: Sequence[Group]) -> dict[str, Floats]:
+    """Return every number of the windows that did not fail, [windows, tokens] each.
+
+    Raises
+    ------
+    DataError
+        If all of them failed.
+    """
+    good = [sample for group in groups for sample in group.samples if "failed" not in sample]
+    if not good:
+        raise DataError(f"no window could be measured: {groups[0].samples[0]['failed']}")
+    return {f.name: np.array([sample[f.name] for sample in good], dtype=np.float64) for f in fields(Divergence)}
+
+
+def failures(groups: Sequence[Group]) -> tuple[str, ...]:
+    """Return the windows that failed, with the reason."""
+    return tuple(f"window {s['name']}: {s['failed']}" for group in groups for s in group.samples if "failed" in s)
+
+
+def divergence_metrics(rows: dict[str, Floats], seed: int) -> dict[str, Any]:
+    """Return KL divergence, top-1 and top-5 agreement over all tokens, with intervals over windows."""
+
+    def mean(unused: Floats, own: Floats) -> float:
+        return float(own.mean())
+
+    def one(name: str) -> dict[str, Any]:
+        per_window = rows[name].mean(axis=1)
+        return {"quantized": float(rows[name].mean()), "ci95": interval95(mean, per_window, per_window, seed)}
+
+    kl_bits = one("kl_bits") | {"p99": float(np.quantile(rows["kl_bits"], 0.99))}
+    return {"kl_bits": kl_bits, "top1_agreement": one("agrees"), "top5_agreement": one("top5")}
+
+
+def spans(length: int) -> list[tuple[int, int]]:
+    """Return the ranges of positions that results are given for: up to 128, then doubling."""
+    edges = [0]
+    while edges[-1] < length:
+        edges.append(min(length, max(_FIRST_SPAN, 2 * edges[-1])))
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def by_context(rows: dict[str, Floats]) -> list[dict[str, Any]]:
+    """Return the metrics by how many tokens a prediction looks back at."""
+    cells = []
+    for start, stop in spans(rows["kl_bits"].shape[1]):
+        part = {name: values[:, start:stop] for name, values in rows.items()}
+        cells.append(
+            {
+                "from": start + 1,
+                "to": stop,
+                "kl_bits": float(part["kl_bits"].mean()),
+                "p99": float(np.quantile(part["kl_bits"], 0.99)),
+                "top1_agreement": float(part["agrees"].mean()),
+                "top5_agreement": float(part["top5"].mean()),
+                "baseline_perplexity": float(np.exp(part["baseline_nll"].mean())),
+                "quantized_perplexity": float(np.exp(part["quantized_nll"].mean())),
+            }
+        )
+    return cells
+
+
+def cost(groups: Sequence[Group]) -> dict[str, Any]:
+    """Return seconds of each side and the peak bytes of both together."""
+    known = [group.facts for group in groups if group.facts["seconds"]]
+    peaks = [facts["peak_bytes"] for facts in known if facts["peak_bytes"] is not None]
+    seconds = {side: sum(facts["seconds"][side] for facts in known) for side in ("baseline", "quantized")}
+    return {"seconds": seconds, "peak_bytes": max(peaks) if peaks else None}

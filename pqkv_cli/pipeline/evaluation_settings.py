@@ -1,0 +1,57 @@
+"""What a recipe leaves open about a task, filled in for the model at hand, and where its samples go. Runs nothing."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from pqkv_cli import __version__
+from pqkv_cli.evaluation.prompts import num_positions
+from pqkv_cli.evaluation.samples import SampleLog
+from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
+from pqkv_cli.pipeline.content import text_identity
+from pqkv_cli.pipeline.start import Source
+from pqkv_cli.recipe import Recipe
+
+_DEFAULT_WINDOWS = 32
+_LONGEST_PROMPT = 4096
+_LONGEST_OPENING = 512
+_MOST_NEW_TOKENS = 1024
+# Tokens of the answer for which prompts as long as the model reaches leave room.
+_ANSWER_ROOM = {"passkey": 16, "needle": 64, "lines": 16}
+
+
+def task_settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> EvaluationSettings:
+    """Return the settings of `task`: windows as long as calibration's, prompts as long as the model reaches."""
+    wanted = recipe.evaluation
+    positions = num_positions(subject.model) or _LONGEST_PROMPT
+    if task in _ANSWER_ROOM:
+        longest = min(_LONGEST_PROMPT, positions - _ANSWER_ROOM[task])
+        limit = (wanted.prompts or wanted.limit) if task == "passkey" else wanted.limit
+        return EvaluationSettings(mode, wanted.context or longest, limit, recipe.seed)
+    if task == "kld_generated":
+        context = wanted.context or min(_LONGEST_OPENING, positions // 2)
+        steps = wanted.max_new_tokens or max(1, min(_MOST_NEW_TOKENS, positions - context))
+        return EvaluationSettings(mode, context, wanted.limit, recipe.seed, max_new_tokens=steps)
+    context = wanted.context or min(recipe.calibration.seq_len, positions)
+    return EvaluationSettings(mode, context, wanted.limit or _DEFAULT_WINDOWS, recipe.seed)
+
+
+def rows_path(data: str) -> Path | None:
+    """Return the path of rows that `data` names, None where it names text."""
+    path = Path(data).expanduser()
+    return path if path.is_dir() or path.suffix == ".jsonl" else None
+
+
+def open_log(source: Source, task: str, settings: EvaluationSettings, subject: Subject) -> SampleLog:
+    """Return the log of a task's samples; it holds those of an interrupted evaluation of the same things."""
+    model = subject.artifact.header.model
+    key = {
+        "task": task,
+        "settings": asdict(settings),
+        "artifact_sha256": subject.artifact.sha256,
+        "weights_sha256": model.weights_sha256,
+        "dtype": str(subject.model.dtype),
+        "device": subject.model.device.type,
+        "data": text_identity(source.recipe.evaluation.data),
+        "version": __version__,
+    }
+    return SampleLog(source.results / "samples" / f"{task}-{settings.mode}.jsonl", key)
