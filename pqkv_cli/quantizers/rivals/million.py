@@ -19,8 +19,8 @@ from pqkv_kernels.nearest import nearest_centroids
 # Bits per channel: (channels per code, bits per code).
 CODES: Mapping[int, tuple[int, int]] = {4: (2, 8), 3: (4, 12), 2: (4, 8), 1: (8, 8)}
 ITERATIONS = 25
-# faiss, which the release trains with, draws at most 256 points per centroid; 12-bit codebooks get 32 for the sake of time.
-MOST_POINTS = 131072
+# faiss, which the release trains with, draws at most 256 points per centroid; 12-bit codebooks get 16 for the sake of time.
+MOST_POINTS = 65536
 POINTS_PER_CENTROID = 256
 
 
