@@ -8,7 +8,8 @@ from transformers.masking_utils import sdpa_mask
 
 from pqkv_cli.cache.handle import LazyStates, StepView
 from pqkv_cli.runtime.dense_attention import dense_attention, sink_share
-from pqkv_kernels.attention import Part, code_attention, code_queries, exact_attention, leave_code_space, merge
+from pqkv_kernels.attention import Part, exact_attention, merge
+from pqkv_kernels.dispatch import attend_codes
 from pqkv_kernels.layout import PAGE_TOKENS
 
 ATTENTION_NAME = "pqkv"
@@ -55,60 +56,44 @@ def pqkv_attention(
         return dense_attention(module, query, keys, values, attention_mask, scaling, dropout, **kwargs), None
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    row_start = view.layer.timeline.starts()
+    # Every query sees all codes, so a page is decoded once for the whole chunk; the exact part is causal, block by block.
+    coded_output, coded_lse = _coded_part(query, view, row_start, scale, softcap)
     blocks = []
     for start in range(0, query.shape[2], _QUERY_BLOCK):
-        blocks.append(_attend_block(query, start, min(start + _QUERY_BLOCK, query.shape[2]), view, scale, softcap, sinks))
+        block = slice(start, min(start + _QUERY_BLOCK, query.shape[2]))
+        parts = _exact_parts(query, block, view, row_start, scale, softcap)
+        output, lse = merge([*parts, (coded_output[:, :, block], coded_lse[:, :, block])])
+        blocks.append(output if sinks is None else output * sink_share(lse, sinks)[..., None])
     return torch.cat(blocks, dim=2).transpose(1, 2).to(query.dtype), None
 
 
-def _attend_block(
-    query: torch.Tensor,
-    start: int,
-    stop: int,
-    view: StepView,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    block = query[:, :, start:stop]
-    row_start = view.layer.timeline.starts()
+def _exact_parts(
+    query: torch.Tensor, block: slice, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None
+) -> list[Part]:
+    """Attend with the queries of `block` to the exact sinks and to the tokens after the codes."""
+    queries, num_queries = query[:, :, block], query.shape[2]
     parts: list[Part] = []
-    if view.num_coded:
-        parts.append(_coded_part(block, view, row_start, scaling, softcap))
+    if view.sinks["keys"].shape[2]:
         sink_slots = row_start[:, None] + torch.arange(view.sinks["keys"].shape[2], device=query.device)
         valid = (sink_slots < view.num_coded)[:, None]
-        parts.append(exact_attention(block, view.sinks["keys"], view.sinks["values"], valid, scaling, softcap))
+        parts.append(exact_attention(queries, view.sinks["keys"], view.sinks["values"], valid, scaling, softcap))
     exact_slots = view.num_coded + torch.arange(view.exact["keys"].shape[2], device=query.device)
-    query_slots = view.num_slots - query.shape[2] + torch.arange(start, stop, device=query.device)
+    query_slots = view.num_slots - num_queries + torch.arange(num_queries, device=query.device)[block]
     causal = exact_slots[None, :] <= query_slots[:, None]
     valid = causal[None] & (exact_slots >= row_start[:, None])[:, None]
-    parts.append(exact_attention(block, view.exact["keys"], view.exact["values"], valid, scaling, softcap))
-    output, lse = merge(parts)
-    return output if sinks is None else output * sink_share(lse, sinks)[..., None]
+    parts.append(exact_attention(queries, view.exact["keys"], view.exact["values"], valid, scaling, softcap))
+    return parts
 
 
 def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None) -> Part:
-    key_tables, value_tables = view.layer.tables["keys"], view.layer.tables["values"]
-    angles = view.layer.angles("keys", 0, view.num_coded)
-    coded_query = code_queries(query, key_tables)
+    layer = view.layer
+    tables = layer.tables
+    angles = None
+    if tables["keys"].rotary is not None and layer.angle_source is not None:
+        angles = layer.timeline.page_angles(layer.angle_source, view.num_coded // PAGE_TOKENS)
     first_token = row_start + view.sinks["keys"].shape[2]
-    parts, start = [], 0
-    for key_pages, value_pages in zip(view.pages["keys"], view.pages["values"], strict=True):
-        stop = start + key_pages.shape[1] * PAGE_TOKENS
-        slab_angles = None if angles is None else (angles[0][:, start:stop], angles[1][:, start:stop])
-        parts.append(
-            code_attention(
-                coded_query,
-                key_pages,
-                value_pages,
-                key_tables,
-                value_tables,
-                first_token - start,
-                scaling,
-                slab_angles,
-                softcap,
-            )
-        )
-        start = stop
-    output, lse = merge(parts)
-    return leave_code_space(output, value_tables), lse.flatten(1, 2)
+    pages = view.pages
+    return attend_codes(
+        "torch", query, pages["keys"], pages["values"], tables["keys"], tables["values"], first_token, scaling, angles, softcap
+    )
