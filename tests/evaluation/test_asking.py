@@ -1,0 +1,136 @@
+"""Questions asked of both models: batches, resumption, broken logits, cost."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_chain import byte_tokenizer, tokens
+
+from pqkv_cli.evaluation.asking import ask
+from pqkv_cli.evaluation.replies import Question, reply
+from pqkv_cli.evaluation.samples import SampleLog
+from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+
+Maker = Callable[..., Subject]
+LENGTHS = (70, 33, 70, 150, 12)
+
+
+def questions(new_tokens: int = 5) -> list[Question]:
+    return [Question(f"q{i}", tokens(n, seed=i), new_tokens, {"n": n}) for i, n in enumerate(LENGTHS)]
+
+
+def score(question: Question, text: str) -> float:
+    return float(len(text))
+
+
+def answers(subject: Subject, mode: str = "cache", batch_tokens: int = 8192, asked: Any = None) -> Any:
+    settings = EvaluationSettings(mode, context=256, batch_tokens=batch_tokens)  # type: ignore[arg-type]
+    return ask(subject, settings, asked or questions(), score, lambda done, total: None)
+
+
+@pytest.mark.parametrize("mode", ["all", "cache"])
+def test_a_batch_answers_like_one_at_a_time(mode: str, subject: Maker) -> None:
+    made = subject()
+    alone, together = answers(made, mode, 1), answers(made, mode, 100_000)
+    assert [s["baseline"] for s in alone.samples] == [s["baseline"] for s in together.samples]
+    assert [s["quantized"] for s in alone.samples] == [s["quantized"] for s in together.samples]
+    assert (alone.cost["batch_size"], together.cost["batch_size"]) == (1, len(LENGTHS))
+    assert [s["facts"]["n"] for s in alone.samples] == list(LENGTHS)
+
+
+def test_the_baseline_is_the_model_by_itself(subject: Maker) -> None:
+    made = subject()
+    for question, sample in zip(questions(), answers(made).samples, strict=True):
+        ids = question.ids[None]
+        output = made.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=1
+        )
+        assert sample["baseline"]["text"] == made.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_cost_is_measured_on_both_sides(subject: Maker) -> None:
+    cost = answers(subject(), batch_tokens=200).cost
+    for side in ("baseline", "quantized"):
+        assert cost["prefill_ms"][side]["p50"] > 0
+        assert cost["ms_per_token"][side]["p20"] <= cost["ms_per_token"][side]["p50"] <= cost["ms_per_token"][side]["p90"]
+        assert cost["seconds"][side] > 0
+        assert cost["peak_bytes"][side] is None or cost["peak_bytes"][side] > 1_000_000
+
+
+def test_bits_are_those_of_the_fullest_cache(subject: Maker) -> None:
+    assert answers(subject(), batch_tokens=1).bits.num_tokens == 150 + 4
+    assert answers(subject(), "all").bits.num_tokens == 0
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(subject: Maker, tmp_path: Path, monkeypatch: Any) -> None:
+    made = subject()
+    whole = answers(made, batch_tokens=200)
+    key = {"task": "t"}
+    logged = replace(made, log=SampleLog(tmp_path / "t.jsonl", key))
+    asked = {"count": 0}
+    plain = reply
+
+    def dying(*words: Any) -> Any:
+        asked["count"] += 1
+        if asked["count"] == 4:
+            raise KeyboardInterrupt
+        return plain(*words)
+
+    monkeypatch.setattr("pqkv_cli.evaluation.asking.reply", dying)
+    with pytest.raises(KeyboardInterrupt):
+        answers(logged, batch_tokens=200)
+    done = asked["count"]
+    log = SampleLog(tmp_path / "t.jsonl", key)
+    assert 0 < log.num_found < len(LENGTHS)
+    again = answers(replace(made, log=log), batch_tokens=200)
+    assert again.samples == whole.samples
+    assert asked["count"] < done + 2 * len(LENGTHS)
+
+
+@pytest.mark.parametrize("side", ["baseline", "quantized"])
+def test_a_sample_with_broken_logits_is_named_and_the_rest_goes_on(side: str, subject: Maker) -> None:
+    made = subject()
+    marker = 77
+    asked = [replace(q, ids=torch.where(q.ids == marker, 78, q.ids)) for q in questions()]
+    asked[2].ids[5] = marker
+
+    def poison(module: Any, args: Any, kwargs: Any) -> None:
+        past = kwargs.get("past_key_values")
+        ours = type(past).__module__.startswith("pqkv_cli")
+        rows = (kwargs["input_ids"] == marker).any(1)
+        state["rows"] = rows if rows.any() or kwargs["input_ids"].shape[1] > 1 else state.get("rows")
+        state["now"] = ours == (side == "quantized")
+
+    def break_rows(module: Any, args: Any, output: Any) -> Any:
+        if state["now"] and state["rows"] is not None:
+            output = output.clone()
+            output[state["rows"]] = float("nan")
+        return output
+
+    state: dict[str, Any] = {}
+    hooks = [
+        made.model.register_forward_pre_hook(poison, with_kwargs=True),
+        made.model.lm_head.register_forward_hook(break_rows),
+    ]
+    try:
+        found = answers(made, asked=asked)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert [s["name"] for s in found.scored] == ["q0", "q1", "q3", "q4"]
+    assert len(found.failed) == 1
+    assert found.failed[0] == f"q2: logits of the {side} model are not finite"
+
+
+def test_own_stop_tokens_end_an_answer_but_not_before_its_least_length(subject: Maker) -> None:
+    made, ids = subject(), tokens(40, seed=3)
+    (free,) = reply(made.model, made.tokenizer, [Question("a", ids, 8)], None).texts
+    assert free is not None
+    first = byte_tokenizer()(free[:1]).input_ids[0]
+    (stopped,) = reply(made.model, made.tokenizer, [Question("a", ids, 8, stop_ids=(first,))], None).texts
+    assert stopped == ""
+    (held,) = reply(made.model, made.tokenizer, [Question("a", ids, 8, stop_ids=(first,), min_new_tokens=1)], None).texts
+    assert held and not held.startswith(free[:1])
