@@ -25,6 +25,7 @@ from pqkv_cli.cli.options import (
     TargetArgument,
     TaskOption,
 )
+from pqkv_cli.cli.peers import AlsoOption, OutliersOption, PeersOption
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,9 @@ class EvaluateWords:
     min_recovery: MinRecoveryOption = None
     max_kld: MaxKldOption = None
     max_ppl_increase: MaxPplIncreaseOption = None
+    peers: PeersOption = None
+    also: AlsoOption = None
+    inject_outliers: OutliersOption = None
     model: ModelOption = None
     force: ForceOption = False
     seed: SeedOption = None
@@ -57,11 +61,13 @@ class EvaluateWords:
 def evaluate(words: EvaluateWords) -> None:
     """Measure an artifact next to the uncompressed model.
 
-    With gates the last line on stdout is JSON, and the exit code is 3 where one is not met.
+    With gates the last line on stdout is JSON, and the exit code is 3 where one is not met. With --peers the artifact is
+    put beside its rivals on the same text: a table, and a picture of bits against loss under the run's results.
 
     Example: pqkv eval my-run --task perplexity --data held-out.txt --mode all --max-kld 0.02
     """
     from pqkv_cli.cli.output import Output, TerminalReporter
+    from pqkv_cli.cli.peers import is_comparison, run_comparison
     from pqkv_cli.cli.result_table import raise_on_bad, show_records, verdict
     from pqkv_cli.cli.words import checked, gate_texts, target_of, task_words
     from pqkv_cli.pipeline.start import artifact_source, file_reference
@@ -81,7 +87,10 @@ def evaluate(words: EvaluateWords) -> None:
         **{"seed": words.seed, "device": words.device, "dtype": words.dtype},
     }
     checked(changes)
+    with_rivals = is_comparison(words, task, mode, gates)
     source = artifact_source(target_of(words.target, words.run, reporter), words.model, changes)
+    if with_rivals:
+        return run_comparison(words, source, output, reporter)
 
     from pqkv_cli.pipeline.evaluate import evaluate_source
 

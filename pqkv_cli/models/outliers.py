@@ -20,18 +20,29 @@ from pqkv_cli.models.projections import Projections, norms_of, projections_of
 from pqkv_cli.specs import LayerGeometry
 
 
+def check_scale(scale: float) -> None:
+    """Refuse a scale under which the last bits of the model's output would change.
+
+    Raises
+    ------
+    UsageError
+        If `scale` is no power of two above one.
+    """
+    if not 2 <= scale < math.inf or math.frexp(scale)[0] != 0.5:
+        raise UsageError(f"the outlier scale is {scale:g}; expected a power of two, 2 or more, such as 16")
+
+
 def outlier_gauges(model: nn.Module, scale: float, seed: int = 0) -> dict[int, LayerGauge]:
     """Return a gauge for every quantizable layer that multiplies some pairs and value channels with `scale`.
 
     Raises
     ------
     UsageError
-        If `scale` is no power of two above one: others would change the last bits of the model's output.
+        If `scale` is no power of two above one.
     UnsupportedModelError
         If a layer cannot be changed without changing the model.
     """
-    if not 2 <= scale < math.inf or math.frexp(scale)[0] != 0.5:
-        raise UsageError(f"the outlier scale is {scale:g}; expected a power of two, 2 or more, such as 16")
+    check_scale(scale)
     generator = torch.Generator().manual_seed(seed)
     modules, config = attention_modules(model), _config(model)
     gauges = {}

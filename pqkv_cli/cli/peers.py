@@ -1,0 +1,180 @@
+"""``pqkv eval --peers``: the artifact beside its rivals. Knows words and tables, not how anything is measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+from rich.table import Table
+
+from pqkv_cli.cli.output import table
+from pqkv_cli.errors import PqkvError, UsageError
+
+if TYPE_CHECKING:
+    from pqkv_cli.cli.output import Output, TerminalReporter
+    from pqkv_cli.pipeline.start import Source
+
+PeersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--peers",
+        metavar="NAMES",
+        help="Compare with rivals on the same text: all, or names such as kivi:2,kvquant:3,million (perplexity, mode all).",
+    ),
+]
+AlsoOption = Annotated[
+    list[str] | None,
+    typer.Option("--also", metavar="RUN", help="With --peers: another run or artifact of the same model; may be repeated."),
+]
+OutliersOption = Annotated[
+    float | None,
+    typer.Option(
+        "--inject-outliers",
+        metavar="SCALE",
+        help="Measure once more with outliers in keys and values that leave the model the same function; a power of two, "
+        "such as 16. Rivals are those of --peers, or the usual ones.",
+    ),
+]
+
+_COLUMNS = ("method", "native bits", "bits/channel", "KL, bits", "KL p99", "top-1", "perplexity", "fit, s")
+
+Record = Mapping[str, Any]
+
+
+_OUTLIER_COLUMNS = ("method", "native bits", "bits/channel", "KL, bits", "with outliers", "times", "top-1", "with outliers")
+
+
+class PeerWords(Protocol):
+    """The words of a comparison, among the options of ``pqkv eval``."""
+
+    @property
+    def peers(self) -> str | None:
+        """Rivals by name."""
+
+    @property
+    def also(self) -> list[str] | None:
+        """Further runs."""
+
+    @property
+    def inject_outliers(self) -> float | None:
+        """Scale of the outliers."""
+
+    @property
+    def model(self) -> str | None:
+        """Where the model lies."""
+
+    @property
+    def force(self) -> bool:
+        """Whether another model is accepted."""
+
+
+def is_comparison(words: PeerWords, tasks: Sequence[str] | None, modes: Sequence[str] | None, gates: object) -> bool:
+    """Return whether rivals are asked for; refuse what they do not run.
+
+    Raises
+    ------
+    UsageError
+        If another task than perplexity, another mode than all, or gates are asked for, or words do not go together.
+    """
+    if words.peers is None and words.inject_outliers is None:
+        if words.also:
+            raise UsageError("found --also without --peers; expected both: --peers all --also OTHER-RUN")
+        return False
+    option = "--peers" if words.peers is not None else "--inject-outliers"
+    wrong = [f"--task {task}" for task in tasks or () if task != "perplexity"]
+    wrong += [f"--mode {mode}" for mode in modes or () if mode != "all"]
+    if wrong:
+        raise UsageError(f"found {' and '.join(wrong)} beside {option}; rivals run the task perplexity in mode all only")
+    if gates:
+        raise UsageError(f"found a gate beside {option}; gates judge an artifact: give them to a pqkv eval of its own")
+    if words.also and words.inject_outliers is not None:
+        raise UsageError("found --also beside --inject-outliers; the outlier test takes one artifact and rivals")
+    return True
+
+
+def run_comparison(words: PeerWords, source: "Source", output: "Output", reporter: "TerminalReporter") -> None:
+    """Do and show what `words` ask for.
+
+    Raises
+    ------
+    PqkvError
+        If a rival that was asked for by name has no result.
+    """
+    from pqkv_cli.cli.words import target_of
+    from pqkv_cli.pipeline.outlier_test import document, outlier_test
+    from pqkv_cli.pipeline.peers import compare_peers
+    from pqkv_cli.pipeline.start import artifact_source
+
+    if words.inject_outliers is not None:
+        test = outlier_test(source, words.peers, words.inject_outliers, reporter, force=words.force)
+        output.result(document(test), show_outliers(document(test)))
+        records, files = [*test.without, *test.with_outliers], [test.file]
+    else:
+        others = [artifact_source(target_of(word, None, reporter), None, {}) for word in words.also or ()]
+        compared = compare_peers(source, str(words.peers), others, reporter, force=words.force)
+        output.result(compared.records, show_peers(compared.records))
+        records, files = compared.records, [f for f in (compared.numbers, compared.picture) if f is not None]
+    for line in dict.fromkeys(missing(records)):
+        reporter.note(f"without a result: {line}")
+    for file in files:
+        reporter.note(f"wrote {file}")
+    raise_on_missing(records, words.peers)
+
+
+def show_peers(records: Sequence[Record]) -> Table:
+    """Return the one table of a comparison, in order of bits per channel."""
+    known = sorted((r for r in records if r["status"] == "complete"), key=lambda r: -float(r["bits_per_channel"]["total"]))
+    model = records[0]["model"]["id"]
+    baseline = known[0]["metrics"]["perplexity"]["baseline"] if known else None
+    title = f"{model}: every key and value quantized, uncompressed perplexity {baseline:.4g}" if baseline else str(model)
+    return table(title, _COLUMNS, [_row(record) for record in known])
+
+
+def missing(records: Sequence[Record]) -> list[str]:
+    """Return a sentence about every contestant without a result."""
+    return [f"{r['method']}:{r['native_bits']:g}: {r['error']}" for r in records if r["status"] != "complete"]
+
+
+def raise_on_missing(records: Sequence[Record], wanted: str | None) -> None:
+    """Raise where rivals that were asked for by name have no result; `all` takes those there are.
+
+    Raises
+    ------
+    PqkvError
+        With the names.
+    """
+    names = dict.fromkeys(f"{r['method']}:{r['native_bits']:g}" for r in records if r["status"] != "complete")
+    if names and "all" not in (wanted or "all").split(","):
+        raise PqkvError(f"the comparison is incomplete: no result for {', '.join(names)}, for the reasons above")
+
+
+def show_outliers(test: Mapping[str, Any]) -> Table:
+    """Return the table of an outlier test: every contestant without and with outliers."""
+    difference = test["largest_logit_difference"]
+    same = "bit for bit the same" if difference == 0 else f"the same to {difference:.1e}"
+    title = f"outliers of {test['scale']:g} in {test['share']:.1%} of the channels; uncompressed logits are {same}"
+    pairs = zip(test["without"], test["with_outliers"], strict=True)
+    rows = [_outlier_row(a, b) for a, b in pairs if a["status"] == b["status"] == "complete"]
+    return table(title, _OUTLIER_COLUMNS, rows)
+
+
+def _outlier_row(without: Record, loud: Record) -> tuple[object, ...]:
+    kl = [record["metrics"]["kl_bits"]["quantized"] for record in (without, loud)]
+    top1 = [f"{record['metrics']['top1_agreement']['quantized']:.2%}" for record in (without, loud)]
+    bits = f"{loud['bits_per_channel']['total']:.3f}"
+    times = f"{kl[1] / kl[0]:.2f}" if kl[0] else None
+    return (without["method"], f"{without['native_bits']:g}", bits, *kl, times, *top1)
+
+
+def _row(record: Record) -> tuple[object, ...]:
+    numbers = record["metrics"]
+    seconds = record["cost"]["fit_seconds"]
+    return (
+        record["method"],
+        f"{record['native_bits']:g}",
+        f"{record['bits_per_channel']['total']:.3f}",
+        numbers["kl_bits"]["quantized"],
+        numbers["kl_bits"]["p99"],
+        f"{numbers['top1_agreement']['quantized']:.2%}",
+        numbers["perplexity"]["quantized"],
+        None if seconds is None else f"{seconds:.1f}",
+    )
