@@ -61,6 +61,7 @@ class QuantizedLayer(CacheLayerMixin):
         """Slots held as codes."""
         return self.pages["keys"].num_pages * PAGE_TOKENS
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

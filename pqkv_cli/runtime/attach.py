@@ -46,9 +46,16 @@ class Attached:
         self._hook = install_step_hook(model)
         _attached.add(model)
 
-    def new_cache(self) -> QuantizedCache:
-        """Return an empty quantized cache for ``model(...)`` or ``model.generate(..., past_key_values=cache)``."""
-        return quantized_cache(self.model.config, self._tables, self.spec, self._angles)
+    def new_cache(self, *, offload: bool = False) -> QuantizedCache:
+        """Return an empty quantized cache for ``model(...)`` or ``model.generate(..., past_key_values=cache)``.
+
+        With `offload` its codes live in the memory of the CPU and visit the device one layer at a time.
+        """
+        cache = quantized_cache(self.model.config, self._tables, self.spec, self._angles)
+        if offload:
+            for layer in cache.quantized_layers:
+                layer.offload()
+        return cache
 
     def detach(self) -> None:
         """Remove every hook and restore the attention implementation; harmless when repeated."""

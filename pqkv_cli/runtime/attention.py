@@ -25,6 +25,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def pqkv_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

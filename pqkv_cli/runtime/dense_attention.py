@@ -59,10 +59,13 @@ def sink_share(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
 
 
 def _additive(mask: torch.Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
-    """Return what is added to the logits, [B or 1, 1 or H, Tq, T] fp32; without a mask, queries see all that came before."""
+    """Return what is added to the logits, [B or 1, 1 or H, Tq, T] fp32.
+
+    Without a mask the rule is that of sdpa: one query sees all; several are the first tokens of the keys, and causal.
+    """
     if mask is None:
-        positions = torch.arange(num_keys - num_queries, num_keys, device=device)
-        mask = (torch.arange(num_keys, device=device) <= positions[:, None])[None, None]
+        last = torch.arange(num_queries, device=device) if num_queries > 1 else torch.tensor([num_keys], device=device)
+        mask = (torch.arange(num_keys, device=device) <= last[:, None])[None, None]
     if mask.dtype != torch.bool:
         return mask.float()
     # The smallest number rather than minus infinity: a row that sees nothing gives numbers, which nobody reads.

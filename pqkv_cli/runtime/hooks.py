@@ -19,6 +19,7 @@ def install_step_hook(model: Any) -> RemovableHandle:
     return handle
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _begin_step(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     cache = arguments.get("past_key_values")
