@@ -1,11 +1,14 @@
 """Where codes and rotary pairs lie: pure integers, no torch.
 
 Codes live in pages of 64 tokens. Inside a page they are subspace-major and packed along tokens, so one subspace of one
-page takes ``8 * nbits`` bytes whatever `nbits` is, every run starts on a byte boundary, and 64 lanes (one per token) read
-one table at a time.
+page takes ``8 * nbits`` bytes whatever `nbits` is, every run starts on a word, and 64 lanes (one per token) read one table at
+a time.
 
     page bytes:  | stage 0: group 0: subspace 0 | subspace 1 | ... | group 1: ... | stage 1: ... |
-    one subspace: a little-endian bit stream; token t holds bits [t * nbits, (t + 1) * nbits)
+    one subspace: the parts of `nbits` (10 = 8 + 2, 7 = 4 + 2 + 1), widest first, which holds the lowest bits of the codes
+    one part of w bits: 8 w bytes; token t has the bits [w j, w (j + 1)) of byte t mod 8 w, with j = t div 8 w
+
+So no code crosses a byte within a part, and neighbouring tokens lie in neighbouring bytes.
 """
 
 from collections.abc import Iterator
@@ -15,6 +18,16 @@ from pqkv_kernels.errors import KernelError
 
 PAGE_TOKENS = 64
 SUPPORTED_NBITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
+
+
+def code_parts(nbits: int) -> tuple[tuple[int, int], ...]:
+    """Return ``(width, lowest bit)`` of the parts in which codes of `nbits` bits are stored, in order."""
+    parts, done = [], 0
+    for width in (8, 4, 2, 1):
+        if nbits - done >= width:
+            parts.append((width, done))
+            done += width
+    return tuple(parts)
 
 
 @dataclass(frozen=True, slots=True)

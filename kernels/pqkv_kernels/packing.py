@@ -1,15 +1,13 @@
 """Codes to bytes and back: the only definition of the bit layout (see `pqkv_kernels.layout`)."""
 
-import math
-
 import torch
 
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import PAGE_TOKENS, SUPPORTED_NBITS
+from pqkv_kernels.layout import PAGE_TOKENS, SUPPORTED_NBITS, code_parts
 
 
 def pack_codes(codes: torch.Tensor, nbits: int) -> torch.Tensor:
-    """Pack `codes` [..., 64] (any integer dtype) into [..., 8 * nbits] uint8, little-endian along tokens.
+    """Pack `codes` [..., 64] (any integer dtype) into [..., 8 * nbits] uint8.
 
     Raises
     ------
@@ -20,13 +18,14 @@ def pack_codes(codes: torch.Tensor, nbits: int) -> torch.Tensor:
     if codes.numel() and not bool(((codes >= 0) & (codes < 1 << nbits)).all()):
         found = f"{int(codes.min())}..{int(codes.max())}"
         raise KernelError(f"codes range over {found}; expected 0..{(1 << nbits) - 1} for nbits {nbits}")
-    if nbits == 8:
-        return codes.to(torch.uint8)
-    bits = (codes.to(torch.int32)[..., None] >> torch.arange(nbits, dtype=torch.int32, device=codes.device)) & 1
-    octets = bits.flatten(-2).unflatten(-1, (8 * nbits, 8))
-    weights = 1 << torch.arange(8, dtype=torch.int32, device=codes.device)
-    packed: torch.Tensor = (octets * weights).sum(-1).to(torch.uint8)
-    return packed
+    packed = []
+    for width, low in code_parts(nbits):
+        part = ((codes >> low) & ((1 << width) - 1)).to(torch.uint8).unflatten(-1, (8 // width, 8 * width))
+        byte = part[..., 0, :]
+        for j in range(1, 8 // width):
+            byte = byte | (part[..., j, :] << (width * j))
+        packed.append(byte)
+    return torch.cat(packed, dim=-1)
 
 
 def unpack_codes(packed: torch.Tensor, nbits: int) -> torch.Tensor:
@@ -37,24 +36,34 @@ def unpack_codes(packed: torch.Tensor, nbits: int) -> torch.Tensor:
     KernelError
         If `nbits` is unsupported or the last dimension does not hold a page.
     """
+    codes = torch.empty(*packed.shape[:-1], PAGE_TOKENS, dtype=torch.int32, device=packed.device)
+    unpack_into(codes, packed, nbits)
+    return codes
+
+
+def unpack_into(codes: torch.Tensor, packed: torch.Tensor, nbits: int) -> None:
+    """Write what `unpack_codes` returns to `codes` [..., 64] int32, which may be any view.
+
+    Raises
+    ------
+    KernelError
+        As `unpack_codes`.
+    """
     _check(nbits, packed.shape[-1], PAGE_TOKENS * nbits // 8, "bytes")
-    if nbits == 8:
-        return packed.to(torch.int32)
-    if nbits in (1, 2, 4):  # codes do not cross bytes
-        shifts = torch.arange(0, 8, nbits, dtype=torch.uint8, device=packed.device)
-        return ((packed[..., None] >> shifts) & ((1 << nbits) - 1)).flatten(-2).to(torch.int32)
-    words = _words(packed, nbits)
-    runs = [(words >> (i * nbits)) & ((1 << nbits) - 1) for i in range(64 // words.shape[-1])]
-    return torch.stack([run.to(torch.int32) for run in runs], dim=-1).flatten(-2)
-
-
-def _words(packed: torch.Tensor, nbits: int) -> torch.Tensor:
-    """Return the shortest runs of codes that end on a byte boundary as integers [..., 64 / codes per run]."""
-    num_bytes = nbits // math.gcd(nbits, 8)
-    wide = torch.int32 if num_bytes <= 4 else torch.int64
-    padded = packed.new_zeros(*packed.shape[:-1], packed.shape[-1] // num_bytes, wide.itemsize)
-    padded[..., :num_bytes] = packed.unflatten(-1, (-1, num_bytes))
-    return padded.view(wide)[..., 0]
+    start = 0
+    for width, low in code_parts(nbits):
+        part = packed[..., start : start + 8 * width]
+        start += 8 * width
+        if width == 8:
+            codes.copy_(part)
+            continue
+        runs, mask = codes.unflatten(-1, (8 // width, 8 * width)), (1 << width) - 1
+        wide = part.to(torch.int32) if low else part
+        for j in range(8 // width):
+            if low:
+                runs[..., j, :] += ((wide >> (width * j)) & mask) << low
+            else:
+                runs[..., j, :] = (wide >> (width * j)) & mask
 
 
 def _check(nbits: int, found: int, expected: int, what: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pqkv_kernels.layout import PAGE_TOKENS, CodeGroup
-from pqkv_kernels.packing import unpack_codes
+from pqkv_kernels.packing import unpack_codes, unpack_into
 from pqkv_kernels.tables import CodecTables
 
 
@@ -101,9 +101,12 @@ def read_planes(
 def _read_codes(pages: torch.Tensor, part: PlaneGroup, rows: torch.Tensor) -> None:
     group, repeat = part.group, part.planes_per_code
     packed = pages[..., part.byte_offset : part.byte_offset + group.page_bytes].unflatten(-1, (group.num_subspaces, -1))
-    codes = packed if group.nbits == 8 else unpack_codes(packed, group.nbits)
     target = rows[..., part.first_plane : part.first_plane + group.num_subspaces * repeat, :]
-    target.unflatten(-2, (group.num_subspaces, repeat)).copy_(codes[..., None, :])
+    if repeat == 1:
+        unpack_into(target, packed, group.nbits)
+    else:
+        codes = packed if group.nbits == 8 else unpack_codes(packed, group.nbits)
+        target.unflatten(-2, (group.num_subspaces, repeat)).copy_(codes[..., None, :])
 
 
 def _planes(tables: CodecTables) -> Planes | None:
