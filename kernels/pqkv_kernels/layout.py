@@ -6,9 +6,9 @@ a time.
 
     page bytes:  | stage 0: group 0: subspace 0 | subspace 1 | ... | group 1: ... | stage 1: ... |
     one subspace: the parts of `nbits` (10 = 8 + 2, 7 = 4 + 2 + 1), widest first, which holds the lowest bits of the codes
-    one part of w bits: 8 w bytes; token t has the bits [w j, w (j + 1)) of byte t mod 8 w, with j = t div 8 w
+    one part of w bits: 8 w bytes, a little-endian bit stream; token t holds its bits [w t, w (t + 1))
 
-So no code crosses a byte within a part, and neighbouring tokens lie in neighbouring bytes.
+So no code crosses a byte within a part.
 """
 
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Codes to bytes and back: the only definition of the bit layout (see `pqkv_kernels.layout`)."""
 
+from functools import lru_cache
+
 import torch
 
 from pqkv_kernels.errors import KernelError
@@ -20,10 +22,10 @@ def pack_codes(codes: torch.Tensor, nbits: int) -> torch.Tensor:
         raise KernelError(f"codes range over {found}; expected 0..{(1 << nbits) - 1} for nbits {nbits}")
     packed = []
     for width, low in code_parts(nbits):
-        part = ((codes >> low) & ((1 << width) - 1)).to(torch.uint8).unflatten(-1, (8 // width, 8 * width))
-        byte = part[..., 0, :]
+        part = ((codes >> low) & ((1 << width) - 1)).to(torch.uint8).unflatten(-1, (8 * width, 8 // width))
+        byte = part[..., 0]
         for j in range(1, 8 // width):
-            byte = byte | (part[..., j, :] << (width * j))
+            byte = byte | (part[..., j] << (width * j))
         packed.append(byte)
     return torch.cat(packed, dim=-1)
 
@@ -57,13 +59,21 @@ def unpack_into(codes: torch.Tensor, packed: torch.Tensor, nbits: int) -> None:
         if width == 8:
             codes.copy_(part)
             continue
-        runs, mask = codes.unflatten(-1, (8 // width, 8 * width)), (1 << width) - 1
-        wide = part.to(torch.int32) if low else part
-        for j in range(8 // width):
-            if low:
-                runs[..., j, :] += ((wide >> (width * j)) & mask) << low
-            else:
-                runs[..., j, :] = (wide >> (width * j)) & mask
+        # All codes of a byte come from one look-up: far cheaper than shifting a page once per place in the byte.
+        found = _byte_table(width, low, packed.device).index_select(0, part.to(torch.int32).flatten())
+        bits = found.view(torch.int32).view(codes.shape)
+        if low:
+            codes += bits
+        else:
+            codes.copy_(bits)
+
+
+@lru_cache
+def _byte_table(width: int, low: int, device: torch.device) -> torch.Tensor:
+    """Return for every byte its ``8 / width`` values, shifted up by `low`, as the bytes of one number or of a row of two."""
+    values = (torch.arange(256)[:, None] >> torch.arange(0, 8, width)) & ((1 << width) - 1)
+    table = (values << low).to(torch.int32).contiguous().to(device)
+    return table.view(torch.int64 if width == 4 else torch.complex128).squeeze(-1)
 
 
 def _check(nbits: int, found: int, expected: int, what: str) -> None:

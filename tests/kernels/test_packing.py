@@ -16,7 +16,7 @@ def dull_pack(codes: list[int], nbits: int) -> bytes:
     for width in PARTS[nbits]:
         part = bytearray(8 * width)
         for token, code in enumerate(codes):
-            part[token % (8 * width)] |= ((code >> low) % (1 << width)) << (width * (token // (8 * width)))
+            part[token * width // 8] |= ((code >> low) % (1 << width)) << (token * width % 8)
         packed, low = packed + bytes(part), low + width
     return packed
 
