@@ -14,7 +14,7 @@ from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
 from pqkv_cli.gates import parse_gates
 from pqkv_cli.recipe_faults import describe_faults
 
-TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated"]
+TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated", "longbench"]
 ModeName = Literal["all", "cache"]
 
 

@@ -20,6 +20,11 @@ ModelOption = Annotated[
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the artifact although it was made for another model.")]
 
+GpuOption = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="SIZE", help="Say how many tokens of a model fit on a GPU, such as 24GB or 80GiB."),
+]
+
 # How a verb talks.
 JsonOption = Annotated[
     str | None,
@@ -43,7 +48,7 @@ IterationsOption = Annotated[int | None, typer.Option("--iterations", help="Most
 SinksOption = Annotated[int | None, typer.Option("--num-sinks", help="First tokens of a row that stay exact.")]
 WindowOption = Annotated[int | None, typer.Option("--window-tokens", help="Most recent tokens that stay exact.")]
 TaskOption = Annotated[
-    list[str] | None, typer.Option("--task", metavar="NAME", help="perplexity, kld, passkey, needle or lines; may be repeated.")
+    list[str] | None, typer.Option("--task", metavar="NAME", help="perplexity, kld, passkey, needle, lines or longbench; may be repeated.")
 ]
 ModeOption = Annotated[
     list[str] | None,

@@ -41,10 +41,17 @@ def _rows(file: Path, columns: Mapping[str, type | tuple[type, ...]]) -> Iterato
             raise DataError(f"{file}, line {number} is no JSON ({error}); expected one object per line") from error
         if not isinstance(row, dict):
             raise DataError(f"{file}, line {number} is a {type(row).__name__}; expected an object")
-        yield _checked(row, columns, f"{file}, line {number}")
+        yield checked_row(row, columns, f"{file}, line {number}")
 
 
-def _checked(row: Row, columns: Mapping[str, type | tuple[type, ...]], where: str) -> Row:
+def checked_row(row: Row, columns: Mapping[str, type | tuple[type, ...]], where: str) -> Row:
+    """Return `row` if it has `columns` of the given types.
+
+    Raises
+    ------
+    DataError
+        If not; `where` says where the row stands.
+    """
     for name, kinds in columns.items():
         if name not in row:
             nearest, has = did_you_mean(name, set(row) - set(columns)), ", ".join(row) or "none"

@@ -8,6 +8,7 @@ from pqkv_cli.errors import UsageError, did_you_mean
 from pqkv_cli.evaluation.environment import environment
 from pqkv_cli.evaluation.kld import kld, kld_generated
 from pqkv_cli.evaluation.lines import lines
+from pqkv_cli.evaluation.longbench import longbench
 from pqkv_cli.evaluation.needle import needle
 from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.passkey import passkey
@@ -22,6 +23,7 @@ TASKS: Mapping[str, Task] = {
     "lines": lines,
     "kld": kld,
     "kld_generated": kld_generated,
+    "longbench": longbench,
 }
 _TEXT_TASKS = frozenset({"perplexity", "passkey", "needle", "kld", "kld_generated"})
 SCHEMA = "pqkv.result/1"

@@ -15,6 +15,7 @@ _DEFAULT_WINDOWS = 32
 _LONGEST_PROMPT = 4096
 _LONGEST_OPENING = 512
 _MOST_NEW_TOKENS = 1024
+_LONGBENCH_ROOM = 576  # its longest answer, and a chat template
 # Tokens of the answer for which prompts as long as the model reaches leave room.
 _ANSWER_ROOM = {"passkey": 16, "needle": 64, "lines": 16}
 
@@ -31,6 +32,9 @@ def task_settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> Ev
         context = wanted.context or min(_LONGEST_OPENING, positions // 2)
         steps = wanted.max_new_tokens or max(1, min(_MOST_NEW_TOKENS, positions - context))
         return EvaluationSettings(mode, context, wanted.limit, recipe.seed, max_new_tokens=steps)
+    if task == "longbench":
+        longest = positions - _LONGBENCH_ROOM if positions > 2 * _LONGBENCH_ROOM else positions // 2
+        return EvaluationSettings(mode, wanted.context or longest, wanted.limit, recipe.seed)
     context = wanted.context or min(recipe.calibration.seq_len, positions)
     return EvaluationSettings(mode, context, wanted.limit or _DEFAULT_WINDOWS, recipe.seed)
 

@@ -1,5 +1,7 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +24,10 @@ KEYS: dict[str, Any] = {
 
 @pytest.mark.parametrize("mode", ["all", "cache"])
 @pytest.mark.parametrize("task", TASKS)
-def test_a_record_has_every_key_and_is_json(task: str, mode: str, subject: Callable[..., Subject]) -> None:
-    made = subject()
+def test_a_record_has_every_key_and_is_json(task: str, mode: str, subject: Callable[..., Subject], tmp_path: Path) -> None:
+    row = {"dataset": "lcc", "prompt": "import os\nNext line of code:\n", "answers": ["import sys"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    made = replace(subject(), data=tmp_path) if task == "longbench" else subject()
     context = 900 if task == "lines" else 256  # in bytes its instructions are long
     settings = EvaluationSettings(mode, context=context, limit=1, max_new_tokens=32)  # type: ignore[arg-type]
     record = run_task(task, made, settings, lambda done, total: None)

@@ -1,0 +1,123 @@
+"""LongBench v1: 21 tasks of long reading, asked and scored after the published rules.
+
+Greedy; a prompt longer than the limit loses its middle; chat models are asked through their template except where examples or
+code are continued; one score per task, 0 to 100, and their average. Knows the protocol; rows, metrics and facts are elsewhere.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pqkv_cli.errors import DataError
+from pqkv_cli.evaluation.asking import Answers, ask
+from pqkv_cli.evaluation.bootstrap import Floats, interval95
+from pqkv_cli.evaluation.longbench_data import LongBenchRow, load_longbench, tasks_in
+from pqkv_cli.evaluation.longbench_metrics import require_packages, score
+from pqkv_cli.evaluation.longbench_tasks import ENDS_WITH_LINE, TASKS
+from pqkv_cli.evaluation.outcome import TaskOutcome
+from pqkv_cli.evaluation.prompts import chat_text, has_chat_template, num_positions, plain_ids, prompt_ids
+from pqkv_cli.evaluation.replies import Question
+from pqkv_cli.evaluation.samples import Sample
+from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, scores
+from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+
+_LENGTHS = ((4000, "0-4k"), (8000, "4-8k"))
+
+
+def longbench(subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]) -> TaskOutcome:
+    """Answer LongBench with and without compression; `settings.context` is the longest prompt before the chat template.
+
+    Raises
+    ------
+    DataError
+        If rows or packages are missing, or prompts do not fit the model.
+    """
+    tasks = tasks_in(subject.data)
+    require_packages({TASKS[name].metric for name in tasks})
+    rows = {(row.task, row.number): row for row in load_longbench(subject.data, tasks, settings.limit)}
+    asked = [_question(subject, row, settings.context) for row in rows.values()]
+    # Prompts of a length together, so that batches are hardly padded.
+    order = list(TASKS)
+    asked.sort(key=lambda q: (q.max_new_tokens, bool(q.stop_ids), len(q.ids), order.index(q.facts["task"]), q.facts["number"]))
+
+    def score_of(question: Question, text: str) -> float:
+        row = rows[question.facts["task"], question.facts["number"]]
+        return score(TASKS[row.task], text, row.answers, row.all_classes)
+
+    return _outcome(ask(subject, settings, asked, score_of, on_progress), tasks, settings, subject)
+
+
+def cut_middle(tokenizer: Any, text: str, max_length: int) -> tuple[str, bool]:
+    """Return `text`, or its first and last ``max_length // 2`` tokens as text where it has more than `max_length`."""
+    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    if len(ids) <= max_length:
+        return text, False
+    half = max_length // 2
+    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:])), True
+
+
+def _question(subject: Subject, row: LongBenchRow, max_length: int) -> Question:
+    tokenizer, task = subject.tokenizer, TASKS[row.task]
+    text, was_cut = cut_middle(tokenizer, row.prompt, max_length)
+    if task.takes_chat and has_chat_template(tokenizer):
+        text = chat_text(tokenizer, text)
+    ids: torch.Tensor = prompt_ids(tokenizer, text)
+    positions = num_positions(subject.model)
+    if positions is not None and len(ids) + task.max_new_tokens > positions:
+        raise DataError(
+            f"{row.task}/{row.number}, cut to {max_length} tokens, is asked in {len(ids)} and answered in "
+            f"{task.max_new_tokens}: more than the model's {positions} positions; "
+            f"use --context {max(2, positions - task.max_new_tokens - 64)} or less"
+        )
+    facts = {"task": row.task, "number": row.number, "cut": was_cut, "length": row.length}
+    name = f"{row.task}/{row.number}"
+    if row.task not in ENDS_WITH_LINE:
+        return Question(name, ids, task.max_new_tokens, facts)
+    return Question(name, ids, task.max_new_tokens, facts, (plain_ids(tokenizer, "\n")[-1],), 1)
+
+
+def _outcome(answers: Answers, tasks: Sequence[str], settings: EvaluationSettings, subject: Subject) -> TaskOutcome:
+    by_task = grouped(answers.scored, lambda s: s["facts"]["task"])
+    metrics: dict[str, Any] = {"average": _average(list(by_task.values()), settings.seed)}
+    for name in tasks:
+        if name in by_task:
+            own = compared_samples(by_task[name], settings.seed, 100.0)
+            metrics[name] = _rounded(own) | {"samples": len(by_task[name]), "category": TASKS[name].category}
+    known = [s for s in answers.scored if s["facts"]["length"] is not None]
+    for bucket, own_samples in grouped(known, _bucket).items():
+        metrics[f"samples@{bucket}"] = _rounded(compared(*(100 * side for side in scores(own_samples))))
+    notes = {
+        "prompts_cut_in_the_middle": sum(s["facts"]["cut"] for s in answers.samples),
+        "longest_prompt": settings.context,
+        "chat_template": has_chat_template(subject.tokenizer),
+        "tasks": len(by_task),
+    }
+    num_tokens = sum(s["num_tokens"] for s in answers.samples)
+    return TaskOutcome(metrics, answers.bits, num_tokens, answers.cost, ("average",), answers.failed, notes)
+
+
+def _average(groups: Sequence[Sequence[Sample]], seed: int) -> dict[str, Any]:
+    """Return the mean of the task scores; the interval draws samples that weigh as much as their task lets them."""
+    both = [scores(group) for group in groups]
+    if not both:
+        return compared(np.zeros(0), np.zeros(0))
+    means = [np.array([pair[side].mean() for pair in both]) for side in (0, 1)]
+    weights = np.concatenate([np.full(len(own), 1 / len(own)) for own, _ in both])
+    weighted = [weights * np.concatenate([pair[side] for pair in both]) for side in (0, 1)]
+
+    def recovery(a: Floats, b: Floats) -> float:
+        return float(b.mean() / a.mean()) if a.mean() else float("nan")
+
+    return _rounded({**compared(100 * means[0], 100 * means[1]), "ci95": interval95(recovery, weighted[0], weighted[1], seed)})
+
+
+def _bucket(sample: Sample) -> str:
+    return next((name for limit, name in _LENGTHS if sample["facts"]["length"] < limit), "8k+")
+
+
+def _rounded(metric: dict[str, Any]) -> dict[str, Any]:
+    """Return `metric` with scores of two digits, as LongBench gives them; recovery and interval are those of full ones."""
+    means = {side: round(metric[side], 2) for side in ("baseline", "quantized") if metric[side] is not None}
+    return {**metric, **means}
