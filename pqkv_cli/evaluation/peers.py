@@ -19,6 +19,7 @@ from pqkv_cli.errors import DataError, PqkvError
 from pqkv_cli.evaluation.bits import codec_bits
 from pqkv_cli.evaluation.divergence import Divergence, diverge
 from pqkv_cli.evaluation.peers_fit import SampleSource, fit_rival
+from pqkv_cli.evaluation.perplexity import perplexity_metric
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.windows import check_context, divergence_metrics, positions_of
 from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
@@ -162,12 +163,7 @@ def metrics(parts: Sequence[Divergence], seed: int) -> dict[str, Any]:
     if not parts:
         raise DataError("no window was measured; expected at least one")
     rows = {f.name: np.stack([getattr(part, f.name).numpy() for part in parts]) for f in fields(Divergence)}
-    losses = {name: float(rows[name].mean()) for name in ("baseline_nll", "quantized_nll")}
-    recovery = float(np.exp(losses["baseline_nll"] - losses["quantized_nll"]))
-    baseline, quantized = (float(np.exp(loss)) for loss in losses.values())
-    return divergence_metrics(rows, seed) | {
-        "perplexity": {"baseline": baseline, "quantized": quantized, "recovery": recovery},
-    }
+    return divergence_metrics(rows, seed) | {"perplexity": perplexity_metric(rows, seed)}
 
 
 def _document(stored: StoredBits, nominal: float) -> dict[str, float]:

@@ -56,12 +56,13 @@ def perplexity(subject: Subject, settings: EvaluationSettings, on_progress: Prog
         groups = measured(subject, len(windows), measure, on_progress)
     rows = table(groups)
     metrics = divergence_metrics(rows, settings.seed)
-    metrics |= {"perplexity": _perplexity(rows, settings.seed), "by_context": by_context(rows)}
+    metrics |= {"perplexity": perplexity_metric(rows, settings.seed), "by_context": by_context(rows)}
     bits = fullest_bits([group.facts["bits"] for group in groups], subject.artifact)
     return TaskOutcome(metrics, bits, int(windows.numel()), cost(groups), ("kl_bits", "perplexity"), failures(groups))
 
 
-def _perplexity(rows: dict[str, Floats], seed: int) -> dict[str, Any]:
+def perplexity_metric(rows: dict[str, Floats], seed: int) -> dict[str, Any]:
+    """Return both perplexities and their ratio, with an interval over windows."""
     baseline, quantized = (rows[name].mean(axis=1) for name in ("baseline_nll", "quantized_nll"))
 
     def recovery(a: Floats, b: Floats) -> float:

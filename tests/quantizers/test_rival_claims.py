@@ -39,6 +39,22 @@ def test_kivi_keys_per_channel_beat_per_token_where_channels_stand_out() -> None
     assert 3 * errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("name", ["kivi", "kvquant"])
+def test_ranges_per_channel_do_not_notice_scaled_channels(name: str) -> None:
+    calm = support.samples()
+    factor = torch.ones(support.DIM)
+    factor[[3, 7]] = 16.0
+    loud = Samples(calm.vectors * factor, calm.token_weight, calm.channel_weight / factor.square(), calm.rotary)
+    x = support.samples(seed=1).vectors[None]
+    first = support.codec_of(name, 3, calm).encode_decode(x)
+    second = support.codec_of(name, 3, loud).encode_decode(x * factor)
+    assert torch.equal(second, first * factor)
+    values = [support.codec_of(name, 3, given, "values") for given in (calm, loud)]
+    quiet = [c for c in range(support.DIM) if factor[c] == 1]
+    errors = [support.relative_error(c, g.vectors)[:, quiet].mean() for c, g in zip(values, (calm, loud), strict=True)]
+    assert errors[1] > 4 * errors[0]
+
+
 def test_kivi_keeps_the_window_it_is_asked_for() -> None:
     codec = Kivi(2, window_tokens=128).fit("keys", [support.samples()], 0)[0]
     x = support.samples(seed=1).vectors[None].half().float()
