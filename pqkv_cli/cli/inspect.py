@@ -2,27 +2,30 @@
 
 from typing import TYPE_CHECKING
 
-from pqkv_cli.cli.options import DebugOption, JsonOption, RunOption, TargetArgument
+from pqkv_cli.cli.options import DebugOption, GpuOption, JsonOption, RunOption, TargetArgument
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from pqkv_cli.artifact.summary import LayerRow, Summary
+    from pqkv_cli.pipeline.capacity import Capacity
     from pqkv_cli.pipeline.inspect import Inspection, StageState
     from pqkv_cli.specs import LayerGeometry, ModelGeometry
 
 _BF16_BYTES = 2
+_DENSE_BITS = 16
 
 
 def inspect(
     target: TargetArgument = None,
     run: RunOption = None,
+    gpu: GpuOption = None,
     json_target: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Show what a model, a run or an artifact is.
 
-    That is geometry, finished stages, bits, bytes per token, and error per layer.
+    That is geometry, what of each layer is quantized and why not, finished stages, bits, bytes per token, and error per layer.
 
     Example: pqkv inspect my-run
     """
@@ -32,9 +35,10 @@ def inspect(
     output = Output(json_target)
     found = target_of(target, run, TerminalReporter())
 
+    from pqkv_cli.pipeline.capacity import parse_device_bytes
     from pqkv_cli.pipeline.inspect import inspect_target
 
-    inspection = inspect_target(found)
+    inspection = inspect_target(found, None if gpu is None else parse_device_bytes(gpu))
     output.result(inspection.document(), *_tables(inspection))
 
 
@@ -46,36 +50,53 @@ def _tables(found: "Inspection") -> "list[RenderableType]":
         shown.append(_stage_table(found.label, found.stages))
     if found.artifact is not None:
         shown += _artifact_tables(found.artifact)
+    if found.capacity is not None:
+        shown.append(_capacity_table(found.capacity))
     return shown
 
 
 def _model_table(label: str, model: "ModelGeometry") -> "RenderableType":
     from pqkv_cli.cli.output import table
 
-    rows = [(span, *_layer_cells(layer)) for span, layer in _spans(model.layers)]
-    columns = ("layers", "heads", "kv heads", "head dim", "rotary dim", "quantized", "bytes/token (bf16)")
+    notes = model.notes or ("",) * len(model.layers)
+    rows = [(span, *_layer_cells(*layer)) for span, layer in _spans(list(zip(model.layers, notes, strict=True)))]
+    columns = ("layers", "heads", "kv heads", "head dim", "rotary dim", "bytes/token (bf16)", "quantized")
     total = model.cache_bytes_per_token(_BF16_BYTES)
     title = f"{label}: {model.model_type} of {model.max_positions:,} positions, {total:,} cache bytes per token"
-    return table(title, columns, rows)
+    decoded = f"\nattention decodes the codes at every step (right, but slow): {model.decoded_reason}"
+    return table(title + (decoded if model.decoded_reason else ""), columns, rows)
 
 
-def _layer_cells(layer: "LayerGeometry") -> tuple[object, ...]:
+def _layer_cells(layer: "LayerGeometry", note: str) -> tuple[object, ...]:
     rotary = None if layer.rotary is None else layer.rotary.rotary_dim
     channels = 2 * layer.num_kv_heads * layer.head_dim
-    quantized = f"no: {layer.dense_reason}" if layer.dense_reason else "yes"
-    return layer.num_heads, layer.num_kv_heads, layer.head_dim, rotary, quantized, channels * _BF16_BYTES
+    quantized = f"no: {layer.dense_reason}" if layer.dense_reason else f"yes{'; ' if note else ''}{note}"
+    return layer.num_heads, layer.num_kv_heads, layer.head_dim, rotary, channels * _BF16_BYTES, quantized
 
 
-def _spans(layers: "tuple[LayerGeometry, ...]") -> "list[tuple[str, LayerGeometry]]":
+def _spans(rows: "list[tuple[LayerGeometry, str]]") -> "list[tuple[str, tuple[LayerGeometry, str]]]":
     """Join neighbouring layers of one kind: ``0-31`` instead of 32 equal rows."""
     from itertools import groupby
 
     spans, first = [], 0
-    for layer, group in groupby(layers):
+    for row, group in groupby(rows):
         last = first + len(list(group)) - 1
-        spans.append((str(first) if first == last else f"{first}-{last}", layer))
+        spans.append((str(first) if first == last else f"{first}-{last}", row))
         first = last + 1
     return spans
+
+
+def _capacity_table(found: "Capacity") -> "RenderableType":
+    from pqkv_cli.cli.output import table
+
+    rows = [("bf16" if row.bits == _DENSE_BITS else f"{row.bits} b/ch", row.bytes_per_token, *row.tokens) for row in found.rows]
+    title = (
+        f"tokens per row that fit in {found.device_bytes / 1e9:.4g} GB, beside {found.weight_bytes / 1e9:.4g} GB of weights; "
+        f"{found.reserved_bytes / 1e9:.3g} GB are left to activations\n"
+        f"counted too: {found.cache.num_sinks} first and {found.cache.window_tokens} recent tokens exact, codebooks, one layer "
+        "exact while a prompt is read"
+    )
+    return table(title, ("cache", "bytes/token", *(f"batch {batch}" for batch in found.batches)), rows)
 
 
 def _stage_table(label: str, stages: "tuple[StageState, ...]") -> "RenderableType":

@@ -5,15 +5,16 @@ from typing import Any
 
 from pqkv_cli.artifact.store import open_artifact
 from pqkv_cli.artifact.summary import Summary, summarize
-from pqkv_cli.errors import RunError
+from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
+from pqkv_cli.pipeline.capacity import Capacity, capacity
 from pqkv_cli.pipeline.rundir import Run, kind_of
 from pqkv_cli.pipeline.state import STAGES, read_records, require_done
 from pqkv_cli.pipeline.target import Target
 from pqkv_cli.recipe import Recipe
-from pqkv_cli.specs import ModelGeometry
+from pqkv_cli.specs import CacheSpec, ModelGeometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Inspection:
     recipe: Recipe | None = None
     stages: tuple[StageState, ...] | None = None
     artifact: Summary | None = None
+    capacity: Capacity | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the inspection as plain data for JSON."""
@@ -45,27 +47,40 @@ class Inspection:
             "recipe": None if self.recipe is None else self.recipe.model_dump(mode="json"),
             "stages": None if self.stages is None else [asdict(stage) for stage in self.stages],
             "artifact": None if self.artifact is None else asdict(self.artifact),
+            "capacity": None if self.capacity is None else asdict(self.capacity),
         }
 
 
-def inspect_target(target: Target) -> Inspection:
-    """Return what is known about `target`.
+def inspect_target(target: Target, device_bytes: int | None = None) -> Inspection:
+    """Return what is known about `target`, and of a model how many tokens fit on a device of `device_bytes`.
 
     Raises
     ------
+    UsageError
+        If `device_bytes` are given and the target is no model.
     ModelError, UnsupportedModelError
         If a model cannot be read or its cache cannot be quantized.
     ArtifactError
         If an artifact is damaged.
     """
+    is_model = target.kind == "model" or (target.kind != "artifact" and kind_of(target.run.path) != "run")
+    if device_bytes is not None and not is_model:
+        found = "an artifact" if target.kind == "artifact" else "a run"
+        raise UsageError(f"--gpu is given and {target.reference} is {found}; expected a model: name the model itself")
     if target.kind == "artifact" and target.path is not None:
         summary = summarize(open_artifact(target.path))
         return Inspection("artifact", summary.label, artifact=summary)
-    if target.kind != "model" and kind_of(target.run.path) == "run":
+    if not is_model:
         return _inspect_run(target.run)
     assert target.recipe is not None  # only artifacts have none
     resolved = resolve_model(target.recipe.model)
-    return Inspection("model", resolved.label, model=geometry(load_config(resolved)))
+    config = load_config(resolved)
+    fits = None if device_bytes is None else capacity(config, device_bytes, _cache_spec(target.recipe))
+    return Inspection("model", resolved.label, model=geometry(config), capacity=fits)
+
+
+def _cache_spec(recipe: Recipe) -> CacheSpec:
+    return CacheSpec(recipe.cache.num_sinks, recipe.cache.window_tokens)
 
 
 def _inspect_run(run: Run) -> Inspection:

@@ -103,6 +103,8 @@ TABLE = [
     ("generate {flipped} once", 1, "hash"),
     ("inspect {flipped}", 1, "hash"),
     ("inspect {foreign}/letter.txt", 1, "a file of another kind"),
+    ("inspect {tiny} --gpu 24", 2, "expected a size with its unit"),
+    ("inspect {run} --gpu 24GB", 2, "expected a model: name the model itself"),
     ("recipes lst", 2, "did you mean 'list'"),
     ("recipes demo", 2, "pqkv recipes show demo"),
     ("recipes show", 2, "show needs a name"),

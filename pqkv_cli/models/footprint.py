@@ -1,0 +1,80 @@
+"""How much memory a model takes, from its config alone. Knows configs and parameter shapes; loads no weights."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from pqkv_cli.errors import ModelError
+from pqkv_cli.models.geometry import geometry, kv_source, layer_types, text_config
+
+_DEFAULT_ITEM_BYTES = 2  # bfloat16, where the config names no dtype
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFootprint:
+    """The cache of one layer that is not quantized.
+
+    Attributes
+    ----------
+    channels
+        Key and value channels of one token; 0 for a layer that keeps no cache of its own.
+    window_tokens
+        Tokens it holds at most; 0 where it grows with the text.
+    """
+
+    channels: int
+    window_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The parameters of a model, in the dtype its config names."""
+
+    num_parameters: int
+    item_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return self.num_parameters * self.item_bytes
+
+
+def weights(config: PretrainedConfig) -> Weights:
+    """Count the parameters of the model that `config` describes, tied ones once, without allocating them.
+
+    Raises
+    ------
+    ModelError
+        If transformers cannot build the model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise ModelError(
+            f"the parameters of {config.model_type} cannot be counted: {str(error).strip().splitlines()[0]}; expected a config "
+            "from which transformers can build the model. Check config.json against the model's original."
+        ) from error
+    dtype = getattr(config, "dtype", None)
+    item_bytes = dtype.itemsize if isinstance(dtype, torch.dtype) else _DEFAULT_ITEM_BYTES
+    return Weights(sum(p.numel() for p in model.parameters()), item_bytes)
+
+
+def layer_footprints(config: PretrainedConfig) -> tuple[LayerFootprint, ...]:
+    """Return what each layer of the uncompressed model caches.
+
+    Raises
+    ------
+    UnsupportedModelError, ModelError
+        As `geometry`.
+    """
+    text = text_config(config)
+    windows = {
+        "sliding_attention": getattr(text, "sliding_window", None) or 0,
+        "chunked_attention": getattr(text, "attention_chunk_size", None) or 0,
+    }
+    return tuple(
+        LayerFootprint(0 if kv_source(text, index) != index else 2 * layer.num_kv_heads * layer.head_dim, windows.get(kind, 0))
+        for index, (kind, layer) in enumerate(zip(layer_types(text), geometry(config).layers, strict=True))
+    )
