@@ -12,6 +12,8 @@ SCHEMA = "pqkv.pareto/1"
 MISSING = "no picture: matplotlib is not installed; run: pip install 'pqkv[report]'"
 _SIZE_INCHES = (9.0, 5.5)
 _LEAST_KL = 1e-7
+_MARKERS = "osD^vP<X>hp"
+_OWN = "pqkv"
 
 Record = Mapping[str, Any]
 Point = dict[str, Any]
@@ -36,7 +38,7 @@ def can_draw() -> bool:
 
 
 def draw_pareto(points: Sequence[Point], title: str, path: Path) -> None:
-    """Write a picture (PNG) of `points` of `pareto_document`: one line per method, our own thick and black.
+    """Write a picture (PNG) of `points` of `pareto_document`: one line per method, ours thick and black.
 
     Needs matplotlib; see `can_draw`.
     """
@@ -46,13 +48,16 @@ def draw_pareto(points: Sequence[Point], title: str, path: Path) -> None:
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for index, method in enumerate(dict.fromkeys(point["method"] for point in points)):
-        own = sorted((p for p in points if p["method"] == method), key=lambda p: float(p["bits_per_channel"]))
+    lines: dict[str, list[Point]] = {}
+    for point in points:
+        lines.setdefault(_OWN if point["artifact_sha256"] else str(point["method"]), []).append(point)
+    for index, (name, own) in enumerate(lines.items()):
+        own.sort(key=lambda point: float(point["bits_per_channel"]))
         x, y = [p["bits_per_channel"] for p in own], [max(p["kl_bits"], _LEAST_KL) for p in own]
-        style: dict[str, Any] = {"color": f"C{index}", "marker": "o", "linewidth": 1.2}
-        if any(p["artifact_sha256"] for p in own):
+        style: dict[str, Any] = {"color": f"C{index % 10}", "marker": _MARKERS[index % len(_MARKERS)], "linewidth": 1.2}
+        if name == _OWN:
             style = {"color": "black", "marker": "*", "linewidth": 2.5, "markersize": 13, "zorder": 5}
-        axes.plot(x, y, label=method, **style)
+        axes.plot(x, y, label=name, **style)
     axes.set_yscale("log")
     axes.set_xlabel("bits per channel (codes, scales, outliers, exact tokens)")
     axes.set_ylabel("KL divergence from the uncompressed model (bits per token)")
