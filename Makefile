@@ -2,12 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The oldest transformers that pyproject.toml allows, in an environment of its own that borrows all else from the first.
+OLDEST_TRANSFORMERS := 5.17
+OLDEST_VENV ?= .venv-oldest
+SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-oldest check format clean
 
 help:
 	@echo "make demo    install into $(VENV), then run the whole chain on the embedded reference model"
 	@echo "make test    install into $(VENV), then ruff, mypy and pytest"
+	@echo "make test-oldest  the tests of models, cache and runtime with transformers $(OLDEST_TRANSFORMERS), in $(OLDEST_VENV)"
 	@echo "make check   ruff and mypy only"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove $(VENV) and caches"
@@ -17,6 +22,14 @@ demo: $(VENV)/.installed
 
 test: check
 	$(BIN)/python -m pytest
+
+# Where that version cannot be had, this says so and passes: the newest has been tested, and nothing else failed.
+test-oldest: $(VENV)/.installed-dev
+	@if $(MAKE) --no-print-directory $(OLDEST_VENV)/.installed; then \
+		$(OLDEST_VENV)/bin/python -m pytest tests/models tests/cache tests/runtime; \
+	else \
+		echo "NOT TESTED with transformers $(OLDEST_TRANSFORMERS): it could not be installed into $(OLDEST_VENV) (see above)" >&2; \
+	fi
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -28,7 +41,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -46,3 +59,13 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "installing pqkv with its test tools into $(VENV) (a few minutes the first time)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,dev]"
 	@touch $@ $(VENV)/.installed
+
+$(OLDEST_VENV)/.installed: $(VENV)/.installed-dev
+	@echo "installing transformers $(OLDEST_TRANSFORMERS) into $(OLDEST_VENV)"
+	rm -rf $(OLDEST_VENV)
+	$(BIN)/python -m venv $(OLDEST_VENV)
+	@printf 'import site; site.addsitedir("%s")\n' "$$($(BIN)/python -c '$(SITE_PACKAGES)')" \
+		> "$$($(OLDEST_VENV)/bin/python -c '$(SITE_PACKAGES)')/first_environment.pth"
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "transformers==$(OLDEST_TRANSFORMERS).*"
+	$(OLDEST_VENV)/bin/python -c 'import torch, pqkv_cli, transformers; assert transformers.__version__.startswith("$(OLDEST_TRANSFORMERS).")'
+	@touch $@
