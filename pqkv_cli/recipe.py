@@ -26,6 +26,7 @@ def _consistent(gates: tuple[str, ...]) -> tuple[str, ...]:
     return gates
 
 
+_TASK = r"^[\w.+-]+$"
 _DEVICE = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
 
 
@@ -58,7 +59,7 @@ class CacheRecipe(_Section):
 
 
 class EvaluationRecipe(_Section):
-    """What is measured.
+    """What is measured: tasks of ours (`TaskName`) or of lm-evaluation-harness.
 
     `context` (tokens, the longest of them for pass keys), `limit` (text windows, or pass keys per length and depth) and
     `prompts` (pass keys alone, before `limit`) are the task's own choice where they are None, and so is `max_new_tokens`
@@ -66,7 +67,10 @@ class EvaluationRecipe(_Section):
     must reach, such as ``perplexity.kl_bits<=0.02``; they decide the exit code and change no result.
     """
 
-    tasks: Annotated[tuple[TaskName, ...], Field(strict=False, min_length=1)] = ("perplexity", "passkey")
+    tasks: Annotated[tuple[Annotated[str, Field(pattern=_TASK)], ...], Field(strict=False, min_length=1)] = (
+        "perplexity",
+        "passkey",
+    )
     data: str = Field("stdlib:evaluation", min_length=1)
     modes: Annotated[tuple[ModeName, ...], Field(strict=False, min_length=1)] = ("all", "cache")
     context: int | None = Field(None, ge=8)

@@ -46,7 +46,7 @@ def test_defaults() -> None:
         ("seed: 1.5", ["seed: found 1.5, expected a whole number"]),
         ("calibration: {samples: 1}", ["calibration.samples: found 1, expected at least 2"]),
         ("generation: {prompt: no}", ["generation.prompt: found False, expected text"]),
-        ("evaluation: {tasks: [passky]}", ["evaluation.tasks.0: found 'passky' (did you mean 'passkey'?)"]),
+        ("evaluation: {tasks: [pass key]}", ["evaluation.tasks.0: found 'pass key', expected text that matches"]),
         ("evaluation: {tasks: []}", ["evaluation.tasks: found [], expected at least one entry"]),
         ("evaluation: perplexity", ["evaluation: found 'perplexity', expected a section with keys"]),
         ("seed: 1\nseed: 2", ["seed: found twice, on lines 3 and 4"]),

@@ -48,7 +48,8 @@ IterationsOption = Annotated[int | None, typer.Option("--iterations", help="Most
 SinksOption = Annotated[int | None, typer.Option("--num-sinks", help="First tokens of a row that stay exact.")]
 WindowOption = Annotated[int | None, typer.Option("--window-tokens", help="Most recent tokens that stay exact.")]
 TaskOption = Annotated[
-    list[str] | None, typer.Option("--task", metavar="NAME", help="perplexity, kld, passkey, needle, lines or longbench; may be repeated.")
+    list[str] | None,
+    typer.Option("--task", metavar="NAME", help="perplexity, kld, passkey, needle, lines or longbench; may be repeated."),
 ]
 ModeOption = Annotated[
     list[str] | None,

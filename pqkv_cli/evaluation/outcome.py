@@ -37,7 +37,7 @@ class TaskOutcome:
     """Metrics of one task in one mode; `num_tokens` were looked at.
 
     `headline` names the metrics that stand for the task; `failed` the samples that have none, with the reason; `notes` is
-    what a reader of the result must know.
+    what a reader of the result must know, `mode` the one measured in where that is not the one asked for.
     """
 
     metrics: Mapping[str, Any]
@@ -47,3 +47,4 @@ class TaskOutcome:
     headline: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
+    mode: str | None = None

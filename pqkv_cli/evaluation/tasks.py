@@ -1,11 +1,13 @@
-"""All tasks by name, and how one becomes a result record."""
+"""All tasks by name, ours and those of lm-evaluation-harness, and how one becomes a result record."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from pqkv_cli.errors import UsageError, did_you_mean
 from pqkv_cli.evaluation.environment import environment
+from pqkv_cli.evaluation.harness import harness, require_harness_task
 from pqkv_cli.evaluation.kld import kld, kld_generated
 from pqkv_cli.evaluation.lines import lines
 from pqkv_cli.evaluation.longbench import longbench
@@ -34,6 +36,19 @@ def reads_text(name: str) -> bool:
     return name in _TEXT_TASKS
 
 
+def require_tasks(names: Sequence[str], data: Path | None) -> None:
+    """Find out before anything is opened whether there are such tasks; `data` may hold definitions for the harness.
+
+    Raises
+    ------
+    UsageError
+        If there is none of a name, with the nearest.
+    """
+    for name in names:
+        if name not in TASKS:
+            require_harness_task(name, list(TASKS), data)
+
+
 def run_task(
     name: str, subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
@@ -44,9 +59,9 @@ def run_task(
     UsageError
         If there is no such task.
     """
-    if name not in TASKS:
-        raise UsageError(f"there is no task {name!r}{did_you_mean(name, TASKS)}; known are {', '.join(TASKS)}")
-    return _record(name, subject, settings, TASKS[name](subject, settings, on_progress))
+    require_tasks([name], subject.data)
+    task = TASKS.get(name) or partial(harness, name)
+    return _record(name, subject, settings, task(subject, settings, on_progress))
 
 
 def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: TaskOutcome) -> dict[str, Any]:
@@ -55,7 +70,7 @@ def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: 
     return {
         "schema": SCHEMA,
         "task": name,
-        "mode": settings.mode,
+        "mode": outcome.mode or settings.mode,
         "method": "pqkv",
         "status": "incomplete" if outcome.failed else "complete",
         "model": {"id": model.label, "revision": None, "config_sha256": model.config_sha256},

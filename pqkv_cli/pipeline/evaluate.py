@@ -11,7 +11,7 @@ from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
 from pqkv_cli.evaluation.settings import Subject
-from pqkv_cli.evaluation.tasks import reads_text, run_task
+from pqkv_cli.evaluation.tasks import reads_text, require_tasks, run_task
 from pqkv_cli.files import write_text
 from pqkv_cli.gates import Gate, judge, parse_gates, split_gates
 from pqkv_cli.pipeline.content import text_identity
@@ -37,7 +37,7 @@ def evaluate(run: Run, recipe: Recipe, reporter: Reporter) -> list[Record]:
     UsageError
         If a gate is about a task or mode that is not evaluated.
     """
-    gates = _gates(recipe, reporter, all_gates=True)
+    gates = _checked_gates(recipe, reporter, all_gates=True)
     inputs = stage_inputs(run, recipe, "eval", {"data": text_identity(recipe.evaluation.data)})
     source = Source(run.artifact_file, recipe, run.results, run)
 
@@ -63,12 +63,13 @@ def evaluate_source(source: Source, reporter: Reporter, *, force: bool = False, 
     UsageError
         If a gate is about a task or mode that is not evaluated.
     """
-    gates = _gates(source.recipe, reporter, all_gates=all_gates)
+    gates = _checked_gates(source.recipe, reporter, all_gates=all_gates)
     return _judged(source, gates, _measure(source, _open(source, force=force), reporter))
 
 
-def _gates(recipe: Recipe, reporter: Reporter, *, all_gates: bool) -> list[Gate]:
+def _checked_gates(recipe: Recipe, reporter: Reporter, *, all_gates: bool) -> list[Gate]:
     wanted = recipe.evaluation
+    require_tasks(wanted.tasks, rows_path(wanted.data))
     judged, idle = split_gates(parse_gates(wanted.gates), wanted.tasks, wanted.modes)
     if idle:
         names = ", ".join(gate.text for gate in idle)

@@ -7,6 +7,7 @@ from pqkv_cli import __version__
 from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.samples import SampleLog
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
+from pqkv_cli.evaluation.tasks import TASKS
 from pqkv_cli.pipeline.content import text_identity
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.recipe import Recipe
@@ -32,6 +33,8 @@ def task_settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> Ev
         context = wanted.context or min(_LONGEST_OPENING, positions // 2)
         steps = wanted.max_new_tokens or max(1, min(_MOST_NEW_TOKENS, positions - context))
         return EvaluationSettings(mode, context, wanted.limit, recipe.seed, max_new_tokens=steps)
+    if task not in TASKS:
+        return EvaluationSettings(mode, positions, wanted.limit, recipe.seed)
     if task == "longbench":
         longest = positions - _LONGBENCH_ROOM if positions > 2 * _LONGBENCH_ROOM else positions // 2
         return EvaluationSettings(mode, wanted.context or longest, wanted.limit, recipe.seed)

@@ -1,0 +1,168 @@
+"""The adapter to lm-evaluation-harness, on a tiny task of our own and without network."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_chain import byte_tokenizer
+
+from pqkv_cli.errors import UsageError
+from pqkv_cli.evaluation.samples import SampleLog
+from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.evaluation.tasks import require_tasks, run_task
+
+lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+Maker = Callable[..., Subject]
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list: [{{metric: acc}}]
+"""
+WRITE = """
+task: tiny_write
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[gold]}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+"""
+ROLL = """
+task: tiny_roll
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: word_perplexity}}]
+"""
+NUM_ROWS = 5
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"question": f"question {i} " + "word " * (10 + 7 * i), "choices": ["no", "yes", "maybe"], "gold": i % 3}
+        for i in range(NUM_ROWS)
+    ]
+    (directory / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in (("choice", CHOICE), ("write", WRITE), ("roll", ROLL)):
+        (directory / f"{name}.yaml").write_text(text.format(rows=directory / "rows.json"))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def record(made: Subject, name: str, tasks: Path, mode: str = "cache", **fields: Any) -> dict[str, Any]:
+    settings = EvaluationSettings(mode, context=64, **fields)  # type: ignore[arg-type]
+    return run_task(name, replace(made, data=tasks), settings, lambda done, total: None)
+
+
+def by_hand(made: Subject, tasks: Path) -> float:
+    """Accuracy from the uncompressed model's own log-likelihoods, one choice at a time."""
+    right = 0
+    for line in (tasks / "rows.json").read_text().splitlines():
+        row, scores = json.loads(line), []
+        for choice in row["choices"]:
+            # The harness scores the space before a choice as part of it.
+            prompt, answer = byte_tokenizer()(row["question"].rstrip()).input_ids, byte_tokenizer()(f" {choice}").input_ids
+            spaces = byte_tokenizer()(row["question"]).input_ids[len(prompt) :]
+            ids = torch.tensor([[*prompt, *spaces, *answer]])
+            with torch.no_grad():
+                log_p = made.model(ids).logits[0, :-1].double().log_softmax(-1)
+            tail = range(len(prompt) - 1, ids.shape[1] - 1)
+            scores.append(sum(float(log_p[i, ids[0, i + 1]]) for i in tail))
+        right += max(range(3), key=scores.__getitem__) == row["gold"]
+    return right / NUM_ROWS
+
+
+def test_choices_are_scored_over_quantized_keys_and_values(subject: Maker, tasks: Path) -> None:
+    found = record(subject(1), "tiny_choice", tasks)
+    # Asked for in mode cache, measured in the only one in which a log-likelihood means something.
+    assert (found["mode"], found["notes"]["modes"]) == ("all", {"loglikelihood": "all"})
+    assert found["notes"]["engine"].startswith("lm-evaluation-harness 0.4.")
+    assert found["notes"]["samples"] == {"tiny_choice": NUM_ROWS}
+    assert found["metrics"]["acc"]["baseline"] == pytest.approx(by_hand(subject(1), tasks))
+    assert found["headline"] == ["acc"]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_quantizing_changes_what_is_scored(subject: Maker, tasks: Path) -> None:
+    """The trap: a forward pass without cache shows no loss."""
+    rough, fine = (record(subject(bits), "tiny_roll", tasks)["metrics"]["word_perplexity"] for bits in (1, 4))
+    assert rough["baseline"] == fine["baseline"]
+    losses = [abs(math.log(m["quantized"] / m["baseline"])) for m in (rough, fine)]
+    assert losses[0] > losses[1] > 0
+    # A loss: smaller is better, so the recovery is the other way round.
+    assert rough["recovery"] == pytest.approx(rough["baseline"] / rough["quantized"])
+
+
+@pytest.mark.parametrize("mode", ["all", "cache"])
+def test_generation_runs_on_our_cache(mode: str, subject: Maker, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, kinds = subject(), []
+    generate = made.model.generate
+
+    def spy(*words: Any, **options: Any) -> Any:
+        kinds.append(type(options.get("past_key_values")).__name__)
+        return generate(*words, **options)
+
+    monkeypatch.setattr(made.model, "generate", spy)
+    found = record(made, "tiny_write", tasks, mode)
+    assert (found["mode"], found["notes"]["modes"]) == (mode, {"generation": mode})
+    assert set(kinds) == {"NoneType", "TimedCache" if mode == "all" else "QuantizedCache"}
+    assert found["metrics"]["exact_match"]["baseline"] == 0
+    assert found["metrics"]["exact_match"]["recovery"] is None
+
+
+def test_the_limit_is_kept(subject: Maker, tasks: Path) -> None:
+    assert record(subject(), "tiny_choice", tasks, limit=2)["notes"]["samples"] == {"tiny_choice": 2}
+
+
+def test_answers_found_before_are_not_asked_for_again(subject: Maker, tasks: Path, tmp_path: Path) -> None:
+    made, key = subject(), {"a": 1}
+    first = record(replace(made, log=SampleLog(tmp_path / "t.jsonl", key)), "tiny_choice", tasks)
+    made.model.forward = None  # nothing may be computed any more
+    again = record(replace(made, log=SampleLog(tmp_path / "t.jsonl", key)), "tiny_choice", tasks)
+    assert again["metrics"] == first["metrics"]
+
+
+def test_the_model_is_as_it_was(subject: Maker, tasks: Path) -> None:
+    made = subject()
+    ids = torch.arange(40)[None] + 5
+    with torch.no_grad():
+        before = made.model(ids).logits
+        record(made, "tiny_choice", tasks)
+        assert torch.equal(made.model(ids).logits, before)
+
+
+def test_a_task_that_nobody_knows(tasks: Path) -> None:
+    require_tasks(["perplexity", "tiny_choice"], tasks)
+    with pytest.raises(
+        UsageError, match=r"there is no task 'perplexty' \(did you mean 'perplexity'\?\); known are perplexity, "
+    ):
+        require_tasks(["perplexty"], None)
+
+
+def test_without_the_harness_its_install_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pqkv_cli.evaluation.harness.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"the tasks of lm-evaluation-harness after: pip install 'pqkv\[eval\]'"):
+        require_tasks(["gsm8k"], None)
