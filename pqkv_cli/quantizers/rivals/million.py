@@ -19,9 +19,10 @@ from pqkv_kernels.nearest import nearest_centroids
 # Bits per channel: (channels per code, bits per code).
 CODES: Mapping[int, tuple[int, int]] = {4: (2, 8), 3: (4, 12), 2: (4, 8), 1: (8, 8)}
 ITERATIONS = 25
-# faiss, which the release trains with, draws at most 256 points per centroid; 12-bit codebooks get 16 for the sake of time.
-MOST_POINTS = 65536
+# faiss, which the release trains with, draws at most this many points per centroid.
 POINTS_PER_CENTROID = 256
+# Points times centroids: 12-bit codebooks get 8 points per centroid, for the sake of time.
+MOST_WORK = 1 << 27
 
 
 class SharedCodebook(RivalCodec):
@@ -77,7 +78,7 @@ class Million:
 def _fit(vectors: torch.Tensor, subspace_dim: int, nbits: int, seed: int) -> torch.Tensor:
     """Return the codebook [M, 2^nbits, dsub] of `vectors` [N, D]."""
     generator = torch.Generator().manual_seed(seed)
-    most = min(MOST_POINTS, POINTS_PER_CENTROID << nbits)
+    most = min(POINTS_PER_CENTROID << nbits, MOST_WORK >> nbits)
     if len(vectors) > most:
         vectors = vectors[torch.randperm(len(vectors), generator=generator)[:most]]
     points = vectors.float().unflatten(-1, (-1, subspace_dim)).transpose(0, 1).contiguous()
