@@ -1,5 +1,6 @@
 """The quantized cache as transformers sees it: a `Cache` whose full-attention layers hold codes."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.cache.timeline import Timeline
+from pqkv_cli.errors import CacheError
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,25 @@ class TimedCache(Cache):
     def __init__(self, layers: list[CacheLayerMixin], timeline: Timeline) -> None:
         super().__init__(layers=[*layers])
         self.timeline = timeline
+        self._owner: weakref.ref[torch.nn.Module] | None = None
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Make this a cache of `model` alone."""
+        self._owner = weakref.ref(model)
+
+    def check_owner(self, model: torch.nn.Module) -> None:
+        """Refuse another model than the one this cache is bound to, because its codebooks would be wrong.
+
+        Raises
+        ------
+        CacheError
+            If it is bound to another.
+        """
+        if self._owner is not None and self._owner() is not model:
+            raise CacheError(
+                "the cache was made for another model, whose codebooks it holds; expected the model that gave it: "
+                "make a new one with new_cache() of this model's attach()"
+            )
 
     def begin_step(self, positions: torch.Tensor, row_start: torch.Tensor | None) -> None:
         """Take the facts of the step to come: positions [B, T] of its tokens and first real slots [B] of the rows."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from pqkv_cli.cache.checks import check_states
 from pqkv_cli.cache.handle import LazyStates, StepView
 from pqkv_cli.cache.pages import PageStore
 from pqkv_cli.cache.timeline import AngleSource, Timeline
@@ -15,6 +16,11 @@ from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.codec import decode, encode
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.tables import CodecTables
+
+_DECODED = (
+    "keys and values are decoded as a whole at every step, because another attention function than 'pqkv' reads them: right, "
+    "but slow; use the model as attach() prepared it, or expect this where `pqkv inspect` says so"
+)
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -78,7 +84,7 @@ class QuantizedLayer(CacheLayerMixin):
         states: dict[Side, torch.Tensor] = {"keys": key_states.detach(), "values": value_states.detach()}
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check(states)
+        check_states(states, self.window, self.get_seq_length(), self.timeline.num_slots)
         self.num_updates += 1
         num_exact = self.num_window + key_states.shape[2]
         fits = num_exact < self._capacity
@@ -100,6 +106,7 @@ class QuantizedLayer(CacheLayerMixin):
     def materialize(self, view: StepView, side: Side) -> torch.Tensor:
         """Return all keys or values of `view` decoded, [B, Hkv, T, D] in the cache's dtype."""
         self.num_materialized += 1
+        self.timeline.notices.once("decoded", _DECODED)
         exact = view.exact[side]
         if not view.num_coded:
             return exact
@@ -180,23 +187,6 @@ class QuantizedLayer(CacheLayerMixin):
         """Bytes of sinks and window allocated."""
         held = [*self.sinks.values(), *self.window.values()]
         return sum(t.numel() * t.element_size() for t in held)
-
-    def _check(self, states: dict[Side, torch.Tensor]) -> None:
-        for side, tensor in states.items():
-            window = self.window[side]
-            found = (*tensor.shape[:2], tensor.shape[3], tensor.dtype, tensor.device)
-            expected = (*window.shape[:2], window.shape[3], window.dtype, window.device)
-            if found != expected:
-                raise CacheError(
-                    f"{side} of shape, dtype and device {found} on a cache of {expected}; "
-                    "a cache serves one model, dtype, device and batch: make a new one with Attached.new_cache()"
-                )
-        needed = self.get_seq_length() + states["keys"].shape[2]
-        if self.timeline.num_slots != needed:
-            raise CacheError(
-                f"positions of {self.timeline.num_slots} tokens are known and {needed} are needed; "
-                "the model must be prepared with `pqkv_cli.runtime.attach` before this cache is used"
-            )
 
     def _joined(self, side: Side, states: torch.Tensor, fits: bool) -> torch.Tensor:
         window, start = self.window[side], self.num_window

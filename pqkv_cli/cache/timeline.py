@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from pqkv_cli.cache.notices import Notices
 from pqkv_cli.errors import CacheError
 from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.layout import PAGE_TOKENS
@@ -26,10 +27,13 @@ class Timeline:
         Slot of the first real token of each row, [B] int64.
     step
         Number of steps begun; a handle of an earlier step is stale.
+    notices
+        What the cache has warned of.
     """
 
     def __init__(self) -> None:
         self.step = 0
+        self.notices = Notices()
         self.reset()
 
     def reset(self) -> None:

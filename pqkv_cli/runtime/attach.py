@@ -52,6 +52,7 @@ class Attached:
         With `offload` its codes live in the memory of the CPU and visit the device one layer at a time.
         """
         cache = quantized_cache(self.model.config, self._tables, self.spec, self._angles)
+        cache.bind(self.model.base_model)
         if offload:
             for layer in cache.quantized_layers:
                 layer.offload()
@@ -85,7 +86,9 @@ class Simulation:
 
     def new_cache(self) -> TimedCache:
         """Return an empty cache that quantizes every key and value before anyone attends to it."""
-        return simulated_cache(self.model.config, self._codecs, self._angles)
+        cache = simulated_cache(self.model.config, self._codecs, self._angles)
+        cache.bind(self.model.base_model)
+        return cache
 
     def __enter__(self) -> Self:
         """Return itself."""

@@ -4,6 +4,7 @@
 """
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,25 +12,35 @@ from torch.utils.hooks import RemovableHandle
 
 from pqkv_cli.cache.cache import TimedCache
 from pqkv_cli.errors import CacheError
+from pqkv_cli.models.geometry import text_config
 
 
 def install_step_hook(model: Any) -> RemovableHandle:
     """Make `model` tell every `TimedCache` it is called with about each step; remove the handle to undo it."""
-    handle: RemovableHandle = model.base_model.register_forward_pre_hook(_begin_step, with_kwargs=True)
+    max_positions = getattr(text_config(model.config), "max_position_embeddings", None)
+    hook = partial(_begin_step, max_positions if isinstance(max_positions, int) else None)
+    handle: RemovableHandle = model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     return handle
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _begin_step(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin_step(max_positions: int | None, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     cache = arguments.get("past_key_values")
     if not isinstance(cache, TimedCache):
         return
+    cache.check_owner(module)
     tokens = arguments.get("input_ids")
     if tokens is None:
         tokens = arguments["inputs_embeds"]
     batch, num_new = tokens.shape[:2]
     num_past = cache.get_seq_length()
+    if max_positions is not None and num_past + num_new > max_positions:
+        cache.timeline.notices.once(
+            "long",
+            f"the text reaches {num_past + num_new} tokens and the model was made for {max_positions}; "
+            "what it says beyond them is not to be trusted: shorten the prompt, or ask for fewer new tokens",
+        )
     positions = step_positions(arguments.get("position_ids"), batch, num_new, num_past, tokens.device)
     cache.begin_step(positions, row_starts(arguments.get("attention_mask"), batch, num_past + num_new))
 

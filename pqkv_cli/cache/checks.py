@@ -1,0 +1,40 @@
+"""Refuses states that do not belong into a cache. Knows shapes; reads no values."""
+
+from collections.abc import Mapping
+
+import torch
+
+from pqkv_cli.errors import CacheError
+from pqkv_cli.specs import Side
+
+
+def check_states(states: Mapping[Side, torch.Tensor], held: Mapping[Side, torch.Tensor], num_held: int, num_known: int) -> None:
+    """Refuse new `states` [B, Hkv, T, D] beside `held` ones of another kind, or at unknown positions.
+
+    Parameters
+    ----------
+    num_held
+        Tokens that the layer holds.
+    num_known
+        Tokens whose positions are known, those of the states included.
+
+    Raises
+    ------
+    CacheError
+        If shape, dtype or device differ, or positions are missing.
+    """
+    for side, tensor in states.items():
+        other = held[side]
+        found = (*tensor.shape[:2], tensor.shape[3], tensor.dtype, tensor.device)
+        expected = (*other.shape[:2], other.shape[3], other.dtype, other.device)
+        if found != expected:
+            raise CacheError(
+                f"{side} of shape, dtype and device {found} on a cache of {expected}; "
+                "a cache serves one model, dtype, device and batch: make a new one with Attached.new_cache()"
+            )
+    needed = num_held + states["keys"].shape[2]
+    if num_known != needed:
+        raise CacheError(
+            f"positions of {num_known} tokens are known and {needed} are needed; "
+            "the model must be prepared with `pqkv_cli.runtime.attach` before this cache is used"
+        )
