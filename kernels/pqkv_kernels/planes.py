@@ -79,7 +79,7 @@ def planes_of(tables: CodecTables) -> Planes | None:
 def read_planes(
     pages: torch.Tensor, planes: Planes, index: torch.Tensor, values: torch.Tensor, spare: torch.Tensor
 ) -> torch.Tensor:
-    """Decode `pages` [B, P, Hkv, page_bytes] into a view [B, P, Hkv, D / 2, 64] complex64 of `values`.
+    """Decode `pages` [N, N', Hkv, page_bytes] into a view [N, N', Hkv, D / 2, 64] complex64 of `values`.
 
     `index` (int32), `values` and `spare` (int64) are buffers of at least as many elements; `spare` serves additive stages.
     """

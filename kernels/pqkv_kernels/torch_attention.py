@@ -5,8 +5,10 @@ A few queries meet them page by page with the page's rotation folded into the qu
 space once. A tile is decoded once however many queries there are, and nothing decoded outlives it.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,87 +51,120 @@ def plane_attention(
     block_pages = max(1, BLOCK_SCORES // (batch * heads * group * num_queries * PAGE_TOKENS))
     parts = []
     for tiles in _blocks(_tiles(key_pages, value_pages, min(tile_pages, block_pages)), block_pages):
-        logits = torch.cat([reader.scores(tile) for tile in tiles], dim=-1) * scaling
+        logits = reader.scores(tiles) * scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         slots = torch.arange(tiles[0].start * PAGE_TOKENS, tiles[-1].stop * PAGE_TOKENS, device=query.device)
         logits = logits.masked_fill((slots < first_token[:, None])[:, None, None], -torch.inf)
         lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-        shares = weights.split([(tile.stop - tile.start) * PAGE_TOKENS for tile in tiles], dim=-1)
-        output = sum(reader.weighted(tile, share) for tile, share in zip(tiles, shares, strict=True))
-        assert isinstance(output, torch.Tensor)  # a block has at least one tile
+        output = reader.weighted(tiles, weights)
         parts.append((output.unflatten(2, (group, num_queries)), lse.unflatten(2, (group, num_queries))))
     return merge(parts) if parts else (torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf))
 
 
 class _Reader:
-    """Scores decoded keys with the queries `rows` [B, Hkv, N, D / 2, 2] and adds up decoded values."""
+    """Scores decoded keys with the queries `rows` [B, Hkv, N, D / 2, 2] and adds up decoded values, over runs of tiles."""
 
     def __init__(self, keys: Planes, values: Planes, rows: torch.Tensor, angles: Angles | PageAngles | None) -> None:
         self._keys, self._values, self._rows, self._angles = keys, values, rows, angles
         self._few = rows.shape[2] <= FEW_QUERIES
-        self._step = rows.new_ones(())
+        self._step = self._base = None
         if isinstance(angles, PageAngles):
-            self._step = _plane_factors(angles.step, keys).mT.contiguous()
-        self._buffers: list[torch.Tensor] = []
+            self._step = _plane_factors(angles.step, keys).mT.contiguous()  # [Hkv, D / 2, 64]
+            self._base = _plane_factors(angles.base, keys).permute(2, 0, 1, 3)  # [P, B, Hkv, D / 2]
 
-    def scores(self, tile: _Tile) -> torch.Tensor:
-        """Return the products [B, Hkv, N, T] of the queries with the tile's keys."""
-        decoded = self._read(tile.keys, self._keys)
-        base = None
-        angles = page_range(self._angles, tile.start, tile.stop)
-        if isinstance(angles, PageAngles):
-            decoded *= self._step
-            base = _plane_factors(angles.base, self._keys).transpose(1, 2)  # [B, P, Hkv, D / 2]
-        elif angles is not None:
-            factors = _plane_factors(angles, self._keys)  # [B, Hkv, T, D / 2]
-            decoded *= factors.unflatten(2, (-1, PAGE_TOKENS)).permute(0, 2, 1, 4, 3)
-        if self._few:
-            return self._page_scores(decoded, base)
-        if base is not None:
-            decoded *= base[..., None]
-        dense = torch.view_as_real(decoded).permute(0, 2, 3, 5, 1, 4).flatten(4).flatten(2, 3)  # [B, Hkv, D, T]
-        return self._rows.flatten(3) @ dense
-
-    def _page_scores(self, decoded: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
-        """Score [B, P, Hkv, D / 2, 64] with queries turned back by each page's base."""
-        batch, pages, heads, planes, tokens = decoded.shape
-        queries = torch.view_as_complex(self._rows.contiguous())[:, None]
-        if base is not None:
-            queries = queries * base[:, :, :, None].conj()
-        parts = torch.view_as_real(queries).permute(0, 1, 2, 5, 3, 4).flatten(3, 4)  # [B, P or 1, Hkv, 2 * N, D / 2]
-        left = parts.expand(batch, pages, heads, -1, -1).reshape(batch * pages * heads, -1, planes)
-        right = torch.view_as_real(decoded).view(batch * pages * heads, planes, 2 * tokens)
-        products = torch.bmm(left, right).view(batch, pages, heads, 2, -1, tokens, 2)
-        scores = products[:, :, :, 0, ..., 0] + products[:, :, :, 1, ..., 1]
-        return scores.permute(0, 2, 3, 1, 4).flatten(3)
-
-    def weighted(self, tile: _Tile, weights: torch.Tensor) -> torch.Tensor:
-        """Return the sum [B, Hkv, N, D] of the tile's values with `weights` [B, Hkv, N, T]."""
-        decoded = self._read(tile.values, self._values)
-        batch, pages, heads, planes, tokens = decoded.shape
+    def scores(self, tiles: list[_Tile]) -> torch.Tensor:
+        """Return the products [B, Hkv, N, T] of the queries with the keys of `tiles`."""
         if not self._few:
-            dense = torch.view_as_real(decoded).permute(0, 2, 1, 4, 3, 5).reshape(batch, heads, pages * tokens, 2 * planes)
-            return weights @ dense
-        count = weights.shape[2]
+            return torch.cat([self._rows.flatten(3) @ self._dense_keys(tile) for tile in tiles], dim=-1)
+        batch, heads, count, planes, _ = self._rows.shape
+        queries = self._page_queries(tiles[0].start, tiles[-1].stop)
+        parts = queries.split([(tile.stop - tile.start) * batch * heads for tile in tiles])
+        products = [torch.bmm(part, _matrices(self._turned_keys(tile))) for part, tile in zip(parts, tiles, strict=True)]
+        grid = torch.cat(products).view(-1, batch, heads, 2, count, PAGE_TOKENS, 2)
+        return (grid[:, :, :, 0, ..., 0] + grid[:, :, :, 1, ..., 1]).permute(1, 2, 3, 0, 4).flatten(3)
+
+    def weighted(self, tiles: list[_Tile], weights: torch.Tensor) -> torch.Tensor:
+        """Return the sum [B, Hkv, N, D] of the values of `tiles` with `weights` [B, Hkv, N, T]."""
+        batch, heads, count, _ = weights.shape
+        if not self._few:
+            shares = weights.split([(tile.stop - tile.start) * PAGE_TOKENS for tile in tiles], dim=-1)
+            total = sum(share @ self._dense_values(tile) for share, tile in zip(shares, tiles, strict=True))
+            assert isinstance(total, torch.Tensor)  # a block has at least one tile
+            return total
         # Both components lie side by side: weights for the first are zero at the second and the other way round.
-        left = weights.new_zeros(batch, pages, heads, 2, count, tokens, 2)
-        left[:, :, :, 0, ..., 0] = left[:, :, :, 1, ..., 1] = weights.unflatten(-1, (pages, tokens)).permute(0, 3, 1, 2, 4)
-        right = torch.view_as_real(decoded).view(batch * pages * heads, planes, 2 * tokens)
-        sums = torch.bmm(left.view(batch * pages * heads, 2 * count, 2 * tokens), right.mT)
-        return sums.view(batch, pages, heads, 2, count, planes).sum(1).permute(0, 1, 3, 4, 2).flatten(3)
+        pages = weights.unflatten(-1, (-1, PAGE_TOKENS)).permute(3, 0, 1, 2, 4)
+        left = weights.new_zeros(*pages.shape[:3], 2, *pages.shape[3:], 2)
+        left[:, :, :, 0, ..., 0] = left[:, :, :, 1, ..., 1] = pages
+        parts = left.view(-1, 2 * count, 2 * PAGE_TOKENS).split([(t.stop - t.start) * batch * heads for t in tiles])
+        sums = [
+            torch.bmm(part, _matrices(self._read(tile.values, self._values)).mT)
+            for part, tile in zip(parts, tiles, strict=True)
+        ]
+        return torch.cat(sums).view(len(pages), batch, heads, 2, count, -1).sum(0).permute(0, 1, 3, 4, 2).flatten(3)
+
+    def _page_queries(self, start: int, stop: int) -> torch.Tensor:
+        """Return both components of the queries, turned back by each page's base: [P * B * Hkv, 2 * N, D / 2]."""
+        queries = torch.view_as_complex(self._rows.contiguous())[None]
+        if self._base is not None:
+            queries = queries * self._base[start:stop, :, :, None].conj()
+        parts = torch.view_as_real(queries).permute(0, 1, 2, 5, 3, 4)
+        return parts.expand(stop - start, *parts.shape[1:]).reshape(-1, 2 * parts.shape[4], parts.shape[5])
+
+    def _turned_keys(self, tile: _Tile) -> torch.Tensor:
+        """Return keys [P, B, Hkv, D / 2, 64] complex, rotated by all but the base of their page."""
+        decoded = self._read(tile.keys, self._keys)
+        if self._step is not None:
+            decoded *= self._step
+        elif self._angles is not None:
+            angles = page_range(self._angles, tile.start, tile.stop)
+            assert isinstance(angles, tuple)  # or there would be a step
+            factors = _plane_factors(angles, self._keys)  # [B, Hkv, T, D / 2]
+            decoded *= factors.unflatten(2, (-1, PAGE_TOKENS)).permute(2, 0, 1, 4, 3)
+        return decoded
+
+    def _dense_keys(self, tile: _Tile) -> torch.Tensor:
+        """Return keys [B, Hkv, D, T] as the queries score them."""
+        decoded = self._turned_keys(tile)
+        if self._base is not None:
+            decoded *= self._base[tile.start : tile.stop, ..., None]
+        return torch.view_as_real(decoded).permute(1, 2, 3, 5, 0, 4).flatten(4).flatten(2, 3)
+
+    def _dense_values(self, tile: _Tile) -> torch.Tensor:
+        """Return values [B, Hkv, T, D] in code space."""
+        decoded = torch.view_as_real(self._read(tile.values, self._values))
+        return decoded.permute(1, 2, 0, 4, 3, 5).flatten(4).flatten(2, 3)
 
     def _read(self, pages: torch.Tensor, planes: Planes) -> torch.Tensor:
         count = pages.shape[0] * pages.shape[1] * pages.shape[2] * planes.num_planes * PAGE_TOKENS
+        stages = max(len(self._keys.stages), len(self._values.stages))
         # Autograd may hold on to what the queries met: then every tile gets buffers of its own.
-        keep = not (torch.is_grad_enabled() and self._rows.requires_grad)
-        if not keep or not self._buffers or self._buffers[0].numel() < count:
-            stages = max(len(self._keys.stages), len(self._values.stages))
-            dtypes = (torch.int32, torch.int64, *([torch.int64] if stages > 1 else []))
-            self._buffers = [torch.empty(count, dtype=dtype, device=pages.device) for dtype in dtypes]
-        index, values, *spare = self._buffers
-        return read_planes(pages, planes, index, values, spare[0] if spare else values)
+        is_kept = torch.is_grad_enabled() and self._rows.requires_grad
+        index, values, *spare = _new_buffers(count, stages, pages.device) if is_kept else _buffers(count, stages, pages.device)
+        return read_planes(pages.transpose(0, 1), planes, index, values, spare[0] if spare else values)
+
+
+def _matrices(decoded: torch.Tensor) -> torch.Tensor:
+    """Return [P, B, Hkv, D / 2, 64] complex as real matrices [P * B * Hkv, D / 2, 128]."""
+    return torch.view_as_real(decoded).view(-1, decoded.shape[3], 2 * PAGE_TOKENS)
+
+
+def _buffers(count: int, stages: int, device: torch.device) -> list[torch.Tensor]:
+    """Return this thread's buffers for one tile: kept, because touching fresh memory costs as much as decoding into it."""
+    key = (device, stages > 1)
+    held: dict[Any, list[torch.Tensor]] = _held.__dict__
+    if key not in held or held[key][0].numel() < count:
+        held[key] = _new_buffers(max(count, TILE_ENTRIES), stages, device)
+    return held[key]
+
+
+def _new_buffers(count: int, stages: int, device: torch.device) -> list[torch.Tensor]:
+    dtypes = (torch.int32, torch.int64, *([torch.int64] if stages > 1 else []))
+    return [torch.empty(count, dtype=dtype, device=device) for dtype in dtypes]
+
+
+_held = threading.local()
 
 
 def _tiles(key_pages: Sequence[torch.Tensor], value_pages: Sequence[torch.Tensor], tile_pages: int) -> Iterator[_Tile]:
