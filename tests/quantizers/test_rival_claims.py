@@ -6,7 +6,7 @@ import pytest
 import rival_support as support
 import torch
 
-from pqkv_cli.errors import PqkvError
+from pqkv_cli.errors import PqkvError, UnsupportedModelError
 from pqkv_cli.quantizers.rivals.kivi import Kivi
 from pqkv_cli.quantizers.rivals.kvquant import KVQuant, channel_range
 from pqkv_cli.quantizers.rivals.levels import fitted_levels, nearest_level, sphere_levels
@@ -163,3 +163,17 @@ def test_library_caches_work_or_say_what_to_install(backend: str, monkeypatch: p
     monkeypatch.setattr("transformers.cache_utils.is_hqq_available", lambda: False)
     with pytest.raises(PqkvError, match=rf"{backend}: found no package .* pip install 'pqkv\[quantized-cache\]'"):
         rival.fit("keys", [support.samples()], 0)
+
+
+@pytest.mark.parametrize("rate", [4, 2])
+def test_hqq_stores_what_it_counts(rate: int) -> None:
+    pytest.importorskip("hqq")
+    codec = LibraryCache(rate, "hqq").fit("keys", [support.samples()], 0)[0]
+    x = support.samples(seed=1).vectors[None]
+    stored = codec.encode(x)
+    assert stored.bits.per_channel == pytest.approx(codec.bits_per_channel) == pytest.approx(rate + 0.5)
+    assert float((codec.decode(stored) - x).square().mean() / x.var()) < 2.0 ** (3 - 2 * rate)
+    with pytest.raises(
+        UnsupportedModelError, match="hqq: found 32 entries at once; expected a multiple of 64; change --context"
+    ):
+        codec.encode(x[:, :, :1])
