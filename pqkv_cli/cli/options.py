@@ -43,13 +43,24 @@ SamplesOption = Annotated[int | None, typer.Option("--samples", help="Number of 
 SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a window.")]
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="Windows that go through the model at once.")]
 ReservoirOption = Annotated[int | None, typer.Option("--reservoir-size", help="Vectors kept per layer and head.")]
+RecallShareOption = Annotated[
+    float | None, typer.Option("--recall-share", help="Share of the windows in which numbers are hidden and asked for.")
+]
 BitsOption = Annotated[int | None, typer.Option("--bits", metavar="N", help="Bits of code per channel: 4, 3, 2 or 1.")]
+PrototypeBitsOption = Annotated[
+    int | None,
+    typer.Option("--prototype-bits", metavar="N", help="Bits of the code of the whole vector: 10, 8 or 0."),
+]
 IterationsOption = Annotated[int | None, typer.Option("--iterations", help="Most rounds of k-means.")]
 SinksOption = Annotated[int | None, typer.Option("--num-sinks", help="First tokens of a row that stay exact.")]
 WindowOption = Annotated[int | None, typer.Option("--window-tokens", help="Most recent tokens that stay exact.")]
 TaskOption = Annotated[
     list[str] | None,
-    typer.Option("--task", metavar="NAME", help="perplexity, kld, passkey, needle, lines or longbench; may be repeated."),
+    typer.Option(
+        "--task",
+        metavar="NAME",
+        help="perplexity, kld, passkey, needle, lines, longbench, or any task of lm-evaluation-harness; may be repeated.",
+    ),
 ]
 ModeOption = Annotated[
     list[str] | None,

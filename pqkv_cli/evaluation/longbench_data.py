@@ -139,7 +139,8 @@ def harness_prompts(directory: Path) -> dict[str, str]:
     """Return the published prompts, from the files of lm-evaluation-harness in `directory`."""
     prompts = {}
     for name in TASKS:
-        document: Any = yaml.load((directory / f"{name}.yaml").read_text(encoding="utf-8"), _HarnessLoader)
+        loader = _HarnessLoader((directory / f"{name}.yaml").read_text(encoding="utf-8"))
+        document: Any = loader.get_single_data()
         text = str(document["doc_to_text"])
         for theirs, ours in (("{{context}}", "{context}"), ("{{question}}", "{input}"), ("{{input}}", "{input}")):
             text = text.replace(theirs, ours)

@@ -16,6 +16,7 @@ from pqkv_cli.files import write_text
 from pqkv_cli.gates import Gate, judge, parse_gates, split_gates
 from pqkv_cli.pipeline.content import text_identity
 from pqkv_cli.pipeline.evaluation_settings import open_log, rows_path, task_settings
+from pqkv_cli.pipeline.honesty import overlaps
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.outcome import Facts, StageWork, do_stage
 from pqkv_cli.pipeline.reporter import Reporter
@@ -105,6 +106,7 @@ def _open(source: Source, *, force: bool) -> Subject:
 def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Record]:
     records = []
     wanted = source.recipe.evaluation
+    shared = overlaps(source.recipe, subject, reporter)
     for task in wanted.tasks:
         for mode in wanted.modes:
             settings = task_settings(task, mode, source.recipe, subject)
@@ -113,6 +115,7 @@ def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Recor
                 reporter.note(f"{task}, mode {mode}: going on after {log.num_found} samples")
             with reporter.progress(f"{task}, mode {mode}") as advance:
                 records.append(run_task(task, replace(subject, log=log), settings, advance))
+            records[-1] |= {"calibration_overlap": shared["text" if reads_text(task) else "rows"]}
             _keep(source, records[-1])
             log.finish()
     _renew_card(source, subject.artifact)

@@ -1,0 +1,57 @@
+"""Finds out whether codebooks were learned from the very text they are judged on, and says so."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pqkv_cli.calibration.ngrams import overlap_share
+from pqkv_cli.calibration.text import load_text
+from pqkv_cli.errors import DataError
+from pqkv_cli.evaluation.rows import read_rows
+from pqkv_cli.evaluation.settings import Subject
+from pqkv_cli.pipeline.reporter import Reporter
+from pqkv_cli.recipe import Recipe
+
+NGRAM_WORDS = 13
+SUSPICIOUS_SHARE = 0.01
+Overlap = Mapping[str, Any] | None
+
+
+def overlaps(recipe: Recipe, subject: Subject, reporter: Reporter) -> dict[str, Overlap]:
+    """Return how much of the evaluation's ``text`` and of its ``rows`` also occurs in the calibration text.
+
+    Each is the ``share`` of their distinct runs of 13 normalised words, with a ``note`` where it is suspicious or could not be
+    found out; None where there is nothing to compare.
+    """
+    try:
+        calibration = load_text(recipe.calibration.data)
+    except DataError as error:
+        unknown = {"share": None, "ngram_words": NGRAM_WORDS, "note": f"the calibration text could not be read: {error}"}
+        return {"text": unknown if subject.text else None, "rows": unknown if subject.data else None}
+    found: dict[str, Overlap] = {}
+    for name, text in (("text", subject.text), ("rows", _row_text(subject))):
+        found[name] = _overlap(text, calibration) if text else None
+        if found[name] is not None and (note := found[name].get("note")):  # type: ignore[union-attr]
+            reporter.note(f"warning: {note}")
+    return found
+
+
+def _overlap(text: str, calibration: str) -> Overlap:
+    share = overlap_share(text, [calibration], NGRAM_WORDS)
+    found: dict[str, Any] = {"share": share, "ngram_words": NGRAM_WORDS}
+    if share > SUSPICIOUS_SHARE:
+        found["note"] = (
+            f"{100 * share:.1f} % of what is evaluated on (runs of {NGRAM_WORDS} words) was calibrated on; "
+            "the results flatter: evaluate on other text"
+        )
+    return found
+
+
+def _row_text(subject: Subject) -> str:
+    if subject.data is None:
+        return ""
+    try:
+        files = read_rows(subject.data, {})
+    except DataError:
+        return ""  # definitions of tasks, not rows; the task itself complains about bad ones
+    words = (value for rows in files.values() for row in rows for value in row.values())
+    return "\n".join(value for value in words if isinstance(value, str))
