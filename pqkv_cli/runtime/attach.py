@@ -21,6 +21,7 @@ from pqkv_cli.models.rotary import rotary_angles, rotary_key
 from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
 from pqkv_cli.runtime.attention import ATTENTION_NAME, register_attention
 from pqkv_cli.runtime.hooks import install_step_hook
+from pqkv_cli.runtime.self_test import self_test
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.tables import CodecTables
 
@@ -57,6 +58,17 @@ class Attached:
             for layer in cache.quantized_layers:
                 layer.offload()
         return cache
+
+    def self_test(self) -> None:
+        """Send a probe through every code format on the model's device; `attach` does it once.
+
+        Raises
+        ------
+        CacheError
+            If the device or the backend gives wrong answers.
+        """
+        device = torch.device(self.model.device)
+        self_test(self._tables, self._angles, device if device.type != "meta" else torch.device("cpu"))
 
     def detach(self) -> None:
         """Remove every hook and restore the attention implementation; harmless when repeated."""
@@ -118,14 +130,20 @@ def attach(model: Any, artifact: Artifact, *, cache: CacheSpec | None = None, fo
     ArtifactError
         If the artifact is of another model.
     CacheError
-        If the model is attached already.
+        If the model is attached already, or this machine computes wrong answers (see `Attached.self_test`).
     UnsupportedModelError
         If the model cannot use the attention function.
     """
     if model in _attached:
         raise CacheError("the model is attached already; call detach() on what the first attach returned")
     _require_match(model, artifact, force)
-    return Attached(model, artifact.tables, artifact.header.plan.cache if cache is None else cache)
+    attached = Attached(model, artifact.tables, artifact.header.plan.cache if cache is None else cache)
+    try:
+        attached.self_test()
+    except CacheError:
+        attached.detach()
+        raise
+    return attached
 
 
 def simulate(model: Any, codecs: Sequence[dict[Side, VectorCodec] | None]) -> Simulation:

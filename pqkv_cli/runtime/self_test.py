@@ -1,0 +1,95 @@
+"""Does this machine compute what the codes mean? Sends a probe through a real cache layer before any text goes through it.
+
+The probe's codes are drawn by a fixed generator, so its decoded vectors are known: they must come back from encoding, and
+attention over their codes must give what plain softmax in double precision gives over the vectors.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pqkv_cli.cache.handle import LazyStates
+from pqkv_cli.cache.layer import QuantizedLayer
+from pqkv_cli.cache.timeline import AngleSource, Timeline
+from pqkv_cli.errors import CacheError
+from pqkv_cli.runtime.attention import pqkv_attention
+from pqkv_cli.specs import SIDES, CacheSpec, Side
+from pqkv_kernels.codec import decode
+from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.tables import CodecTables
+
+TOLERANCE = 0.02  # of the answer's root mean square; kernels may round to half precision
+_FIRST_POSITION = 1000
+_MOST_FORMATS = 3
+
+
+def self_test(
+    tables: Sequence[Mapping[Side, CodecTables] | None], angle_sources: Sequence[AngleSource | None], device: torch.device
+) -> None:
+    """Test one layer of every code format of a model, at most three, on `device`; takes some milliseconds.
+
+    Raises
+    ------
+    CacheError
+        If encoding or attention over codes gives other answers than the reference.
+    """
+    tested: set[object] = set()
+    for layer_tables, source in zip(tables, angle_sources, strict=True):
+        if layer_tables is None:
+            continue
+        formats = tuple((layer_tables[side].layout, layer_tables[side].rotary) for side in SIDES)
+        if formats not in tested and len(tested) < _MOST_FORMATS:
+            tested.add(formats)
+            _test_layer(layer_tables, source, device)
+
+
+@torch.no_grad()
+def _test_layer(tables: Mapping[Side, CodecTables], source: AngleSource | None, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads, dim = tables["keys"].num_heads, tables["keys"].layout.head_dim
+    positions = torch.arange(_FIRST_POSITION, _FIRST_POSITION + PAGE_TOKENS + 1)[None]
+    known = _known_vectors(tables, source, positions[:, :PAGE_TOKENS], generator)
+    scale = {side: known[side].square().mean().sqrt() for side in SIDES}
+    newest = {side: torch.randn(1, heads, 1, dim, generator=generator) * scale[side] for side in SIDES}
+    query = torch.randn(1, heads, 1, dim, generator=generator) / scale["keys"]
+
+    layer = QuantizedLayer(dict(tables), CacheSpec(0, 0), Timeline(), source)
+    for states, start in ((known, 0), (newest, PAGE_TOKENS)):
+        layer.timeline.begin(start, positions[:, start : start + states["keys"].shape[2]].to(device), None)
+        keys, values = layer.update(states["keys"].to(device), states["values"].to(device))
+    found, _ = pqkv_attention(torch.nn.Module(), query.to(device), keys, values, None, scaling=dim**-0.5)
+    _compare("attention over codes", found[0, 0].cpu(), _answer(query, known, newest))
+    for side, handle in zip(SIDES, (keys, values), strict=True):
+        assert isinstance(handle, LazyStates)  # what a quantized layer returns
+        if len(tables[side].layout.stages) == 1:  # sums of several stages need not be found again
+            _compare(f"encoding of {side}", handle.materialize()[:, :, :PAGE_TOKENS].cpu(), known[side])
+
+
+def _known_vectors(
+    tables: Mapping[Side, CodecTables], source: AngleSource | None, positions: torch.Tensor, generator: torch.Generator
+) -> dict[Side, torch.Tensor]:
+    """Return vectors [1, Hkv, 64, D] fp32 that codes stand for exactly, decoded on the CPU."""
+    known: dict[Side, torch.Tensor] = {}
+    for side in SIDES:
+        plain = tables[side].to(torch.device("cpu"))
+        shape = (1, 1, plain.num_heads, plain.layout.page_bytes)
+        pages = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        angles = source(positions) if source is not None and plain.rotary is not None else None
+        known[side] = decode(pages, plain, angles)
+    return known
+
+
+def _answer(query: torch.Tensor, known: dict[Side, torch.Tensor], newest: dict[Side, torch.Tensor]) -> torch.Tensor:
+    keys, values = (torch.cat((known[side], newest[side]), dim=2)[0].double() for side in SIDES)
+    weights = torch.softmax(query[0].double() @ keys.mT * query.shape[-1] ** -0.5, dim=-1)
+    return (weights @ values)[:, 0]
+
+
+def _compare(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (found.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt()
+    if not error <= TOLERANCE:  # a comparison with NaN is false
+        raise CacheError(
+            f"self-test: {what} differs from the reference by {float(error):.3g} of its size; expected at most {TOLERANCE}. "
+            "This device or backend computes wrong answers: use another one, and report this with the output of "
+            "`python -m torch.utils.collect_env`"
+        )
