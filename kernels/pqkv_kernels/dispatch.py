@@ -6,6 +6,9 @@ which and why.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -31,8 +34,10 @@ class Choice:
     reason: str
 
 
-def choose_backend(requested: BackendRequest, device: torch.device) -> Choice:
-    """Return what runs on `device`.
+def choose_backend(
+    requested: BackendRequest, device: torch.device, codecs: Sequence[tuple[CodecTables, CodecTables]] = ()
+) -> Choice:
+    """Return what runs on `device` for the key and value tables of `codecs`.
 
     Raises
     ------
@@ -43,10 +48,32 @@ def choose_backend(requested: BackendRequest, device: torch.device) -> Choice:
         raise KernelError(f"backend is {requested!r}; expected one of {', '.join(get_args(BackendRequest))}")
     if requested == "torch":
         return Choice("torch", "asked for by name")
-    obstacle = "Triton kernels are not there yet"
+    obstacle = _obstacle(device, codecs)
     if requested == "triton":
-        raise KernelError(obstacle)
-    return Choice("torch", obstacle)
+        if obstacle is not None:
+            raise KernelError(f"the triton backend was asked for, but {obstacle}; choose torch or auto")
+        return Choice("triton", "asked for by name")
+    if obstacle is not None:
+        return Choice("torch", obstacle)
+    return Choice("triton", f"the device is {device.type} and Triton is installed")
+
+
+def _obstacle(device: torch.device, codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
+    """Return why the Triton kernels cannot run, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install 'pqkv[gpu]')"
+    if device.type != "cuda" and not _triton_attention().is_interpreted():
+        return f"the device is {device.type} and Triton's kernels need a CUDA GPU"
+    for layer, tables in enumerate(codecs):
+        for side, side_tables in zip(("keys", "values"), tables, strict=True):
+            if planes_of(side_tables) is None:
+                return f"the subspaces of the {side} of coded layer {layer} cut pairs of channels"
+    return None
+
+
+def _triton_attention() -> ModuleType:
+    # Imported when it is first needed: Triton is optional, and nobody on a CPU should wait for it.
+    return import_module("pqkv_kernels.triton_attention")
 
 
 def attend_codes(
@@ -86,15 +113,19 @@ def attend_codes(
     """
     check_attention(query, key_pages, value_pages, key_tables, value_tables, first_token, angles)
     coded = code_queries(query, key_tables)
+    if backend == "triton":
+        attend = _triton_attention().triton_attention
+        output, lse = attend(coded, key_pages, value_pages, key_tables, value_tables, first_token, scaling, angles, softcap)
+        return leave_code_space(output, value_tables), lse.flatten(1, 2)
     keys, values = planes_of(key_tables), planes_of(value_tables)
-    if keys is None or values is None:
+    if keys is not None and values is not None:
+        output, lse = plane_attention(coded, key_pages, value_pages, keys, values, first_token, scaling, angles, softcap)
+    else:
         parts = [
             code_attention(coded, k, v, key_tables, value_tables, first_token - PAGE_TOKENS * start, scaling, turned, softcap)
             for start, k, v, turned in _slabs(key_pages, value_pages, angles)
         ]
         output, lse = merge(parts) if parts else (torch.zeros_like(coded), coded.new_full(coded.shape[:-1], -torch.inf))
-    else:
-        output, lse = plane_attention(coded, key_pages, value_pages, keys, values, first_token, scaling, angles, softcap)
     return leave_code_space(output, value_tables), lse.flatten(1, 2)
 
 

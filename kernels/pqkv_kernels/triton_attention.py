@@ -1,0 +1,125 @@
+"""Launches the decode kernels: the meaning of `pqkv_kernels.attention.code_attention`, on a GPU or in the interpreter."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from pqkv_kernels.angles import Angles, PageAngles
+from pqkv_kernels.attention import Part
+from pqkv_kernels.device_tables import PART_WIDTHS, DeviceTables, device_tables
+from pqkv_kernels.kernel_config import EXACT, DecodeConfig, decode_config
+from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.triton_decode import merge_kernel, split_kernel
+
+_MAX_QUERIES = 64  # queries per program: more would not fit into registers beside a decoded tile
+
+
+def triton_attention(
+    query: torch.Tensor,
+    key_pages: Sequence[torch.Tensor],
+    value_pages: Sequence[torch.Tensor],
+    key_tables: CodecTables,
+    value_tables: CodecTables,
+    first_token: torch.Tensor,
+    scaling: float,
+    angles: Angles | PageAngles | None = None,
+    softcap: float | None = None,
+    config: DecodeConfig | None = None,
+) -> Part:
+    """Attend as `pqkv_kernels.attention.code_attention` does, over slabs of pages; arguments are checked already.
+
+    `config` is by default that of the device (`kernel_config`), and exact in the interpreter.
+    """
+    batch, heads, group, tokens, dim = query.shape
+    num_pages, num_queries = sum(slab.shape[1] for slab in key_pages), group * tokens
+    if num_pages == 0 or num_queries == 0 or batch == 0:
+        return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
+    config = _config(query.device, dim) if config is None else config
+    keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
+    split_pages = config.split_pages(num_pages, batch * heads, _num_processors(query.device))
+    num_splits = -(-num_pages // split_pages)
+    parts = query.new_empty(batch, heads, num_splits, num_queries, dim)
+    part_lse = query.new_empty(batch, heads, num_splits, num_queries)
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1])
+    block = max(16, min(_MAX_QUERIES, triton.next_power_of_2(num_queries)))
+    planes = max(16, triton.next_power_of_2(dim // 2))
+    turn, turning = _turning(keys, angles, query)
+    split_kernel[(batch * heads, num_splits, triton.cdiv(num_queries, block))](
+        _plane_queries(query, keys, scaling),
+        _addresses(key_pages),
+        _addresses(value_pages),
+        first_token,
+        *(keys.part_bytes, keys.first_row, keys.entries, values.part_bytes, values.first_row, values.entries),
+        *turning,
+        parts,
+        part_lse,
+        *(heads, num_queries, num_pages, split_pages, key_tables.layout.page_bytes, value_tables.layout.page_bytes),
+        0 if key_tables.rotary is None else key_tables.rotary.num_pairs,
+        _angle_row(angles, batch),
+        1.0 if softcap is None else softcap,
+        **dict(TURN=turn, HAS_CAP=softcap is not None, WIDE=config.tables == "float32", PRECISION=config.precision),
+        **_parts("K", keys),
+        **_parts("V", values),
+        **dict(D2=dim // 2, BP=planes, BN=block, BT=config.tile_tokens),
+        **dict(num_warps=config.num_warps, num_stages=config.num_stages),
+    )
+    merge_kernel[(batch * heads, num_queries)](
+        parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits, D2=dim // 2, BP=planes, num_warps=2
+    )
+    return out, lse
+
+
+def _plane_queries(query: torch.Tensor, keys: DeviceTables, scaling: float) -> torch.Tensor:
+    """Return the queries [B, Hkv, N, 2, D / 2] in the planes' order, with the planes' scales and `scaling` in them."""
+    batch, heads, group, tokens, dim = query.shape
+    channels = keys.planes.channels.mT.reshape(1, heads, 1, dim).expand(batch, -1, group * tokens, -1)
+    rows = query.flatten(2, 3).gather(3, channels).unflatten(-1, (2, dim // 2))
+    scaled: torch.Tensor = rows * (keys.scale * scaling)[:, None, None]
+    return scaled.contiguous()
+
+
+def is_interpreted() -> bool:
+    """Return whether the kernels run in Triton's interpreter, on any device; decided when this module is first imported."""
+    return not isinstance(split_kernel, triton.runtime.JITFunction)
+
+
+def _addresses(slabs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the address of every page of every row, [B, P] int64: slabs need not lie together."""
+    found = []
+    for slab in slabs:
+        rows = slab.data_ptr() + torch.arange(slab.shape[0], device=slab.device)[:, None] * slab.stride(0)
+        found.append(rows + torch.arange(slab.shape[1], device=slab.device) * slab.stride(1))
+    return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+
+
+def _turning(
+    keys: DeviceTables, angles: Angles | PageAngles | None, query: torch.Tensor
+) -> tuple[int, tuple[torch.Tensor, ...]]:
+    """Return how keys are turned (see `split_kernel`) and pairs, base cos, base sin, cos and sin."""
+    if keys.planes.pairs is None or angles is None:
+        return 0, (query,) * 5  # never read
+    if isinstance(angles, PageAngles):
+        return 1, (keys.planes.pairs, *(t.contiguous() for t in (*angles.base, *angles.step)))
+    cos, sin = (t.contiguous() for t in angles)
+    return 2, (keys.planes.pairs, query, query, cos, sin)
+
+
+def _angle_row(angles: Angles | PageAngles | None, batch: int) -> int:
+    """Return how many angles one row is away from the next: none where all rows share them."""
+    if angles is None:
+        return 0
+    first = angles.base[0] if isinstance(angles, PageAngles) else angles[0]
+    return int(first.shape[1]) if first.shape[0] > 1 or batch == 1 else 0
+
+
+def _parts(side: str, tables: DeviceTables) -> dict[str, object]:
+    return {f"{side}_STAGES": tables.num_stages, **{f"{side}{width}": width in tables.widths for width in PART_WIDTHS}}
+
+
+def _config(device: torch.device, head_dim: int) -> DecodeConfig:
+    return EXACT if device.type == "cpu" else decode_config(torch.cuda.get_device_name(device), head_dim)
+
+
+def _num_processors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
