@@ -24,6 +24,8 @@ from pqkv_cli.quantizers.codec import ProductCodec
 from pqkv_cli.quantizers.rivals.registry import parse_rivals
 from pqkv_cli.runtime import load
 from pqkv_cli.specs import SIDES, CacheSpec
+from pqkv_kernels.codec import quantize, to_code_space
+from pqkv_kernels.tables import CodecTables
 
 SCALE = 16.0
 COLLECT = CollectSettings("0" * 64, num_samples=20, seq_len=64, batch_size=4, queries_per_window=8)
@@ -61,6 +63,10 @@ def test_gauged_samples_are_those_of_a_calibration_with_outliers(
         assert not torch.equal(real.keys, plain.layer(index).keys)
 
 
+def _codes(x: torch.Tensor, tables: CodecTables) -> torch.Tensor:
+    return quantize(to_code_space(x, tables, rotated=False), tables.layout, tables.codebooks)[0]
+
+
 @pytest.mark.parametrize("bits", [4, 2])
 def test_codebooks_and_codes_fitted_with_outliers_are_the_same_bit_for_bit(
     bits: int, calibrated: tuple[Any, CalibrationStore, CalibrationStore]
@@ -80,12 +86,14 @@ def test_codebooks_and_codes_fitted_with_outliers_are_the_same_bit_for_bit(
                 assert all(
                     torch.equal(x, y) for s, t in zip(a.codebooks, b.codebooks, strict=True) for x, y in zip(s, t, strict=True)
                 )
+                plain_x, x = (getattr(s, side)[None].float() for s in (plain.layer(index), other))
+                codes = [_codes(plain_x, a), _codes(x, b)]
+                assert torch.equal(*codes)
                 # Refitting gives what taking the artifact over gives: the decoded vectors are equal bit for bit.
                 gauge = gauges[index]
                 maps = (gauge.key_map, gauge.query_map.mT) if side == "keys" else (gauge.value_map, gauge.output_map)
-                x = other.keys if side == "keys" else other.values
-                taken = GaugedCodec(ProductCodec(a), *maps).encode_decode(x[None].float())
-                assert torch.equal(taken, ProductCodec(b).encode_decode(x[None].float()))
+                taken = GaugedCodec(ProductCodec(a), *maps).encode_decode(x)
+                assert torch.equal(taken, ProductCodec(b).encode_decode(x))
 
 
 def test_outliers_change_our_divergence_by_nothing_and_a_shared_codebook_suffers(tmp_path: Path) -> None:
