@@ -104,6 +104,8 @@ def run_comparison(words: PeerWords, source: "Source", output: "Output", reporte
     from pqkv_cli.pipeline.peers import compare_peers
     from pqkv_cli.pipeline.start import artifact_source
 
+    if source.recipe.evaluation.gates:
+        reporter.note("not judged in a comparison: the recipe's gates; run pqkv eval without rivals for them")
     if words.inject_outliers is not None:
         test = outlier_test(source, words.peers, words.inject_outliers, reporter, force=words.force)
         output.result(document(test), show_outliers(document(test)))
