@@ -6,6 +6,7 @@ from typing import Any
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from pqkv_cli.cache.cache import QuantizedCache, TimedCache
+from pqkv_cli.cache.drift import DriftMeter, Errors
 from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.cache.simulated import SimulatedLayer
 from pqkv_cli.cache.timeline import AngleSource, Timeline
@@ -18,9 +19,15 @@ AngleSources = Sequence[AngleSource | None]
 
 
 def quantized_cache(
-    config: Any, tables: Sequence[Mapping[Side, CodecTables] | None], spec: CacheSpec, angle_sources: AngleSources
+    config: Any,
+    tables: Sequence[Mapping[Side, CodecTables] | None],
+    spec: CacheSpec,
+    angle_sources: AngleSources,
+    errors: Errors | None = None,
 ) -> QuantizedCache:
     """Return an empty cache for a model of `config`; layers whose `tables` are None stay as transformers makes them.
+
+    Given the `errors` of calibration, the cache warns of a text that quantizes far worse.
 
     Raises
     ------
@@ -28,10 +35,14 @@ def quantized_cache(
         If a layer has tables but is not a growing full-attention layer in transformers.
     """
     timeline = Timeline()
+    meter = None if errors is None else DriftMeter(errors, timeline.notices)
 
     def make(index: int) -> CacheLayerMixin | None:
         layer_tables = tables[index]
-        return None if layer_tables is None else QuantizedLayer(dict(layer_tables), spec, timeline, angle_sources[index])
+        if layer_tables is None:
+            return None
+        drift = None if meter is None else meter.layer(index)
+        return QuantizedLayer(dict(layer_tables), spec, timeline, angle_sources[index], drift)
 
     return QuantizedCache(_layers(config, len(tables), make), timeline)
 

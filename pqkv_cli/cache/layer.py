@@ -7,20 +7,18 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from pqkv_cli.cache.checks import check_states
+from pqkv_cli.cache.drift import LayerDrift
 from pqkv_cli.cache.handle import LazyStates, StepView
+from pqkv_cli.cache.notices import DECODED
 from pqkv_cli.cache.pages import PageStore
 from pqkv_cli.cache.timeline import AngleSource, Timeline
 from pqkv_cli.cache.window import take_tokens, with_room
 from pqkv_cli.errors import CacheError
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.codec import decode, encode
+from pqkv_kernels.dispatch import Backend
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.tables import CodecTables
-
-_DECODED = (
-    "keys and values are decoded as a whole at every step, because another attention function than 'pqkv' reads them: right, "
-    "but slow; use the model as attach() prepared it, or expect this where `pqkv inspect` says so"
-)
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -33,12 +31,19 @@ class QuantizedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    backend: Backend = "torch"  # what attends to the codes; `attach` chooses
 
     def __init__(
-        self, tables: dict[Side, CodecTables], spec: CacheSpec, timeline: Timeline, angle_source: AngleSource | None
+        self,
+        tables: dict[Side, CodecTables],
+        spec: CacheSpec,
+        timeline: Timeline,
+        angle_source: AngleSource | None,
+        drift: LayerDrift | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tables, self.spec, self.timeline, self.angle_source = tables, spec, timeline, angle_source
+        self._drift = drift
         self.num_updates = 0
         self.num_materialized = 0
         self._clear()
@@ -106,7 +111,7 @@ class QuantizedLayer(CacheLayerMixin):
     def materialize(self, view: StepView, side: Side) -> torch.Tensor:
         """Return all keys or values of `view` decoded, [B, Hkv, T, D] in the cache's dtype."""
         self.num_materialized += 1
-        self.timeline.notices.once("decoded", _DECODED)
+        self.timeline.notices.once("decoded", DECODED)
         exact = view.exact[side]
         if not view.num_coded:
             return exact
@@ -205,7 +210,11 @@ class QuantizedLayer(CacheLayerMixin):
             leaving = exact[side][:, :, :num_leaving]
             angles = self.angles(side, first, first + num_leaving)
             self._keep_sinks(side, leaving, first)
-            self.pages[side].append(encode(leaving, self.tables[side], angles))
+            pages = encode(leaving, self.tables[side], angles)
+            if self._drift is not None:
+                text_start = self.timeline.starts() + self.spec.num_sinks
+                self._drift.observe(side, leaving, pages, self.tables[side], angles, first, text_start)
+            self.pages[side].append(pages)
             window = leaving.new_empty(*leaving.shape[:2], self._capacity, leaving.shape[3])
             window[:, :, : num_exact - num_leaving] = exact[side][:, :, num_leaving:]
             self.window[side] = window

@@ -2,6 +2,11 @@
 
 import warnings
 
+DECODED = (
+    "keys and values are decoded as a whole at every step, because another attention function than 'pqkv' reads them: right, "
+    "but slow; use the model as attach() prepared it, or expect this where `pqkv inspect` says so"
+)
+
 
 class Notices:
     """What has been said already."""

@@ -10,9 +10,11 @@ from weakref import WeakSet
 import torch
 
 from pqkv_cli.artifact.check import check_model
+from pqkv_cli.artifact.errors import calibration_errors
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.cache.build import quantized_cache, simulated_cache
 from pqkv_cli.cache.cache import QuantizedCache, TimedCache
+from pqkv_cli.cache.drift import Errors
 from pqkv_cli.cache.timeline import AngleSource
 from pqkv_cli.errors import CacheError, UnsupportedModelError
 from pqkv_cli.models.geometry import geometry
@@ -31,9 +33,11 @@ _attached: WeakSet[torch.nn.Module] = WeakSet()
 class Attached:
     """A model that can use quantized caches, until `detach`. Also a context manager."""
 
-    def __init__(self, model: Any, tables: Sequence[Mapping[Side, CodecTables] | None], spec: CacheSpec) -> None:
+    def __init__(
+        self, model: Any, tables: Sequence[Mapping[Side, CodecTables] | None], spec: CacheSpec, errors: Errors | None = None
+    ) -> None:
         self.model, self.spec = model, spec
-        self._tables = tables
+        self._tables, self._errors = tables, errors
         self._angles = _angle_sources(model, [None if t is None else t["keys"].rotary is not None for t in tables])
         self._previous = model.config._attn_implementation
         self._is_attached = True
@@ -52,7 +56,7 @@ class Attached:
 
         With `offload` its codes live in the memory of the CPU and visit the device one layer at a time.
         """
-        cache = quantized_cache(self.model.config, self._tables, self.spec, self._angles)
+        cache = quantized_cache(self.model.config, self._tables, self.spec, self._angles, self._errors)
         cache.bind(self.model.base_model)
         if offload:
             for layer in cache.quantized_layers:
@@ -137,7 +141,8 @@ def attach(model: Any, artifact: Artifact, *, cache: CacheSpec | None = None, fo
     if model in _attached:
         raise CacheError("the model is attached already; call detach() on what the first attach returned")
     _require_match(model, artifact, force)
-    attached = Attached(model, artifact.tables, artifact.header.plan.cache if cache is None else cache)
+    spec = artifact.header.plan.cache if cache is None else cache
+    attached = Attached(model, artifact.tables, spec, calibration_errors(artifact.header))
     try:
         attached.self_test()
     except CacheError:

@@ -1,0 +1,99 @@
+"""Does a text quantize as well as the calibration text did? Samples one page in sixteen; warns once. Knows no models."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pqkv_cli.cache.notices import Notices
+from pqkv_cli.specs import SIDES, Side
+from pqkv_kernels.angles import Angles
+from pqkv_kernels.codec import decode_codes, to_code_space
+from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.tables import CodecTables
+
+RATIO = 2.0
+_SAMPLED = 16  # pages between two samples
+
+Errors = Sequence[Mapping[Side, float] | None]
+"""Per layer, the relative squared error of keys and of values in code space at calibration; None for dense layers."""
+
+
+class DriftMeter:
+    """Relative errors of one cache's sampled pages, beside those of calibration.
+
+    Parameters
+    ----------
+    expected
+        The errors of calibration.
+    notices
+        Where the warning goes.
+    """
+
+    def __init__(self, expected: Errors, notices: Notices) -> None:
+        self._expected, self._notices = expected, notices
+        self._last = max((index for index, errors in enumerate(expected) if errors), default=-1)
+        self._found: dict[Side, list[torch.Tensor]] = {side: [] for side in SIDES}
+
+    def layer(self, index: int) -> "LayerDrift":
+        """Return the part of the meter that layer `index` feeds."""
+        return LayerDrift(self, index)
+
+    def add(self, index: int, side: Side, error: torch.Tensor) -> None:
+        """Take the error of one page, a scalar; with the last layer's values all layers are compared and forgotten."""
+        self._found[side].append(error)
+        if (index, side) != (self._last, "values"):
+            return
+        for kind in SIDES:
+            known = [errors[kind] for errors in self._expected if errors]
+            live, calibrated = float(torch.stack(self._found[kind]).nanmean()), sum(known) / len(known)
+            if live > RATIO * calibrated:
+                self._notices.once(
+                    "drift",
+                    f"the {kind} of this text quantize {live / calibrated:.1f} times as badly as those of the calibration text "
+                    f"(relative squared error {live:.3g}, then {calibrated:.3g}); answers may be worse than measured: "
+                    "calibrate on text like this one",
+                )
+            self._found[kind].clear()
+
+
+class LayerDrift:
+    """One layer's view of a `DriftMeter`."""
+
+    def __init__(self, meter: DriftMeter, index: int) -> None:
+        self._meter, self._index = meter, index
+
+    def observe(
+        self,
+        side: Side,
+        states: torch.Tensor,
+        pages: torch.Tensor,
+        tables: CodecTables,
+        angles: Angles | None,
+        first_slot: int,
+        text_start: torch.Tensor,
+    ) -> None:
+        """Measure the last of new pages if a sample is due.
+
+        Parameters
+        ----------
+        states
+            What was encoded, [B, Hkv, 64 * P, D] in model space.
+        pages
+            Its codes, [B, P, Hkv, page_bytes].
+        angles
+            Of all of `states`, where the codec works before rotary embedding.
+        first_slot
+            Slot of the first of `states`.
+        text_start
+            First slot of each row that counts, [B]: padding and sinks are no text.
+        """
+        first_page = first_slot // PAGE_TOKENS
+        last_page = first_page + pages.shape[1] - 1
+        if last_page // _SAMPLED == (first_page - 1) // _SAMPLED:
+            return
+        angles = None if angles is None else (angles[0][:, -PAGE_TOKENS:], angles[1][:, -PAGE_TOKENS:])
+        exact = to_code_space(states[:, :, -PAGE_TOKENS:], tables, angles)
+        slots = last_page * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=states.device)
+        counted = (slots >= text_start[:, None])[:, None, :, None]
+        lost = ((exact - decode_codes(pages[:, -1:], tables)).square() * counted).sum((0, 2, 3))
+        self._meter.add(self._index, side, (lost / (exact.square() * counted).sum((0, 2, 3))).mean())
