@@ -167,78 +167,78 @@ def split_kernel(
     total = tl.zeros((BN,), tl.float32)
     low_page = tl.maximum(i_split * split_pages, tl.maximum(first, 0) // 64)
     high_page = tl.minimum((i_split + 1) * split_pages, num_pages)
-    for i_page in range(low_page, high_page):
+    for i_tile in range(low_page * (64 // BT), high_page * (64 // BT)):
+        i_page, part = i_tile // (64 // BT), i_tile % (64 // BT)
         key_page = tl.load(p_key_pages + i_b * num_pages + i_page).to(tl.pointer_type(tl.uint8)) + i_h * key_page_bytes
         value_page = tl.load(p_value_pages + i_b * num_pages + i_page).to(tl.pointer_type(tl.uint8)) + i_h * value_page_bytes
-        for part in tl.static_range(64 // BT):
-            t = part * BT + o_t
-            k_x, k_y = _decoded(
-                key_page,
-                p_key_parts,
-                p_key_rows + i_h * D2,
-                p_key_entries,
-                t,
-                m_plane,
-                planes,
-                heads,
-                K_STAGES,
-                K8,
-                K4,
-                K2,
-                K1,
-                WIDE,
-                D2,
-            )
-            turned_x, turned_y = q_x, q_y
-            if TURN == 1:
-                p_base = (i_b * angle_row + i_page) * num_pairs + pair
-                base_cos = tl.load(p_base_cos + p_base, mask=m_turn, other=1.0)
-                base_sin = tl.load(p_base_sin + p_base, mask=m_turn, other=0.0)
-                if part > 0:  # the part's first token stands `part * BT` steps after the page's
-                    c = tl.load(p_cos + part * BT * num_pairs + pair, mask=m_turn, other=1.0)
-                    s = tl.load(p_sin + part * BT * num_pairs + pair, mask=m_turn, other=0.0)
-                    base_cos, base_sin = base_cos * c - base_sin * s, base_sin * c + base_cos * s
-                turned_x, turned_y = q_x * base_cos + q_y * base_sin, q_y * base_cos - q_x * base_sin
-                k_x, k_y = k_x * step_cos - k_y * step_sin, k_y * step_cos + k_x * step_sin
-            if TURN == 2:
-                p_token = (i_b * angle_row + i_page * 64 + t) * num_pairs + pair
-                c = tl.load(p_cos + p_token, mask=m_turn, other=1.0)
-                s = tl.load(p_sin + p_token, mask=m_turn, other=0.0)
-                k_x, k_y = k_x * c - k_y * s, k_y * c + k_x * s
-            # [BN, BT]
-            score = tl.dot(turned_x, tl.trans(k_x), input_precision=PRECISION)
-            score += tl.dot(turned_y, tl.trans(k_y), input_precision=PRECISION)
-            if HAS_CAP:  # tanh by its exponential; far out both ends saturate without overflow
-                squashed = tl.exp2(-2.8853900817779268 * tl.abs(score / softcap))
-                score = tl.where(score < 0, -softcap, softcap) * (1 - squashed) / (1 + squashed)
-            score = score * 1.4426950408889634
-            token = i_page * 64 + part * BT + tl.arange(0, BT)
-            score = tl.where(token[None, :] >= first, score, float("-inf"))
-            higher = tl.maximum(high, tl.max(score, 1))
-            safe = tl.where(higher == float("-inf"), 0.0, higher)
-            weight = tl.exp2(score - safe[:, None])
-            keep = tl.exp2(high - safe)
-            total = total * keep + tl.sum(weight, 1)
-            v_x, v_y = _decoded(
-                value_page,
-                p_value_parts,
-                p_value_rows + i_h * D2,
-                p_value_entries,
-                t,
-                m_plane,
-                planes,
-                heads,
-                V_STAGES,
-                V8,
-                V4,
-                V2,
-                V1,
-                WIDE,
-                D2,
-            )
-            acc_x = acc_x * keep[:, None] + tl.dot(weight, v_x, input_precision=PRECISION)
-            acc_y = acc_y * keep[:, None] + tl.dot(weight, v_y, input_precision=PRECISION)
-            high = higher
+        t = part * BT + o_t
+        k_x, k_y = _decoded(
+            key_page,
+            p_key_parts,
+            p_key_rows + i_h * D2,
+            p_key_entries,
+            t,
+            m_plane,
+            planes,
+            heads,
+            K_STAGES,
+            K8,
+            K4,
+            K2,
+            K1,
+            WIDE,
+            D2,
+        )
+        turned_x, turned_y = q_x, q_y
+        if TURN == 1:
+            p_base = (i_b * angle_row + i_page) * num_pairs + pair
+            base_cos = tl.load(p_base_cos + p_base, mask=m_turn, other=1.0)
+            base_sin = tl.load(p_base_sin + p_base, mask=m_turn, other=0.0)
+            if BT < 64:  # the part's first token stands `part * BT` steps after the page's
+                c = tl.load(p_cos + part * BT * num_pairs + pair, mask=m_turn, other=1.0)
+                s = tl.load(p_sin + part * BT * num_pairs + pair, mask=m_turn, other=0.0)
+                base_cos, base_sin = base_cos * c - base_sin * s, base_sin * c + base_cos * s
+            turned_x, turned_y = q_x * base_cos + q_y * base_sin, q_y * base_cos - q_x * base_sin
+            k_x, k_y = k_x * step_cos - k_y * step_sin, k_y * step_cos + k_x * step_sin
+        if TURN == 2:
+            p_token = (i_b * angle_row + i_page * 64 + t) * num_pairs + pair
+            c = tl.load(p_cos + p_token, mask=m_turn, other=1.0)
+            s = tl.load(p_sin + p_token, mask=m_turn, other=0.0)
+            k_x, k_y = k_x * c - k_y * s, k_y * c + k_x * s
+        # [BN, BT]
+        score = tl.dot(turned_x, tl.trans(k_x), input_precision=PRECISION)
+        score += tl.dot(turned_y, tl.trans(k_y), input_precision=PRECISION)
+        if HAS_CAP:  # tanh by its exponential; far out both ends saturate without overflow
+            squashed = tl.exp2(-2.8853900817779268 * tl.abs(score / softcap))
+            score = tl.where(score < 0, -softcap, softcap) * (1 - squashed) / (1 + squashed)
+        score = score * 1.4426950408889634
+        token = i_page * 64 + part * BT + tl.arange(0, BT)
+        score = tl.where(token[None, :] >= first, score, float("-inf"))
+        higher = tl.maximum(high, tl.max(score, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(score - safe[:, None])
+        keep = tl.exp2(high - safe)
+        total = total * keep + tl.sum(weight, 1)
+        v_x, v_y = _decoded(
+            value_page,
+            p_value_parts,
+            p_value_rows + i_h * D2,
+            p_value_entries,
+            t,
+            m_plane,
+            planes,
+            heads,
+            V_STAGES,
+            V8,
+            V4,
+            V2,
+            V1,
+            WIDE,
+            D2,
+        )
+        acc_x = acc_x * keep[:, None] + tl.dot(weight, v_x, input_precision=PRECISION)
+        acc_y = acc_y * keep[:, None] + tl.dot(weight, v_y, input_precision=PRECISION)
+        high = higher
     norm = tl.where(total > 0, total, 1.0)[:, None]
     o_part = (i_head * tl.num_programs(1) + i_split) * num_queries + o_n
     tl.store(p_out + o_part * (2 * D2) + planes, acc_x / norm, mask=m_query)
