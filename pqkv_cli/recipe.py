@@ -35,19 +35,21 @@ class _Section(BaseModel):
 
 
 class CalibrationRecipe(_Section):
-    """Which text is run through the model, and how much is kept of what is seen."""
+    """Which text is run through the model, in what share of it numbers are hidden and asked for, and how much is kept."""
 
     data: str = Field("stdlib:calibration", min_length=1)
     samples: int = Field(128, ge=2)
     seq_len: int = Field(2048, ge=8)
     batch_size: int = Field(1, ge=1)
     reservoir_size: int = Field(16384, ge=1)
+    recall_share: float = Field(0.125, ge=0, le=1)
 
 
 class CodebookRecipe(_Section):
-    """The code rate (bits per channel) and the effort of the fit."""
+    """The code rate (bits per channel), how many of a vector's bits go to its prototype, and the effort of the fit."""
 
     bits: Literal[4, 3, 2, 1] = 4
+    prototype_bits: Literal[0, 8, 10] = 10
     iterations: int = Field(25, ge=1)
 
 

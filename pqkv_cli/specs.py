@@ -7,17 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pqkv_cli.errors import UsageError
-from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import CodeGroup, CodeLayout, RotaryLayout
+from pqkv_kernels.layout import CodeLayout, RotaryLayout
 
 KeySpace = Literal["pre_rope", "post_rope"]
 MapKind = Literal["identity", "scale", "blocks", "matrix"]
 Side = Literal["keys", "values"]
 SIDES: tuple[Side, Side] = ("keys", "values")
-
-# --bits N: (channels per subspace, bits per code), DESIGN rates of 256-entry tables.
-RATES: Mapping[int, tuple[int, int]] = {4: (2, 8), 3: (2, 6), 2: (4, 8), 1: (8, 8)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,46 +94,3 @@ class CompressionPlan:
         """Return the codec of one layer's keys or values, None where the layer stays dense."""
         plan = self.layers[layer]
         return None if plan.dense_reason else self.codecs[getattr(plan, side)]
-
-
-def key_layout(bits: int, head_dim: int) -> CodeLayout:
-    """Return the code layout of ``--bits`` for keys before rotary embedding.
-
-    Where a code covers one rotary pair, no grouping can balance the pairs' energies, so the bits are spread instead: the
-    quarter of the pairs with most energy gets two bits more, the quarter with least two bits less.
-
-    Raises
-    ------
-    UsageError
-        As `rate_layout`.
-    """
-    layout = rate_layout(bits, head_dim)
-    ((group,),) = layout.stages
-    quarter, rest = divmod(group.num_subspaces, 4)
-    if group.subspace_dim != 2 or rest:
-        return layout
-    spread = ((quarter, group.nbits + 2), (2 * quarter, group.nbits), (quarter, group.nbits - 2))
-    return CodeLayout((tuple(CodeGroup(count, nbits, group.subspace_dim) for count, nbits in spread),))
-
-
-def rate_layout(bits: int, head_dim: int) -> CodeLayout:
-    """Return the code layout of ``--bits`` for heads of `head_dim` channels.
-
-    Raises
-    ------
-    UsageError
-        If the rate is unknown or its subspaces do not divide `head_dim`.
-    """
-    if bits not in RATES:
-        raise UsageError(f"--bits is {bits}; expected one of {', '.join(map(str, sorted(RATES, reverse=True)))}")
-    subspace_dim, nbits = RATES[bits]
-    try:
-        if head_dim % subspace_dim:
-            raise KernelError(f"subspaces of {subspace_dim} channels")
-        return CodeLayout.uniform(head_dim, head_dim // subspace_dim, nbits)
-    except KernelError as error:
-        fitting = [b for b, (dim, _) in RATES.items() if head_dim % dim == 0]
-        hint = f"choose --bits {' or '.join(map(str, fitting))}" if fitting else "no rate fits this model"
-        raise UsageError(
-            f"head_dim {head_dim} is not divisible by the {subspace_dim} channels a code covers at --bits {bits}; {hint}"
-        ) from error

@@ -6,6 +6,7 @@ from pqkv_cli.cli.options import (
     DeviceOption,
     IterationsOption,
     JsonOption,
+    PrototypeBitsOption,
     RunOption,
     SeedOption,
     TargetArgument,
@@ -16,6 +17,7 @@ def fit_codebooks(
     target: TargetArgument = None,
     run: RunOption = None,
     bits: BitsOption = None,
+    prototype_bits: PrototypeBitsOption = None,
     iterations: IterationsOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
@@ -32,7 +34,15 @@ def fit_codebooks(
     from pqkv_cli.pipeline.start import continue_run
 
     output, reporter = Output(json_target), TerminalReporter()
-    changes = checked({"codebooks.bits": bits, "codebooks.iterations": iterations, "seed": seed, "device": device})
+    changes = checked(
+        {
+            "codebooks.bits": bits,
+            "codebooks.prototype_bits": prototype_bits,
+            "codebooks.iterations": iterations,
+            "seed": seed,
+            "device": device,
+        }
+    )
     found, recipe = continue_run(target_of(target, run, reporter), changes)
 
     from pqkv_cli.pipeline.stages import run_stage

@@ -1,19 +1,15 @@
-"""Codec tables of one layer from its calibration samples. Knows maps and codebooks; nothing of files or other layers."""
+"""Codec tables of one layer from its calibration samples. Knows what a layer allows; nothing of files or other layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.errors import DataError, UsageError
-from pqkv_cli.fitting.settings import FitSettings, Weighting
-from pqkv_cli.quantizers.grouping import balanced_pairs
-from pqkv_cli.quantizers.maps import metric_rotation, pair_metric, pair_scale, range_factor
-from pqkv_cli.quantizers.product import Codebooks, fit_product, relative_error
+from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.fitting.side import fit_side
 from pqkv_cli.specs import SIDES, CodecSpec, LayerGeometry, Side
-from pqkv_kernels.codec import to_code_space
-from pqkv_kernels.layout import CodeLayout, RotaryLayout
 from pqkv_kernels.tables import CodecTables
 
 
@@ -26,7 +22,8 @@ class FittedLayer:
     tables
         The codec of the layer's keys and of its values.
     relative_error
-        Unweighted ``||x - x'||^2 / ||x||^2`` in code space, where it is the error of logits and outputs, per KV head.
+        Unweighted ``||x - x'||^2 / ||x||^2`` in code space, where it is the error of logits and outputs, per KV head; on
+        vectors that nothing was fitted to, unless there are very few.
     """
 
     tables: Mapping[Side, CodecTables]
@@ -70,97 +67,11 @@ def fit_layer(
         _check_spec(specs[side], layer, index, side)
         try:
             _check_finite(samples.keys if side == "keys" else samples.values)
-            tables[side], error = _fit_side(samples, layer, specs[side], side, index, settings)
+            tables[side], error = fit_side(samples, layer, specs[side], side, index, settings)
         except DataError as cause:
             raise DataError(f"layer {index}, {side}: {cause}") from cause
         errors[side] = tuple(error.tolist())
     return FittedLayer(tables, errors)
-
-
-def sample_weights(mass: torch.Tensor, weighting: Weighting, damping: float) -> torch.Tensor | None:
-    """Return the weight [Hkv, N] of each vector from its attention mass [Hkv, N], None where all count the same."""
-    if weighting == "none":
-        return None
-    mean = mass.mean(dim=1, keepdim=True)
-    relative = torch.where(mean > 0, mass / mean.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(mass))
-    return (relative.sqrt() if weighting == "sqrt" else relative) + damping
-
-
-def _fit_side(
-    samples: LayerSamples, layer: LayerGeometry, spec: CodecSpec, side: Side, index: int, settings: FitSettings
-) -> tuple[CodecTables, torch.Tensor]:
-    """Return the tables of one side and their relative error [Hkv]."""
-    vectors = (samples.keys if side == "keys" else samples.values).float()
-    weights = sample_weights(samples.attention_mass.float(), settings.weighting(side), settings.damping)
-    rotary = layer.rotary if spec.key_space == "pre_rope" else None
-    tables = CodecTables(spec.layout, _blank(spec.layout, len(vectors)), rotary=rotary)
-    matrix = _map(samples, vectors, weights, spec, side, rotary, settings)
-    if matrix is not None:
-        factor = range_factor(_coded(vectors, replace(tables, map=matrix)))
-        tables = replace(tables, map=matrix * factor.view(-1, *[1] * (matrix.ndim - 1)), inverse=None)
-    if rotary is not None:
-        energy = _pair_energy(_coded(vectors, tables), weights, rotary)
-        tables = replace(tables, permutation=balanced_pairs(energy, rotary, spec.layout))
-    points = _coded(vectors, tables)
-    seed = settings.derived_seed(index, side)
-    codebooks = fit_product(points, spec.layout, weights=weights, iterations=settings.iterations, seed=seed)
-    error = relative_error(points, spec.layout, codebooks)
-    return replace(tables, codebooks=codebooks), error
-
-
-def _map(
-    samples: LayerSamples,
-    vectors: torch.Tensor,
-    weights: torch.Tensor | None,
-    spec: CodecSpec,
-    side: Side,
-    rotary: RotaryLayout | None,
-    settings: FitSettings,
-) -> torch.Tensor | None:
-    """Return the map `spec` asks for: from the query moment for keys, from the output projection for values."""
-    gram = samples.query_moment if side == "keys" else samples.output_gram
-    if spec.map == "identity":
-        return None
-    if spec.map == "scale":
-        return pair_scale(gram, rotary)
-    if spec.map == "blocks" and rotary is not None:
-        return pair_metric(samples.pair_moment, samples.query_moment, rotary, vectors.shape[-1])
-    if side == "values" and not settings.rotate_values:
-        return metric_rotation(gram)
-    wide = vectors.double()
-    counted = wide if weights is None else wide * weights[..., None].double()
-    return metric_rotation(gram, counted.mT @ wide / wide.shape[1], spec.layout)
-
-
-def _coded(vectors: torch.Tensor, tables: CodecTables) -> torch.Tensor:
-    # Sampled keys are those before rotary embedding already.
-    return to_code_space(vectors[None], tables, rotated=False)[0]
-
-
-def _blank(layout: CodeLayout, num_heads: int) -> Codebooks:
-    """Return codebooks of zeros that take no memory: maps are needed before codebooks exist."""
-    zero = torch.zeros((), dtype=torch.float16)
-    return tuple(
-        tuple(zero.expand(num_heads, g.num_subspaces, g.num_centroids, g.subspace_dim) for g in stage)
-        for stage in layout.stages
-    )
-
-
-def _pair_energy(mapped: torch.Tensor, weights: torch.Tensor | None, rotary: RotaryLayout) -> torch.Tensor:
-    """Return the energy [Hkv, num_pairs] fp64 of each rotary pair of `mapped` [Hkv, N, D]: the root of its determinant.
-
-    The distortion of a pair's codes goes with the area over which its vectors spread: a constant offset costs nothing, nor
-    does the second axis of a pair that spreads along one.
-    """
-    first, second = torch.tensor(rotary.pairs()).unbind(1)
-    pairs = torch.stack((mapped[..., first], mapped[..., second]), dim=-1).double()  # [Hkv, N, P, 2]
-    counted = torch.ones(mapped.shape[:2], dtype=torch.float64) if weights is None else weights.double()
-    shares = counted / counted.sum(dim=1, keepdim=True)
-    mean = torch.einsum("hn,hnpi->hpi", shares, pairs)
-    square = torch.einsum("hn,hnpi,hnpj->hpij", shares, pairs, pairs)
-    covariance = square - mean[..., :, None] * mean[..., None, :]
-    determinant: torch.Tensor = torch.linalg.det(covariance)
-    return determinant.clamp(min=0).sqrt()
 
 
 def _check_finite(vectors: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """Plans made without looking at data: the same rate everywhere. Knows geometry and rates; no torch, no files."""
 
 from pqkv_cli.errors import UsageError
+from pqkv_cli.rates import key_layout, rate_layout
 from pqkv_cli.specs import (
     CacheSpec,
     CodecSpec,
@@ -9,16 +10,15 @@ from pqkv_cli.specs import (
     LayerPlan,
     MapKind,
     ModelGeometry,
-    key_layout,
-    rate_layout,
 )
 
 
-def uniform_plan(geometry: ModelGeometry, bits: int, cache: CacheSpec) -> CompressionPlan:
+def uniform_plan(geometry: ModelGeometry, bits: int, cache: CacheSpec, prototype_bits: int = 10) -> CompressionPlan:
     """Return a plan that codes every layer that can be at `bits` per channel.
 
     Keys of rotary layers are coded before rotary embedding in the metric of each pair, other keys as they are; values in
-    the metric of the output projection. Codecs are named ``k4`` and ``v4``, and ``k4_d128`` where layers differ in width.
+    the metric of the output projection. A code of `prototype_bits` for the whole vector comes first (0: none) where vectors
+    are long enough for it. Codecs are named ``k4`` and ``v4``, and ``k4_d128`` where layers differ in width.
 
     Raises
     ------
@@ -38,10 +38,10 @@ def uniform_plan(geometry: ModelGeometry, bits: int, cache: CacheSpec) -> Compre
         if layer.dense_reason:
             layers.append(LayerPlan(dense_reason=layer.dense_reason))
             continue
-        layout = rate_layout(bits, layer.head_dim)
+        layout = rate_layout(bits, layer.head_dim, prototype_bits)
         keys, values = _names(layer, bits, kinds)
         if layer.rotary is not None:
-            codecs.setdefault(keys, CodecSpec(key_layout(bits, layer.head_dim), _key_map(layer), "pre_rope"))
+            codecs.setdefault(keys, CodecSpec(key_layout(bits, layer.head_dim, prototype_bits), _key_map(layer), "pre_rope"))
         else:
             codecs.setdefault(keys, CodecSpec(layout, "identity", "post_rope"))
         codecs.setdefault(values, CodecSpec(layout, "matrix"))

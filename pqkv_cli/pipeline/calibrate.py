@@ -3,6 +3,7 @@
 import hashlib
 
 from pqkv_cli.calibration.collect import collect
+from pqkv_cli.calibration.recall import with_recall
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.text import load_text, token_windows
 from pqkv_cli.models.resolve import resolve_model
@@ -40,7 +41,8 @@ class _Work:
         wanted = recipe.calibration
         text = load_text(wanted.data)
         self.model, tokenizer = open_model(recipe)
-        self.windows = token_windows(tokenizer, text, wanted.samples, wanted.seq_len, recipe.seed)
+        windows = token_windows(tokenizer, text, wanted.samples, wanted.seq_len, recipe.seed)
+        self.windows = with_recall(tokenizer, windows, wanted.recall_share, recipe.seed)
         self.settings = CollectSettings(
             data_sha256=hashlib.sha256(text.encode()).hexdigest(),
             num_samples=wanted.samples,

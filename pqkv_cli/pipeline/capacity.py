@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 from pqkv_cli.errors import UsageError
 from pqkv_cli.models.footprint import LayerFootprint, layer_footprints, weights
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.specs import RATES, CacheSpec, LayerGeometry, key_layout, rate_layout
+from pqkv_cli.rates import RATES, key_layout, rate_layout
+from pqkv_cli.specs import CacheSpec, LayerGeometry
 from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout
 
 BATCHES = (1, 2, 4, 8, 16, 32)

@@ -32,7 +32,7 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
 
     def prepare() -> Callable[[], Facts]:
         shape = geometry(load_config(resolve_model(recipe.model)))
-        plan = uniform_plan(shape, recipe.codebooks.bits, cache_spec(recipe))
+        plan = uniform_plan(shape, recipe.codebooks.bits, cache_spec(recipe), recipe.codebooks.prototype_bits)
         store = CalibrationStore(run.calibration)
         settings = FitSettings(seed=recipe.seed, iterations=recipe.codebooks.iterations)
 

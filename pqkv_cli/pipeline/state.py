@@ -32,8 +32,9 @@ STAGE_FIELDS: Mapping[Stage, tuple[str, ...]] = {
         "calibration.seq_len",
         "calibration.batch_size",
         "calibration.reservoir_size",
+        "calibration.recall_share",
     ),
-    "fit-codebooks": ("seed", "codebooks.bits", "codebooks.iterations"),
+    "fit-codebooks": ("seed", "codebooks.bits", "codebooks.prototype_bits", "codebooks.iterations"),
     "export": ("cache.num_sinks", "cache.window_tokens"),
     "eval": (
         "seed",

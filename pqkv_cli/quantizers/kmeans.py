@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.quantizers.seeding import choose_seeds
+from pqkv_cli.quantizers.seeding import WIDE_CHANNELS, choose_seeds
 from pqkv_kernels.nearest import nearest_centroids
 
 # An iteration that improves the distortion by less than this share is a subspace's last one.
 TOLERANCE = 1e-4
 SAMPLE_SHARE = 4
 SAMPLE_POINTS = 4096
-SAMPLE_POINTS_PER_CENTROID = 16
+SAMPLE_POINTS_PER_CENTROID = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,8 @@ def _lloyd(
 
 def _squared_errors(points: torch.Tensor, centroids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Return the squared distance [S, N] of each point to its centroid."""
+    if points.shape[-1] >= WIDE_CHANNELS:
+        return (points - centroids.gather(1, codes[..., None].expand(points.shape))).square().sum(dim=-1)
     total = torch.zeros_like(points[..., 0])
     for channel in range(points.shape[-1]):
         total += (points[..., channel] - centroids[..., channel].gather(1, codes)).square()

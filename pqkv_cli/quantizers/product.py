@@ -16,6 +16,7 @@ def fit_product(
     points: torch.Tensor,
     layout: CodeLayout,
     *,
+    given: Codebooks = (),
     weights: torch.Tensor | None = None,
     iterations: int = 25,
     seed: int = 0,
@@ -30,6 +31,8 @@ def fit_product(
         [Hkv, N, D] fp32.
     layout
         How channels are grouped into codes.
+    given
+        Codebooks of the first stages, any float dtype; the others are fitted.
     weights
         [Hkv, N], not negative, or None for equal weights.
     iterations
@@ -50,13 +53,11 @@ def fit_product(
     generator = torch.Generator().manual_seed(seed)
     residual = points.float()
     codebooks: list[tuple[torch.Tensor, ...]] = []
-    for stage in layout.stages:
-        offset, tables = 0, []
-        for group in stage:
-            part = residual[..., offset : offset + group.num_channels]
-            tables.append(_fit_group(part, group, weights, iterations, generator))
-            offset += group.num_channels
-        codebooks.append(tuple(tables))
+    for index, stage in enumerate(layout.stages):
+        if index < len(given):
+            codebooks.append(tuple(stored(table) for table in given[index]))
+        else:
+            codebooks.append(_fit_stage(residual, stage, weights, iterations, generator))
         if len(codebooks) < len(layout.stages):
             residual = residual - reconstruct(residual, replace(layout, stages=(stage,)), (codebooks[-1],))
     return tuple(codebooks)
@@ -90,6 +91,39 @@ def relative_error(
     return torch.where(total > 0, error.sum(-1) / total.clamp(min=torch.finfo(torch.float64).tiny), 0.0).float()
 
 
+def stored(centroids: torch.Tensor) -> torch.Tensor:
+    """Return `centroids` as an artifact keeps them, in fp16.
+
+    Raises
+    ------
+    DataError
+        If they leave its range.
+    """
+    rounded = centroids.to(torch.float16)
+    if not bool(torch.isfinite(rounded).all()):
+        raise DataError(
+            f"a centroid reaches {float(centroids.abs().max()):.3g}; expected at most {torch.finfo(torch.float16).max:.0f}, "
+            "the range of fp16; scale the vectors down before they are coded"
+        )
+    return rounded
+
+
+def _fit_stage(
+    points: torch.Tensor,
+    stage: tuple[CodeGroup, ...],
+    weights: torch.Tensor | None,
+    iterations: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, ...]:
+    """Return the codebooks of one stage's groups for `points` [Hkv, N, D]."""
+    offset, tables = 0, []
+    for group in stage:
+        part = points[..., offset : offset + group.num_channels]
+        tables.append(_fit_group(part, group, weights, iterations, generator))
+        offset += group.num_channels
+    return tuple(tables)
+
+
 def _fit_group(
     points: torch.Tensor, group: CodeGroup, weights: torch.Tensor | None, iterations: int, generator: torch.Generator
 ) -> torch.Tensor:
@@ -100,11 +134,4 @@ def _fit_group(
     if weights is not None:
         spread = weights[:, None].expand(num_heads, group.num_subspaces, num_points).flatten(0, 1)
     result = kmeans(split, group.num_centroids, weights=spread, iterations=iterations, generator=generator)
-    codebook = result.centroids.to(torch.float16)
-    if not bool(torch.isfinite(codebook).all()):
-        largest = float(result.centroids.abs().max())
-        raise DataError(
-            f"a centroid reaches {largest:.3g}; expected at most {torch.finfo(torch.float16).max:.0f}, the range of fp16; "
-            "scale the vectors down before they are coded"
-        )
-    return codebook.view(num_heads, group.num_subspaces, group.num_centroids, group.subspace_dim)
+    return stored(result.centroids).view(num_heads, group.num_subspaces, group.num_centroids, group.subspace_dim)

@@ -1,6 +1,11 @@
 """k-means++ seeding of many subspaces at once (Arthur and Vassilvitskii, 2007). Knows points and weights only."""
 
+from collections.abc import Callable
+
 import torch
+
+# From this many channels on, distances to a seed come from a matrix product.
+WIDE_CHANNELS = 16
 
 
 def choose_seeds(points: torch.Tensor, weights: torch.Tensor, num_seeds: int, generator: torch.Generator) -> torch.Tensor:
@@ -23,18 +28,40 @@ def choose_seeds(points: torch.Tensor, weights: torch.Tensor, num_seeds: int, ge
         [S, num_seeds, d] fp32.
     """
     planes = points.transpose(1, 2).contiguous()  # [S, d, N]: distances vectorize along the points
+    distances = _narrow_distances(planes) if planes.shape[1] < WIDE_CHANNELS else _wide_distances(planes)
     draws = torch.rand(num_seeds, len(points), 1, generator=generator).to(points.device)
     seeds = torch.empty(len(points), points.shape[2], num_seeds, device=points.device)
     nearest = torch.ones_like(weights)
-    difference = torch.empty_like(planes)
     for i in range(num_seeds):
         chosen = _draw(weights * nearest, draws[i])
         seed = planes.gather(2, chosen[:, None].expand(-1, planes.shape[1], -1))  # [S, d, 1]
         seeds[:, :, i] = seed[:, :, 0]
-        torch.sub(planes, seed, out=difference)
-        distance = difference.square_().sum(dim=1) if planes.shape[1] > 1 else difference.square_()[:, 0]
+        distance = distances(seed)
         nearest = distance if i == 0 else torch.minimum(nearest, distance)
+        nearest.scatter_(1, chosen, 0.0)  # whatever rounding says
     return seeds.transpose(1, 2).contiguous()
+
+
+def _narrow_distances(planes: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what gives the squared distances [S, N] of the points `planes` [S, d, N] to a seed [S, d, 1]."""
+    difference = torch.empty_like(planes)
+
+    def distances(seed: torch.Tensor) -> torch.Tensor:
+        torch.sub(planes, seed, out=difference)
+        return difference.square_().sum(dim=1) if planes.shape[1] > 1 else difference.square_()[:, 0].clone()
+
+    return distances
+
+
+def _wide_distances(planes: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the same by one matrix product, up to fp32 rounding: several times faster where there are many channels."""
+    squares = planes.square().sum(dim=1)
+
+    def distances(seed: torch.Tensor) -> torch.Tensor:
+        products = torch.bmm(seed.transpose(1, 2), planes)[:, 0]
+        return (squares + seed.square().sum(dim=1) - 2 * products).clamp(min=0)
+
+    return distances
 
 
 def _draw(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

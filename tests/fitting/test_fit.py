@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from pqkv_cli.errors import DataError, UsageError
-from pqkv_cli.fitting.fit import fit_layer, sample_weights
+from pqkv_cli.fitting.fit import fit_layer
 from pqkv_cli.fitting.plan import uniform_plan
 from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.fitting.side import sample_weights
+from pqkv_cli.rates import key_layout, rate_layout
 from pqkv_cli.specs import SIDES, CacheSpec, LayerGeometry, ModelGeometry
 from pqkv_kernels.codec import quantize, round_trip, to_code_space
 from pqkv_kernels.layout import CodeLayout, RotaryLayout
@@ -136,11 +138,25 @@ def test_settings_are_checked() -> None:
             FitSettings(**bad)
 
 
+@pytest.mark.parametrize("prototype_bits", [0, 8, 10])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("bits", [4, 3, 2, 1])
+def test_layouts_have_exactly_their_rate(bits: int, head_dim: int, prototype_bits: int) -> None:
+    for layout in (rate_layout(bits, head_dim, prototype_bits), key_layout(bits, head_dim, prototype_bits)):
+        assert layout.bits_per_channel == bits and layout.head_dim == head_dim
+        assert all(len(stage) <= 3 for stage in layout.stages)
+        first = layout.stages[0][0]
+        if prototype_bits and head_dim >= 64:
+            assert (first.num_subspaces, first.nbits, first.subspace_dim) == (1, prototype_bits, head_dim)
+        else:
+            assert len(layout.stages) == 1
+
+
 @pytest.mark.parametrize(("bits", "subspaces", "nbits"), [(4, 32, 8), (3, 32, 6), (2, 16, 8), (1, 8, 8)])
 def test_uniform_plan_names_and_layouts(bits: int, subspaces: int, nbits: int) -> None:
     layer = LayerGeometry(4, 2, 64, RotaryLayout(64))
     geometry = ModelGeometry("llama", (layer, replace(layer, dense_reason="sliding window")), 4096)
-    plan = uniform_plan(geometry, bits, CacheSpec(1, 2))
+    plan = uniform_plan(geometry, bits, CacheSpec(1, 2), prototype_bits=0)
     assert set(plan.codecs) == {f"k{bits}", f"v{bits}"}
     assert plan.codecs[f"k{bits}"].key_space == "pre_rope"
     assert plan.codecs[f"v{bits}"].layout == CodeLayout.uniform(64, subspaces, nbits)

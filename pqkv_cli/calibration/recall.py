@@ -1,0 +1,100 @@
+"""Calibration windows that ask for what they said before. Knows tokenizers and windows; no files, no models.
+
+Prose alone leaves codebooks blind to what long contexts are bought for: numbers and names to be found again. Heads that copy
+give such tokens keys far outside of those of prose, where a codebook has no centroids. Windows of this kind put some there.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+TOKENS_PER_FACT = 80
+LEAST_TOKENS = 160  # a window must hold a fact, its question and mostly text
+_WORD = re.compile(r"[^\W\d_]{3,12}")
+_SPARE_WORDS = ("north", "paper", "river", "stone")
+
+# (what is said, what is asked, what is answered). The wording of evaluation tasks is deliberately absent.
+_FORMS = (
+    ("\nThe code of {name} is {value}.\n", "\nWhat is the code of {name}? It is", " {value}.\n"),
+    ("\n{name} = {value}\n", "\n>>> {name}\n", "{value}\n"),
+    ('\n{{"name": "{name}", "number": {value}}}\n', '\nThe number of "{name}" is', " {value}\n"),
+    ("\n| {name} | {value} |\n", "\nRow {name}:", " {value}\n"),
+    ("\nRemember: {name} has number {value}.\n", "\nWhich number has {name}?", " {value}\n"),
+    ("\n{value} belongs to {name}; {name} has {value}.\n", "\nWhat belongs to {name}?", " {value}\n"),
+)
+_ALPHABETS = ("0123456789", "0123456789", "0123456789abcdef")
+
+
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    said: list[int]
+    asked: list[int]
+
+
+def with_recall(tokenizer: Any, windows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """Return `windows` [N, T] int64 with an evenly spread `share` of them turned into recall windows.
+
+    A recall window keeps its beginning-of-sequence token and as much of its text as fits, with named numbers woven in, half
+    of which are asked for and answered at its end. Windows under `LEAST_TOKENS` tokens stay as they are.
+
+    Parameters
+    ----------
+    tokenizer
+        Of the model.
+    windows
+        As `token_windows` returns them.
+    share
+        Between 0 and 1.
+    seed
+        Of names, numbers, forms and places; a window's own number decides with it, so no window depends on another.
+    """
+    length = windows.shape[1]
+    if length < LEAST_TOKENS:
+        return windows
+    turned = windows.clone()
+    for index in range(len(windows)):
+        if int((index + 1) * share + 1e-9) > int(index * share + 1e-9):
+            rng = random.Random(seed * 1_000_003 + index)
+            turned[index] = _recall_window(tokenizer, windows[index], rng)
+    return turned
+
+
+def _recall_window(tokenizer: Any, window: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    tokens = window.tolist()
+    start = tokens[:1] if tokens[0] == getattr(tokenizer, "bos_token_id", None) else []
+    body = tokens[len(start) :]
+    words = sorted(set(_WORD.findall(tokenizer.decode(body)))) or list(_SPARE_WORDS)
+    room, facts, asked = len(body), [], []
+    for number in range(max(1, len(tokens) // TOKENS_PER_FACT)):
+        fact = _fact(tokenizer, words, rng)
+        cost = len(fact.said) + (len(fact.asked) if number % 2 == 0 else 0)
+        if cost > room // 2:  # a tokenizer that spells everything out fills the window sooner
+            break
+        room -= cost
+        facts.append(fact)
+        asked += [fact] if number % 2 == 0 else []
+    rng.shuffle(asked)
+    cuts = sorted(rng.randint(0, room) for _ in facts)
+    woven, previous = list(start), 0
+    for cut, fact in zip(cuts, facts, strict=True):
+        woven += body[previous:cut] + fact.said
+        previous = cut
+    woven += body[previous:room]
+    for fact in asked:
+        woven += fact.asked
+    return torch.tensor(woven, dtype=window.dtype)
+
+
+def _fact(tokenizer: Any, words: list[str], rng: random.Random) -> _Fact:
+    name = f"{rng.choice(words)}_{rng.choice(words)}"
+    value = "".join(rng.choices(rng.choice(_ALPHABETS), k=rng.randint(2, 8)))
+    said, question, answer = (form.format(name=name, value=value) for form in rng.choice(_FORMS))
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    return _Fact(ids(said), ids(question) + ids(answer))

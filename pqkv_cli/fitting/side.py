@@ -1,0 +1,146 @@
+"""The codec of one layer's keys or values from their samples. Knows maps, prototypes and codebooks; nothing of files."""
+
+from dataclasses import replace
+
+import torch
+
+from pqkv_cli.calibration.store import LayerSamples
+from pqkv_cli.fitting.settings import FitSettings, Weighting
+from pqkv_cli.quantizers.grouping import balanced_pairs
+from pqkv_cli.quantizers.maps import metric_rotation, pair_metric, pair_scale, range_factor
+from pqkv_cli.quantizers.product import Codebooks, fit_product, relative_error
+from pqkv_cli.quantizers.prototypes import Prototypes, fit_prototypes
+from pqkv_cli.specs import CodecSpec, LayerGeometry, Side
+from pqkv_kernels.codec import to_code_space
+from pqkv_kernels.layout import CodeLayout, RotaryLayout
+from pqkv_kernels.tables import CodecTables
+
+# Codebooks of parts have few entries per channel and are fitted to at most so many vectors; prototypes need all there are.
+PART_VECTORS = 16384
+# One vector in so many is not fitted but measures the error; from so many vectors on.
+JUDGED_EVERY = 16
+LEAST_SPLIT = 4096
+
+
+def fit_side(
+    samples: LayerSamples, layer: LayerGeometry, spec: CodecSpec, side: Side, index: int, settings: FitSettings
+) -> tuple[CodecTables, torch.Tensor]:
+    """Fit the codec of one side of layer `index`; return its tables and its relative error [Hkv] on vectors not fitted.
+
+    In this order: the metric, then codes of the whole vector (prototypes) where the format has them, then what suits the parts
+    of the vector to what those left over (an order of pairs, or a rotation), then the codes of the parts.
+
+    Raises
+    ------
+    DataError
+        If the samples are degenerate or fewer than centroids.
+    """
+    everything = (samples.keys if side == "keys" else samples.values).float()
+    fitted, judged = _split(everything.shape[1])
+    vectors, mass = everything[:, fitted], samples.attention_mass[:, fitted].float()
+    weights = sample_weights(mass, settings.weighting(side), settings.damping)
+    rotary = layer.rotary if spec.key_space == "pre_rope" else None
+    tables = CodecTables(spec.layout, _blank(spec.layout, len(vectors)), rotary=rotary)
+    metric, factor = _metric(samples, spec, side, rotary, vectors.shape[-1]), torch.ones(len(vectors))
+    if metric is not None:
+        factor = range_factor(_coded(vectors, replace(tables, map=metric)))
+        tables = replace(tables, map=metric * factor.view(-1, *[1] * (metric.ndim - 1)), inverse=None)
+    seed = settings.derived_seed(index, side)
+    points = _coded(vectors, tables)
+    prototypes = fit_prototypes(points, spec.layout, weights=weights, iterations=settings.iterations, seed=seed)
+    tables, given = _arranged(samples, spec, side, tables, prototypes, weights, factor, settings)
+    stride = -(-vectors.shape[1] // PART_VECTORS)
+    points, weights = _coded(vectors[:, ::stride], tables), None if weights is None else weights[:, ::stride]
+    codebooks = fit_product(points, spec.layout, given=given, weights=weights, iterations=settings.iterations, seed=seed)
+    return replace(tables, codebooks=codebooks), relative_error(_coded(everything[:, judged], tables), spec.layout, codebooks)
+
+
+def _split(num_vectors: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the numbers of the vectors to fit, and of those the error is measured on: others, where there are enough."""
+    numbers = torch.arange(num_vectors)
+    if num_vectors < LEAST_SPLIT:
+        return numbers, numbers
+    last = numbers % JUDGED_EVERY == JUDGED_EVERY - 1
+    return numbers[~last], numbers[last]
+
+
+def sample_weights(mass: torch.Tensor, weighting: Weighting, damping: float) -> torch.Tensor | None:
+    """Return the weight [Hkv, N] of each vector from its attention mass [Hkv, N], None where all count the same."""
+    if weighting == "none":
+        return None
+    mean = mass.mean(dim=1, keepdim=True)
+    relative = torch.where(mean > 0, mass / mean.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(mass))
+    return (relative.sqrt() if weighting == "sqrt" else relative) + damping
+
+
+def _metric(
+    samples: LayerSamples, spec: CodecSpec, side: Side, rotary: RotaryLayout | None, head_dim: int
+) -> torch.Tensor | None:
+    """Return the map in which plain L2 is the error that matters: from the query moment, or from the output projection."""
+    gram = samples.query_moment if side == "keys" else samples.output_gram
+    if spec.map == "identity":
+        return None
+    if spec.map == "scale":
+        return pair_scale(gram, rotary)
+    if spec.map == "blocks" and rotary is not None:
+        return pair_metric(samples.pair_moment, samples.query_moment, rotary, head_dim)
+    return metric_rotation(gram)
+
+
+def _arranged(
+    samples: LayerSamples,
+    spec: CodecSpec,
+    side: Side,
+    tables: CodecTables,
+    prototypes: Prototypes,
+    weights: torch.Tensor | None,
+    factor: torch.Tensor,
+    settings: FitSettings,
+) -> tuple[CodecTables, Codebooks]:
+    """Return `tables` with the pairs or directions of the residual dealt to the parts, and the prototypes in that space."""
+    parts = CodeLayout(spec.layout.stages[len(prototypes.centroids) :])
+    if tables.rotary is not None:
+        order = balanced_pairs(_pair_energy(prototypes.residual, weights, tables.rotary), tables.rotary, parts)
+        places = order.long()[:, None, None]
+        moved = tuple(c.gather(-1, places.expand(c.shape)) for c in prototypes.centroids)
+        return replace(tables, permutation=order), tuple((c,) for c in moved)
+    if spec.map != "matrix" or tables.map is None or (side == "values" and not settings.rotate_values):
+        return tables, tuple((c,) for c in prototypes.centroids)
+    back = torch.linalg.inv(tables.map.double())
+    residual = prototypes.residual.double() @ back.mT
+    counted = residual if weights is None else residual * weights[..., None].double()
+    gram = samples.query_moment if side == "keys" else samples.output_gram
+    turned = metric_rotation(gram, counted.mT @ residual / residual.shape[1], parts) * factor.view(-1, 1, 1)
+    turn = (turned.double() @ back).mT[:, None]
+    return replace(tables, map=turned, inverse=None), tuple(((c.double() @ turn).float(),) for c in prototypes.centroids)
+
+
+def _coded(vectors: torch.Tensor, tables: CodecTables) -> torch.Tensor:
+    # Sampled keys are those before rotary embedding already.
+    return to_code_space(vectors[None], tables, rotated=False)[0]
+
+
+def _blank(layout: CodeLayout, num_heads: int) -> Codebooks:
+    """Return codebooks of zeros that take no memory: maps are needed before codebooks exist."""
+    zero = torch.zeros((), dtype=torch.float16)
+    return tuple(
+        tuple(zero.expand(num_heads, g.num_subspaces, g.num_centroids, g.subspace_dim) for g in stage)
+        for stage in layout.stages
+    )
+
+
+def _pair_energy(mapped: torch.Tensor, weights: torch.Tensor | None, rotary: RotaryLayout) -> torch.Tensor:
+    """Return the energy [Hkv, num_pairs] fp64 of each rotary pair of `mapped` [Hkv, N, D]: the root of its determinant.
+
+    The distortion of a pair's codes goes with the area over which its vectors spread: a constant offset costs nothing, nor
+    does the second axis of a pair that spreads along one.
+    """
+    first, second = torch.tensor(rotary.pairs()).unbind(1)
+    pairs = torch.stack((mapped[..., first], mapped[..., second]), dim=-1).double()  # [Hkv, N, P, 2]
+    counted = torch.ones(mapped.shape[:2], dtype=torch.float64) if weights is None else weights.double()
+    shares = counted / counted.sum(dim=1, keepdim=True)
+    mean = torch.einsum("hn,hnpi->hpi", shares, pairs)
+    square = torch.einsum("hn,hnpi,hnpj->hpij", shares, pairs, pairs)
+    covariance = square - mean[..., :, None] * mean[..., None, :]
+    determinant: torch.Tensor = torch.linalg.det(covariance)
+    return determinant.clamp(min=0).sqrt()

@@ -1,0 +1,72 @@
+"""Code layouts of the rates that `--bits` names. Integers only: knows no torch, no data and no files."""
+
+from collections.abc import Mapping
+
+from pqkv_cli.errors import UsageError
+from pqkv_kernels.errors import KernelError
+from pqkv_kernels.layout import CodeGroup, CodeLayout
+
+# --bits N: (channels per subspace, bits per code), DESIGN rates of 256-entry tables.
+RATES: Mapping[int, tuple[int, int]] = {4: (2, 8), 3: (2, 6), 2: (4, 8), 1: (8, 8)}
+
+# A prototype code may take this share of a vector's bits; where it would take more, there is none.
+MOST_PROTOTYPE_SHARE = 1 / 6
+
+
+def key_layout(bits: int, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
+    """Return the code layout of ``--bits`` for keys before rotary embedding.
+
+    Where a code covers one rotary pair, no grouping can balance the pairs' energies, so the bits are spread instead: about a
+    quarter of the pairs, those with most energy, get two bits more and those with least two fewer.
+
+    Raises
+    ------
+    UsageError
+        As `rate_layout`.
+    """
+    layout = rate_layout(bits, head_dim, prototype_bits)
+    subspace_dim, nbits = RATES[bits]
+    num_codes = head_dim // subspace_dim
+    quarter, rest = divmod(num_codes, 4)
+    missing, odd = divmod(prototype_nbits(bits, head_dim, prototype_bits), 2)
+    most, least = quarter - missing // 2, quarter + missing - missing // 2
+    if subspace_dim != 2 or rest or odd or most < 0:
+        return layout
+    spread = ((most, nbits + 2), (num_codes - most - least, nbits), (least, nbits - 2))
+    groups = tuple(CodeGroup(count, n, subspace_dim) for count, n in spread if count)
+    return CodeLayout((*layout.stages[:-1], groups))
+
+
+def rate_layout(bits: int, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
+    """Return the code layout of ``--bits`` for heads of `head_dim` channels, exactly at that rate.
+
+    With `prototype_bits` a code of the whole vector comes first, and the codes of its parts share what is left as evenly as
+    whole bits allow.
+
+    Raises
+    ------
+    UsageError
+        If the rate is unknown or its subspaces do not divide `head_dim`.
+    """
+    if bits not in RATES:
+        raise UsageError(f"--bits is {bits}; expected one of {', '.join(map(str, sorted(RATES, reverse=True)))}")
+    subspace_dim, _ = RATES[bits]
+    try:
+        if head_dim % subspace_dim:
+            raise KernelError(f"subspaces of {subspace_dim} channels")
+        first = prototype_nbits(bits, head_dim, prototype_bits)
+        lower, more = divmod(bits * head_dim - first, head_dim // subspace_dim)
+        shares = ((more, lower + 1), (head_dim // subspace_dim - more, lower))
+        parts = tuple(CodeGroup(count, nbits, subspace_dim) for count, nbits in shares if count)
+        return CodeLayout((((CodeGroup(1, first, head_dim),),) if first else ()) + (parts,))
+    except KernelError as error:
+        fitting = [b for b, (dim, _) in RATES.items() if head_dim % dim == 0]
+        hint = f"choose --bits {' or '.join(map(str, fitting))}" if fitting else "no rate fits this model"
+        raise UsageError(
+            f"head_dim {head_dim} is not divisible by the {subspace_dim} channels a code covers at --bits {bits}; {hint}"
+        ) from error
+
+
+def prototype_nbits(bits: int, head_dim: int, wanted: int) -> int:
+    """Return the bits of the prototype code: `wanted`, or 0 where that is too large a share of a short vector's bits."""
+    return wanted if wanted <= MOST_PROTOTYPE_SHARE * bits * head_dim else 0
