@@ -22,6 +22,7 @@ from pqkv_cli.cli.fit_codebooks import fit_codebooks
 from pqkv_cli.cli.generate import generate
 from pqkv_cli.cli.inspect import inspect
 from pqkv_cli.cli.recipes import recipes
+from pqkv_cli.cli.report import report
 from pqkv_cli.cli.run import run
 from pqkv_cli.errors import UsageError, did_you_mean
 
@@ -33,6 +34,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "generate": generate,
     "inspect": inspect,
+    "report": report,
     "recipes": recipes,
 }
 

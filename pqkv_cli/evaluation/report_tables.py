@@ -1,0 +1,108 @@
+"""Numbers of result records as people read them, and tables of them as HTML. Knows the keys of a record, no pictures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+Record = Mapping[str, Any]
+_PARTS = ("baseline", "quantized", "recovery")
+
+
+def number(value: object) -> str:
+    """Return `value` with as many digits as say something, a dash where there is none."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a percentage."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def size(num_bytes: float) -> str:
+    """Return bytes in the largest unit that leaves at least one."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if num_bytes >= 100 or unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.3g} TiB"
+
+
+def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an HTML table; the first column names its rows. Cells are texts."""
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
+        for first, *rest in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def headline_table(records: Sequence[Record]) -> str:
+    """Return one row per headline metric of every record."""
+    rows = []
+    for record in records:
+        for name, metric in headline_metrics(record):
+            interval = metric.get("ci95")
+            shown = [number(metric.get(part)) for part in _PARTS[:2]]
+            shown.append(percent(metric["recovery"]) if metric.get("recovery") is not None else "–")
+            shown.append("–" if interval is None else " to ".join(number(end) for end in interval))
+            total = number(record["bits_per_channel"]["total"])
+            rows.append([f"{record['task']}: {name}", record["mode"], total, *shown, state(record)])
+    columns = ("result", "mode", "bits/channel", "uncompressed", "compressed", "recovery", "95 % interval", "state")
+    return table("Compressed next to uncompressed", columns, rows)
+
+
+def headline_metrics(record: Record) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the metrics that stand for the task, or all that are numbers where none do."""
+    metrics = {name: m for name, m in record["metrics"].items() if isinstance(m, Mapping) and "quantized" in m}
+    chosen = [name for name in record.get("headline", ()) if name in metrics]
+    if chosen and "top1_agreement" in metrics:
+        chosen.append("top1_agreement")
+    yield from ((name, metrics[name]) for name in chosen or metrics)
+
+
+def state(record: Record) -> str:
+    """Return what a reader must know before believing a record: complete or not, gate, overlap with calibration."""
+    words = [str(record.get("status", "complete"))]
+    if "gate" in record:
+        words.append("gate passed" if record["gate"]["passed"] else "gate not met")
+    overlap = (record.get("calibration_overlap") or {}).get("share")
+    if overlap is not None and overlap > 0.01:
+        words.append(f"{percent(overlap)} calibrated on")
+    return ", ".join(words)
+
+
+def cost_table(records: Sequence[Record]) -> str:
+    """Return what generation cost on both sides, empty where no record says."""
+    rows = []
+    for record in records:
+        cost = record.get("cost", {})
+        if not isinstance(cost.get("ms_per_token"), Mapping):
+            continue
+        for side, label in (("baseline", "uncompressed"), ("quantized", "compressed")):
+            steps, first = cost["ms_per_token"][side], cost["prefill_ms"][side]
+            peak = cost["peak_bytes"][side]
+            cells = [number(first["p50"]), number(steps["p20"]), number(steps["p50"]), number(steps["p90"])]
+            rows.append([f"{record['task']}, {label}", record["mode"], *cells, "–" if peak is None else size(peak)])
+    columns = ("task", "mode", "first token, ms", "next, p20 ms", "next, p50 ms", "next, p90 ms", "peak memory")
+    return table("Time and memory while answering, per batch", columns, rows) if rows else ""
+
+
+def longbench_table(record: Record) -> str:
+    """Return LongBench's scores by task, as its own tables give them."""
+    rows = []
+    for name, metric in record["metrics"].items():
+        if "@" in name or not isinstance(metric, Mapping):
+            continue
+        shown = [f"{metric[side]:.2f}" if metric[side] is not None else "–" for side in _PARTS[:2]]
+        samples = number(metric.get("samples"))
+        rows.append([name, str(metric.get("category", "")), samples, *shown, percent(metric.get("recovery"))])
+    columns = ("task", "kind", "samples", "uncompressed", "compressed", "recovery")
+    return table(f"LongBench, mode {record['mode']}", columns, rows)

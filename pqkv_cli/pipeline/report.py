@@ -1,0 +1,72 @@
+"""Gathers what a run has come to and writes its report. Loads no model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pqkv_cli.artifact.store import open_artifact
+from pqkv_cli.artifact.summary import summarize
+from pqkv_cli.errors import RunError
+from pqkv_cli.evaluation.report import ReportSource, report_page
+from pqkv_cli.files import write_text
+from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, kind_of
+from pqkv_cli.pipeline.target import Target
+
+REPORT_FILE = "report.html"
+_SCHEMA = "pqkv.result/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A report that was written, and how many results are in it."""
+
+    path: Path
+    num_records: int
+    num_other_records: int
+
+
+def write_report(target: Target, out: Path | None) -> Report:
+    """Write the report of a run or an artifact to `out`, by default ``report.html`` in its directory.
+
+    Raises
+    ------
+    RunError
+        If the target has no artifact, or a result is damaged.
+    ArtifactError
+        If the artifact is damaged.
+    """
+    directory, file, results = _places(target)
+    artifact = open_artifact(file)
+    records = [record for path in sorted(results.glob("*.json")) if (record := _read(path)).get("schema") == _SCHEMA]
+    own = [record for record in records if record.get("artifact_sha256") == artifact.sha256]
+    comparison = results / "peers" / "pareto.json"
+    points = _read(comparison).get("points", []) if comparison.is_file() else []
+    source = ReportSource(artifact.header, summarize(artifact), own, points, len(records) - len(own))
+    path = out or directory / REPORT_FILE
+    write_text(path, report_page(source), RunError)
+    return Report(path, len(own), len(records) - len(own))
+
+
+def _places(target: Target) -> tuple[Path, Path, Path]:
+    """Return the directory of `target`, its artifact and its results."""
+    if target.kind == "artifact" and target.path is not None:
+        directory = target.path if target.path.is_dir() else target.path.parent
+        file = directory / ARTIFACT_FILE if target.path.is_dir() else target.path
+        return directory, file, directory / "results"
+    run = target.run
+    if kind_of(run.path) != "run":
+        raise RunError(f"there is no run in {run.path}; start it with: pqkv calibrate {target.reference}")
+    if not run.artifact_file.is_file():
+        raise RunError(f"{run.path} has no artifact to report on yet; make it with: pqkv export {run.path}")
+    return run.path, run.artifact_file, run.results
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"the result {path} cannot be read ({error}); delete it and evaluate again") from error
+    if not isinstance(content, dict):
+        raise RunError(f"the result {path} holds a {type(content).__name__}; expected an object: delete it and evaluate again")
+    return content
