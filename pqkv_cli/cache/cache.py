@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.cache.timeline import Timeline
@@ -60,6 +60,11 @@ class TimedCache(Cache):
 
     def reset(self) -> None:
         """Drop all tokens."""
+        for layer in self.layers:
+            # Older versions of transformers set the tokens of these to zero and keep them.
+            if isinstance(layer, DynamicLayer):
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         super().reset()  # type: ignore[no-untyped-call]
         self.timeline.reset()
 
