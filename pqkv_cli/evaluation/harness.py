@@ -112,8 +112,8 @@ def _evaluated(name: str, model: Any, manager: Any, settings: EvaluationSettings
     except (OSError, ImportError, ConnectionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"the harness's task {name} cannot be run ({type(error).__name__}: {reason}); its data come from the hub: go online "
-            "once, or give a directory with your own tasks with --data"
+            f"the harness's task {name} cannot be run ({type(error).__name__}: {reason}); its data come from the hub: go "
+            "online once, or give a directory with your own tasks with --data"
         ) from error
     assert found is not None  # only other processes of a distributed run get None
     results: Results = found

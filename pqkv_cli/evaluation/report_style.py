@@ -45,6 +45,8 @@ svg .on-dark{fill:var(--on-heat)}
 .warnings{color:var(--warn);padding-left:1.2rem}
 footer{margin-top:2rem;color:var(--soft);font-size:.85rem;border-top:1px solid var(--rule)}
 :focus-visible{outline:2px solid var(--c0);outline-offset:2px}
+@media(max-width:40rem){.chart .tick,.chart .axis{font-size:19px}.legend{margin-top:0}
+tbody th,thead th:first-child{position:sticky;left:0;background:var(--ground);max-width:9rem}}
 @media print{body{max-width:none}.scroll{overflow:visible}}
 """ + "".join(
     f".line.c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i})}}.key.c{i}{{background:var(--c{i})}}\n" for i in range(8)

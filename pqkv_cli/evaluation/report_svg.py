@@ -45,7 +45,7 @@ def line_chart(title: str, description: str, x: Axis, y: Axis, lines: Mapping[st
             place = f'cx="{to_x(a):.1f}" cy="{to_y(b):.1f}" r="4"'
             body.append(f'<circle class="dot {colour}" {place}><title>{escape(tip)}</title></circle>')
     legend = "".join(f'<li><span class="key c{i % NUM_COLOURS}"></span>{escape(name)}</li>' for i, name in enumerate(drawn))
-    return _figure(title, description, (_WIDTH, _HEIGHT), "".join(body)) + f'<ul class="legend">{legend}</ul>'
+    return _figure(title, description, (_WIDTH, _HEIGHT), "".join(body), kind="chart") + f'<ul class="legend">{legend}</ul>'
 
 
 def heat_map(
@@ -89,13 +89,13 @@ def _cell(x: float, y: float, size: int, value: float | None, top: float, write:
     )
 
 
-def _figure(title: str, description: str, size: tuple[int, int], body: str, *, wide: bool = False) -> str:
+def _figure(title: str, description: str, size: tuple[int, int], body: str, *, wide: bool = False, kind: str = "map") -> str:
     width, height = size
     style = f' style="min-width:{width}px"' if wide else ""
     spoken = escape(f"{title}. {description}")
     return (
-        f'<figure><div class="scroll" tabindex="0"><svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
-        f'aria-label="{spoken}"{style}><title>{escape(title)}</title><desc>{escape(description)}</desc>'
+        f'<figure><div class="scroll" tabindex="0"><svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" '
+        f'role="img" aria-label="{spoken}"{style}><title>{escape(title)}</title><desc>{escape(description)}</desc>'
         f"{body}</svg></div><figcaption>{escape(description)}</figcaption></figure>"
     )
 

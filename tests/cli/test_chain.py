@@ -108,7 +108,8 @@ def test_perplexity(pqkv: Callable, run: Path, texts: tuple[Path, Path]) -> None
     )
     assert record["metrics"]["kl_bits"]["quantized"] >= 0
     assert json.loads((run / "results" / "perplexity-all.json").read_text()) == record
-    assert "perplexity" in (run / "artifact" / "README.md").read_text()
+    card = (run / "artifact" / "README.md").read_text()
+    assert "| task | mode | metric |" in card.replace("  ", " ") and "perplexity" in card
 
 
 def test_passkey(pqkv: Callable, run: Path, texts: tuple[Path, Path]) -> None:
