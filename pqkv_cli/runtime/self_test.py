@@ -16,6 +16,7 @@ from pqkv_cli.errors import CacheError
 from pqkv_cli.runtime.attention import pqkv_attention
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.codec import decode
+from pqkv_kernels.dispatch import Backend
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.tables import CodecTables
 
@@ -26,7 +27,10 @@ _NUM_HEADS = 2
 
 
 def self_test(
-    tables: Sequence[Mapping[Side, CodecTables] | None], angle_sources: Sequence[AngleSource | None], device: torch.device
+    tables: Sequence[Mapping[Side, CodecTables] | None],
+    angle_sources: Sequence[AngleSource | None],
+    device: torch.device,
+    backend: Backend = "torch",
 ) -> None:
     """Test one layer of every code format of a model, at most three, on `device`; takes some milliseconds.
 
@@ -42,11 +46,11 @@ def self_test(
         formats = tuple((layer_tables[side].layout, layer_tables[side].rotary) for side in SIDES)
         if formats not in tested and len(tested) < _MOST_FORMATS:
             tested.add(formats)
-            _test_layer({side: _some_heads(layer_tables[side]) for side in SIDES}, source, device)
+            _test_layer({side: _some_heads(layer_tables[side]) for side in SIDES}, source, device, backend)
 
 
 @torch.no_grad()
-def _test_layer(tables: Mapping[Side, CodecTables], source: AngleSource | None, device: torch.device) -> None:
+def _test_layer(tables: Mapping[Side, CodecTables], source: AngleSource | None, device: torch.device, backend: Backend) -> None:
     generator = torch.Generator().manual_seed(0)
     heads, dim = tables["keys"].num_heads, tables["keys"].layout.head_dim
     positions = torch.arange(_FIRST_POSITION, _FIRST_POSITION + PAGE_TOKENS + 1)[None]
@@ -56,6 +60,7 @@ def _test_layer(tables: Mapping[Side, CodecTables], source: AngleSource | None, 
     query = torch.randn(1, heads, 1, dim, generator=generator) / scale["keys"]
 
     layer = QuantizedLayer(dict(tables), CacheSpec(0, 0), Timeline(), source)
+    layer.backend = backend
     for states, start in ((known, 0), (newest, PAGE_TOKENS)):
         layer.timeline.begin(start, positions[:, start : start + states["keys"].shape[2]].to(device), None)
         keys, values = layer.update(states["keys"].to(device), states["values"].to(device))

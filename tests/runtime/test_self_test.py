@@ -19,7 +19,7 @@ def test_a_right_machine_passes(model: Any, artifact: Artifact) -> None:
 
 def test_every_format_is_probed(model: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     probed = []
-    monkeypatch.setattr(self_test, "_test_layer", lambda tables, source, device: probed.append(tables))
+    monkeypatch.setattr(self_test, "_test_layer", lambda tables, *rest: probed.append(tables))
     attach(model, artifact).detach()
     assert len(probed) == 1, "both layers have the same format"
 
@@ -47,7 +47,7 @@ def test_wrong_attention_is_found_and_nothing_stays_attached(
 def test_wrong_encoding_is_found(model: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     from pqkv_cli.cache import layer
 
-    right = layer.encode
-    monkeypatch.setattr(layer, "encode", lambda *args: right(*args).flip(-1))
+    right = layer.encode_pages
+    monkeypatch.setattr(layer, "encode_pages", lambda *args: right(*args).flip(-1))
     with pytest.raises(CacheError, match="self-test"):
         attach(model, artifact)
