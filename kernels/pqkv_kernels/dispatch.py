@@ -16,6 +16,7 @@ import torch
 from pqkv_kernels.angles import Angles, PageAngles, page_range
 from pqkv_kernels.attention import Part, code_attention, code_queries, leave_code_space, merge
 from pqkv_kernels.checks import check_attention
+from pqkv_kernels.codec import encode
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.planes import planes_of
@@ -30,7 +31,7 @@ BackendRequest = Literal["auto", "torch", "triton"]
 class Choice:
     """The backend that will run, and the reason in words."""
 
-    backend: Backend
+    name: Backend
     reason: str
 
 
@@ -127,6 +128,22 @@ def attend_codes(
         ]
         output, lse = merge(parts) if parts else (torch.zeros_like(coded), coded.new_full(coded.shape[:-1], -torch.inf))
     return leave_code_space(output, value_tables), lse.flatten(1, 2)
+
+
+def encode_pages(backend: Backend, x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:
+    """Encode whole pages of vectors, as `pqkv_kernels.codec.encode` does.
+
+    Raises
+    ------
+    KernelError
+        If shapes do not fit or angles are missing.
+    """
+    if backend == "torch":
+        return encode(x, tables, angles)
+    module = import_module("pqkv_kernels.triton_encode")
+    module.check_encode(x, tables, angles)
+    pages: torch.Tensor = module.triton_encode(x, tables, angles)
+    return pages
 
 
 def _slabs(

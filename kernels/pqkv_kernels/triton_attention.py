@@ -39,33 +39,24 @@ def triton_attention(
     keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
     split_pages = config.split_pages(num_pages, batch * heads, _num_processors(query.device))
     num_splits = -(-num_pages // split_pages)
-    parts = query.new_empty(batch, heads, num_splits, num_queries, dim)
-    part_lse = query.new_empty(batch, heads, num_splits, num_queries)
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1])
+    parts, part_lse = (query.new_empty(batch, heads, num_splits, num_queries, *last) for last in ((dim,), ()))
     block = max(16, min(_MAX_QUERIES, triton.next_power_of_2(num_queries)))
-    planes = max(16, triton.next_power_of_2(dim // 2))
+    shape = {"D2": dim // 2, "BP": max(16, triton.next_power_of_2(dim // 2))}
     turn, turning = _turning(keys, angles, query)
     split_kernel[(batch * heads, num_splits, triton.cdiv(num_queries, block))](
-        _plane_queries(query, keys, scaling),
-        _addresses(key_pages),
-        _addresses(value_pages),
-        first_token,
+        *(_plane_queries(query, keys, scaling), _addresses(key_pages), _addresses(value_pages), first_token),
         *(keys.part_bytes, keys.first_row, keys.entries, values.part_bytes, values.first_row, values.entries),
-        *turning,
-        parts,
-        part_lse,
+        *(*turning, parts, part_lse),
         *(heads, num_queries, num_pages, split_pages, key_tables.layout.page_bytes, value_tables.layout.page_bytes),
-        0 if key_tables.rotary is None else key_tables.rotary.num_pairs,
-        _angle_row(angles, batch),
+        *(0 if key_tables.rotary is None else key_tables.rotary.num_pairs, _angle_row(angles, batch)),
         1.0 if softcap is None else softcap,
-        **dict(TURN=turn, HAS_CAP=softcap is not None, WIDE=config.tables == "float32", PRECISION=config.precision),
-        **_parts("K", keys),
-        **_parts("V", values),
-        **dict(D2=dim // 2, BP=planes, BN=block, BT=config.tile_tokens),
-        **dict(num_warps=config.num_warps, num_stages=config.num_stages),
+        **{"TURN": turn, "HAS_CAP": softcap is not None, "WIDE": config.tables == "float32", "PRECISION": config.precision},
+        **{**_parts("K", keys), **_parts("V", values), **shape, "BN": block, "BT": config.tile_tokens},
+        **{"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1])
     merge_kernel[(batch * heads, num_queries)](
-        parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits, D2=dim // 2, BP=planes, num_warps=2
+        parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits, **shape, num_warps=2
     )
     return out, lse
 

@@ -15,8 +15,8 @@ from pqkv_cli.cache.timeline import AngleSource, Timeline
 from pqkv_cli.cache.window import take_tokens, with_room
 from pqkv_cli.errors import CacheError
 from pqkv_cli.specs import SIDES, CacheSpec, Side
-from pqkv_kernels.codec import decode, encode
-from pqkv_kernels.dispatch import Backend
+from pqkv_kernels.codec import decode
+from pqkv_kernels.dispatch import Backend, encode_pages
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.tables import CodecTables
 
@@ -210,7 +210,7 @@ class QuantizedLayer(CacheLayerMixin):
             leaving = exact[side][:, :, :num_leaving]
             angles = self.angles(side, first, first + num_leaving)
             self._keep_sinks(side, leaving, first)
-            pages = encode(leaving, self.tables[side], angles)
+            pages = encode_pages(self.backend, leaving, self.tables[side], angles)
             if self._drift is not None:
                 text_start = self.timeline.starts() + self.spec.num_sinks
                 self._drift.observe(side, leaving, pages, self.tables[side], angles, first, text_start)

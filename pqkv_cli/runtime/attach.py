@@ -22,21 +22,32 @@ from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.rotary import rotary_angles, rotary_key
 from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
 from pqkv_cli.runtime.attention import ATTENTION_NAME, register_attention
+from pqkv_cli.runtime.backend import backend_for
 from pqkv_cli.runtime.hooks import install_step_hook
 from pqkv_cli.runtime.self_test import self_test
 from pqkv_cli.specs import SIDES, CacheSpec, Side
+from pqkv_kernels.dispatch import BackendRequest
 from pqkv_kernels.tables import CodecTables
 
 _attached: WeakSet[torch.nn.Module] = WeakSet()
 
 
 class Attached:
-    """A model that can use quantized caches, until `detach`. Also a context manager."""
+    """A model that can use quantized caches, until `detach`. Also a context manager.
+
+    `backend` says what attends to its codes, and why.
+    """
 
     def __init__(
-        self, model: Any, tables: Sequence[Mapping[Side, CodecTables] | None], spec: CacheSpec, errors: Errors | None = None
+        self,
+        model: Any,
+        tables: Sequence[Mapping[Side, CodecTables] | None],
+        spec: CacheSpec,
+        errors: Errors | None = None,
+        backend: BackendRequest = "auto",
     ) -> None:
         self.model, self.spec = model, spec
+        self.backend = backend_for(backend, torch.device(model.device), tables)
         self._tables, self._errors = tables, errors
         self._angles = _angle_sources(model, [None if t is None else t["keys"].rotary is not None for t in tables])
         self._previous = model.config._attn_implementation
@@ -61,6 +72,8 @@ class Attached:
         if offload:
             for layer in cache.quantized_layers:
                 layer.offload()
+        for layer in cache.quantized_layers:
+            layer.backend = self.backend.name
         return cache
 
     def self_test(self) -> None:
@@ -72,7 +85,8 @@ class Attached:
             If the device or the backend gives wrong answers.
         """
         device = torch.device(self.model.device)
-        self_test(self._tables, self._angles, device if device.type != "meta" else torch.device("cpu"))
+        tested = device if device.type != "meta" else torch.device("cpu")
+        self_test(self._tables, self._angles, tested, self.backend.name)
 
     def detach(self) -> None:
         """Remove every hook and restore the attention implementation; harmless when repeated."""
@@ -115,7 +129,14 @@ class Simulation:
         self._hook.remove()
 
 
-def attach(model: Any, artifact: Artifact, *, cache: CacheSpec | None = None, force: bool = False) -> Attached:
+def attach(
+    model: Any,
+    artifact: Artifact,
+    *,
+    cache: CacheSpec | None = None,
+    force: bool = False,
+    backend: BackendRequest = "auto",
+) -> Attached:
     """Prepare `model` to generate over the codes of `artifact`.
 
     Parameters
@@ -128,13 +149,16 @@ def attach(model: Any, artifact: Artifact, *, cache: CacheSpec | None = None, fo
         What stays exact; by default what the artifact says.
     force
         Attach although the artifact was made for another model.
+    backend
+        What attends to codes: ``torch``, ``triton``, or ``auto`` for the best that can run; see `Attached.backend`.
 
     Raises
     ------
     ArtifactError
         If the artifact is of another model.
     CacheError
-        If the model is attached already, or this machine computes wrong answers (see `Attached.self_test`).
+        If the model is attached already, the backend cannot run here, or this machine computes wrong answers (see
+        `Attached.self_test`).
     UnsupportedModelError
         If the model cannot use the attention function.
     """
@@ -142,7 +166,7 @@ def attach(model: Any, artifact: Artifact, *, cache: CacheSpec | None = None, fo
         raise CacheError("the model is attached already; call detach() on what the first attach returned")
     _require_match(model, artifact, force)
     spec = artifact.header.plan.cache if cache is None else cache
-    attached = Attached(model, artifact.tables, spec, calibration_errors(artifact.header))
+    attached = Attached(model, artifact.tables, spec, calibration_errors(artifact.header), backend)
     try:
         attached.self_test()
     except CacheError:

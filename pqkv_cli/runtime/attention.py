@@ -96,5 +96,14 @@ def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, sc
     first_token = row_start + view.sinks["keys"].shape[2]
     pages = view.pages
     return attend_codes(
-        "torch", query, pages["keys"], pages["values"], tables["keys"], tables["values"], first_token, scaling, angles, softcap
+        layer.backend,
+        query,
+        pages["keys"],
+        pages["values"],
+        tables["keys"],
+        tables["values"],
+        first_token,
+        scaling,
+        angles,
+        softcap,
     )
