@@ -50,6 +50,26 @@ doc_to_text: ""
 doc_to_target: "{{{{question}}}}"
 metric_list: [{{metric: word_perplexity}}]
 """
+GROUP = """
+group: tiny_group
+task: [tiny_choice, tiny_write]
+aggregate_metric_list: [{{metric: acc, weight_by_size: true}}]
+"""
+FILTERED = """
+task: tiny_filtered
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[gold]}}}}"
+generation_kwargs: {{until: ["\n"], max_gen_toks: 6, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+filter_list:
+  - {{name: strict, filter: [{{function: take_first}}]}}
+  - {{name: loose, filter: [{{function: regex, regex_pattern: "(.)"}}, {{function: take_first}}]}}
+"""
+FILES = {"choice": CHOICE, "write": WRITE, "roll": ROLL, "group": GROUP, "filtered": FILTERED}
 NUM_ROWS = 5
 
 
@@ -61,7 +81,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(NUM_ROWS)
     ]
     (directory / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, text in (("choice", CHOICE), ("write", WRITE), ("roll", ROLL)):
+    for name, text in FILES.items():
         (directory / f"{name}.yaml").write_text(text.format(rows=directory / "rows.json"))
     return directory
 
@@ -131,6 +151,20 @@ def test_generation_runs_on_our_cache(mode: str, subject: Maker, tasks: Path, mo
     assert set(kinds) == {"NoneType", "TimedCache" if mode == "all" else "QuantizedCache"}
     assert found["metrics"]["exact_match"]["baseline"] == 0
     assert found["metrics"]["exact_match"]["recovery"] is None
+
+
+def test_a_group_has_its_tasks_and_its_own_metric(subject: Maker, tasks: Path) -> None:
+    found = record(subject(), "tiny_group", tasks, limit=3)
+    assert set(found["metrics"]) >= {"tiny_choice.acc", "tiny_write.exact_match", "tiny_group.acc"}
+    assert found["headline"] == ["tiny_group.acc"]
+    assert found["notes"]["modes"] == {"loglikelihood": "all", "generation": "cache"}
+    assert found["mode"] == "cache"
+    assert found["metrics"]["tiny_group.acc"]["baseline"] == found["metrics"]["tiny_choice.acc"]["baseline"]
+
+
+def test_filters_are_told_apart(subject: Maker, tasks: Path) -> None:
+    found = record(subject(), "tiny_filtered", tasks, limit=2)
+    assert set(found["metrics"]) == {"exact_match.strict", "exact_match.loose"}
 
 
 def test_the_limit_is_kept(subject: Maker, tasks: Path) -> None:
