@@ -1,7 +1,7 @@
 """Does this machine compute what the codes mean? Sends a probe through a real cache layer before any text goes through it.
 
 The probe's codes are drawn by a fixed generator, so its decoded vectors are known: they must come back from encoding, and
-attention over their codes must give what plain softmax in double precision gives over the vectors.
+attention over the codes must give what plain softmax in double precision gives over what the codes stand for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,7 @@ from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.tables import CodecTables
 
 TOLERANCE = 0.02  # of the answer's root mean square; kernels may round to half precision
+_STAGES_TOLERANCE = 0.5
 _FIRST_POSITION = 1000
 _MOST_FORMATS = 3
 _NUM_HEADS = 2
@@ -54,7 +55,8 @@ def _test_layer(tables: Mapping[Side, CodecTables], source: AngleSource | None, 
     generator = torch.Generator().manual_seed(0)
     heads, dim = tables["keys"].num_heads, tables["keys"].layout.head_dim
     positions = torch.arange(_FIRST_POSITION, _FIRST_POSITION + PAGE_TOKENS + 1)[None]
-    known = _known_vectors(tables, source, positions[:, :PAGE_TOKENS], generator)
+    coded = positions[:, :PAGE_TOKENS]
+    known = {side: _reference(_random_pages(tables[side], generator), tables[side], source, coded) for side in SIDES}
     scale = {side: known[side].square().mean().sqrt() for side in SIDES}
     newest = {side: torch.randn(1, heads, 1, dim, generator=generator) * scale[side] for side in SIDES}
     query = torch.randn(1, heads, 1, dim, generator=generator) / scale["keys"]
@@ -65,12 +67,13 @@ def _test_layer(tables: Mapping[Side, CodecTables], source: AngleSource | None, 
         layer.timeline.begin(start, positions[:, start : start + states["keys"].shape[2]].to(device), None)
         keys, values = layer.update(states["keys"].to(device), states["values"].to(device))
     found, _ = pqkv_attention(torch.nn.Module(), query.to(device), keys, values, None, scaling=dim**-0.5)
-    _compare("attention over codes", found[0, 0].cpu(), _answer(query, known, newest))
+    pages = {side: torch.cat(layer.pages[side].views(), dim=1).cpu() for side in SIDES}
+    encoded = {side: _reference(pages[side], tables[side], source, coded) for side in SIDES}
     for side in SIDES:
-        if len(tables[side].layout.stages) == 1:  # sums of several stages need not be found again
-            pages = torch.cat(layer.pages[side].views(), dim=1)
-            decoded = decode(pages, layer.tables[side], layer.angles(side, 0, PAGE_TOKENS))
-            _compare(f"encoding of {side}", decoded.cpu(), known[side])
+        # What one stage stands for is found again exactly; sums of several stages are found nearly.
+        at_most = TOLERANCE if len(tables[side].layout.stages) == 1 else _STAGES_TOLERANCE
+        _compare(f"encoding of {side}", encoded[side], known[side], at_most)
+    _compare("attention over codes", found[0, 0].cpu(), _answer(query, encoded, newest), TOLERANCE)
 
 
 def _some_heads(tables: CodecTables) -> CodecTables:
@@ -85,18 +88,15 @@ def _sliced(value: Any) -> Any:
     return tuple(map(_sliced, value)) if isinstance(value, tuple) else value
 
 
-def _known_vectors(
-    tables: Mapping[Side, CodecTables], source: AngleSource | None, positions: torch.Tensor, generator: torch.Generator
-) -> dict[Side, torch.Tensor]:
-    """Return vectors [1, Hkv, 64, D] fp32 that codes stand for exactly, decoded on the CPU."""
-    known: dict[Side, torch.Tensor] = {}
-    for side in SIDES:
-        plain = tables[side].to(torch.device("cpu"))
-        shape = (1, 1, plain.num_heads, plain.layout.page_bytes)
-        pages = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        angles = source(positions) if source is not None and plain.rotary is not None else None
-        known[side] = decode(pages, plain, angles)
-    return known
+def _random_pages(tables: CodecTables, generator: torch.Generator) -> torch.Tensor:
+    shape = (1, 1, tables.num_heads, tables.layout.page_bytes)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def _reference(pages: torch.Tensor, tables: CodecTables, source: AngleSource | None, positions: torch.Tensor) -> torch.Tensor:
+    """Return the vectors [1, Hkv, 64, D] fp32 that `pages` stand for, decoded on the CPU."""
+    angles = source(positions) if source is not None and tables.rotary is not None else None
+    return decode(pages, tables.to(torch.device("cpu")), angles)
 
 
 def _answer(query: torch.Tensor, known: dict[Side, torch.Tensor], newest: dict[Side, torch.Tensor]) -> torch.Tensor:
@@ -105,11 +105,11 @@ def _answer(query: torch.Tensor, known: dict[Side, torch.Tensor], newest: dict[S
     return (weights @ values)[:, 0]
 
 
-def _compare(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+def _compare(what: str, found: torch.Tensor, expected: torch.Tensor, at_most: float) -> None:
     error = (found.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt()
-    if not error <= TOLERANCE:  # a comparison with NaN is false
+    if not error <= at_most:  # a comparison with NaN is false
         raise CacheError(
-            f"self-test: {what} differs from the reference by {float(error):.3g} of its size; expected at most {TOLERANCE}. "
+            f"self-test: {what} differs from the reference by {float(error):.3g} of its size; expected at most {at_most}. "
             "This device or backend computes wrong answers: use another one, and report this with the output of "
             "`python -m torch.utils.collect_env`"
         )
