@@ -68,7 +68,7 @@ def evaluate(words: EvaluateWords) -> None:
     """
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.cli.peers import is_comparison, run_comparison
-    from pqkv_cli.cli.result_table import raise_on_bad, show_records, verdict
+    from pqkv_cli.cli.result_table import raise_on_bad, show_contexts, show_records, verdict
     from pqkv_cli.cli.words import checked, gate_texts, target_of, task_words
     from pqkv_cli.pipeline.start import artifact_source, file_reference
 
@@ -97,6 +97,6 @@ def evaluate(words: EvaluateWords) -> None:
     # A recipe's gates may be about more than the tasks of this command; those of this command may not.
     all_gates = bool(gates) or not (task or mode)
     records = evaluate_source(source, reporter, force=words.force, all_gates=all_gates)
-    output.result(records[0] if len(records) == 1 else records, show_records(records))
+    output.result(records[0] if len(records) == 1 else records, show_records(records), *show_contexts(records))
     output.last_line(verdict(records))
     raise_on_bad(records)

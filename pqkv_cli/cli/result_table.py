@@ -10,6 +10,7 @@ from pqkv_cli.cli.output import table
 from pqkv_cli.errors import GateError, PqkvError
 
 _COLUMNS = ("task", "mode", "bits/channel", "metric", "uncompressed", "quantized", "p99", "recovery")
+_BY_CONTEXT = ("kl_bits", "p99", "top1_agreement", "top5_agreement")
 
 Record = Mapping[str, Any]
 
@@ -17,6 +18,16 @@ Record = Mapping[str, Any]
 def show_records(records: Sequence[Record]) -> Table:
     """Return a table with one row per metric of each record."""
     return table("results", _COLUMNS, [row for record in records for row in _rows(record)])
+
+
+def show_contexts(records: Sequence[Record]) -> list[Table]:
+    """Return a table of how results change with what was read or written before, where records say."""
+    rows = [
+        (record["task"], record["mode"], f"{cell['from']:,}-{cell['to']:,}", *(cell[name] for name in _BY_CONTEXT))
+        for record in records
+        for cell in [*record["metrics"].get("by_context", ()), *record["metrics"].get("by_step", ())]
+    ]
+    return [table("by tokens before", ("task", "mode", "tokens", *_BY_CONTEXT), rows)] if rows else []
 
 
 def raise_on_bad(records: Sequence[Record]) -> None:

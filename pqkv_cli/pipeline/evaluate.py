@@ -16,7 +16,7 @@ from pqkv_cli.evaluation.tasks import reads_text, require_tasks, run_task
 from pqkv_cli.files import write_text
 from pqkv_cli.gates import Gate, judge, parse_gates, split_gates
 from pqkv_cli.pipeline.content import text_identity
-from pqkv_cli.pipeline.evaluation_settings import open_log, rows_path, task_settings
+from pqkv_cli.pipeline.evaluation_settings import modes_of, open_log, rows_path, task_settings
 from pqkv_cli.pipeline.honesty import overlaps
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.outcome import Facts, StageWork, do_stage
@@ -109,7 +109,7 @@ def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Recor
     wanted = source.recipe.evaluation
     shared = overlaps(source.recipe, subject, reporter)
     for task in wanted.tasks:
-        for mode in wanted.modes:
+        for mode in modes_of(task, wanted.modes):
             settings = task_settings(task, mode, source.recipe, subject)
             log = open_log(source, task, settings, subject)
             if log.num_found:
@@ -119,6 +119,8 @@ def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Recor
             records[-1] |= {"calibration_overlap": shared["text" if reads_text(task) else "rows"]}
             _keep(source, records[-1])
             log.finish()
+            if records[-1]["mode"] != mode:
+                break  # the task has one mode only, and this was it
     _renew_card(source, subject.artifact)
     return records
 

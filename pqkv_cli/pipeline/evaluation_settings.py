@@ -1,5 +1,6 @@
 """What a recipe leaves open about a task, filled in for the model at hand, and where its samples go. Runs nothing."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def task_settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> Ev
         return EvaluationSettings(mode, wanted.context or longest, wanted.limit, recipe.seed)
     context = wanted.context or min(recipe.calibration.seq_len, positions)
     return EvaluationSettings(mode, context, wanted.limit or _DEFAULT_WINDOWS, recipe.seed)
+
+
+def modes_of(task: str, modes: Sequence[Mode]) -> list[Mode]:
+    """Return `modes` in the order to measure them: of the harness's tasks only mode `cache` shows which modes they have."""
+    return list(modes) if task in TASKS else sorted(modes, key=lambda mode: mode != "cache")
 
 
 def rows_path(data: str) -> Path | None:

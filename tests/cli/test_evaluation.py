@@ -124,3 +124,26 @@ def test_broken_logits_make_a_result_incomplete(
     )
     assert "accuracy" in answer.out
     assert json.loads((run / "results" / "passkey-all.json").read_text())["status"] == "incomplete"
+
+
+def test_divergence_is_shown_by_context(pqkv: Callable, run: Path, texts: tuple[Path, Path]) -> None:
+    answer = pqkv("eval", run, "--task", "kld", "--mode", "all", "--context", 300, "--limit", 1, "--data", texts[1])
+    assert answer.code == 0, answer.err
+    assert [word in answer.out for word in ("by tokens before", "1-128", "257-299", "top5_agreement")] == [True] * 4
+
+
+def test_a_harness_task_of_one_mode_is_measured_once(pqkv: Callable, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "rows.json").write_text('{"question": "once upon a", "choices": ["time", "hill"], "gold": 0}\n')
+    (folder / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.json'}}}}}\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{gold}}"\n'
+        "metric_list: [{metric: acc}]\n"
+    )
+    record = evaluate(pqkv, run, "--task", "mine", "--data", folder).json
+    assert (record["task"], record["mode"], record["settings"]["mode"]) == ("mine", "all", "cache")
+    assert [path.name for path in (run / "results").glob("mine*")] == ["mine-all.json"]

@@ -200,3 +200,11 @@ def test_without_the_harness_its_install_line_is_said(monkeypatch: pytest.Monkey
     monkeypatch.setattr("pqkv_cli.evaluation.harness.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"the tasks of lm-evaluation-harness after: pip install 'pqkv\[eval\]'"):
         require_tasks(["gsm8k"], None)
+
+
+def test_the_mode_that_tells_comes_first() -> None:
+    from pqkv_cli.pipeline.evaluation_settings import modes_of
+
+    # In mode cache a task of log-likelihoods says that it was measured in mode all; then there is nothing left to measure.
+    assert modes_of("tiny_choice", ("all", "cache")) == ["cache", "all"]
+    assert modes_of("kld", ("all", "cache")) == ["all", "cache"]
