@@ -49,6 +49,8 @@ def choose_backend(
         raise KernelError(f"backend is {requested!r}; expected one of {', '.join(get_args(BackendRequest))}")
     if requested == "torch":
         return Choice("torch", "asked for by name")
+    if requested == "auto" and device.type != "cuda":
+        return Choice("torch", f"the device is {device.type} and Triton's kernels need a CUDA GPU")
     obstacle = _obstacle(device, codecs)
     if requested == "triton":
         if obstacle is not None:
@@ -113,6 +115,8 @@ def attend_codes(
         If shapes, dtypes or devices do not fit, or the backend cannot run this.
     """
     check_attention(query, key_pages, value_pages, key_tables, value_tables, first_token, angles)
+    if not query.numel() or not any(slab.shape[1] for slab in key_pages):
+        return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
     coded = code_queries(query, key_tables)
     if backend == "triton":
         attend = _triton_attention().triton_attention

@@ -47,8 +47,8 @@ def plane_attention(
     batch, heads, group, num_queries, dim = query.shape
     rows = query.gather(4, keys.channels[None, :, None, None].flatten(4).expand(batch, -1, group, num_queries, -1))
     reader = _Reader(keys, values, rows.flatten(2, 3).unflatten(-1, (dim // 2, 2)), angles)
-    tile_pages = max(1, TILE_ENTRIES // (batch * heads * (dim // 2) * PAGE_TOKENS))
-    block_pages = max(1, BLOCK_SCORES // (batch * heads * group * num_queries * PAGE_TOKENS))
+    tile_pages = max(1, TILE_ENTRIES // max(batch * heads * (dim // 2) * PAGE_TOKENS, 1))
+    block_pages = max(1, BLOCK_SCORES // max(batch * heads * group * num_queries * PAGE_TOKENS, 1))
     parts = []
     for tiles in _blocks(_tiles(key_pages, value_pages, min(tile_pages, block_pages)), block_pages):
         logits = reader.scores(tiles) * scaling

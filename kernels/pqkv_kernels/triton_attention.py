@@ -36,6 +36,7 @@ def triton_attention(
     if num_pages == 0 or num_queries == 0 or batch == 0:
         return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
     config = _config(query.device, dim) if config is None else config
+    key_pages, value_pages = _whole(key_pages), _whole(value_pages)  # alive until the kernel is launched
     keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
     split_pages = config.split_pages(num_pages, batch * heads, _num_processors(query.device))
     num_splits = -(-num_pages // split_pages)
@@ -54,7 +55,7 @@ def triton_attention(
         **{**_parts("K", keys), **_parts("V", values), **shape, "BN": block, "BT": config.tile_tokens},
         **{"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1])
+    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:-1])
     merge_kernel[(batch * heads, num_queries)](
         parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits, **shape, num_warps=2
     )
@@ -73,6 +74,11 @@ def _plane_queries(query: torch.Tensor, keys: DeviceTables, scaling: float) -> t
 def is_interpreted() -> bool:
     """Return whether the kernels run in Triton's interpreter, on any device; decided when this module is first imported."""
     return not isinstance(split_kernel, triton.runtime.JITFunction)
+
+
+def _whole(slabs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return `slabs`, copied where the bytes of a page do not lie together: kernels address whole pages."""
+    return [slab if slab[:1, :1].is_contiguous() else slab.contiguous() for slab in slabs]
 
 
 def _addresses(slabs: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""Every implementation of attention over codes against the dull reference, over awkward shapes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, Case, Inputs, inputs, pairwise_cases
+
+from pqkv_kernels.angles import token_angles
+from pqkv_kernels.attention import code_attention, code_queries, leave_code_space
+from pqkv_kernels.codec import decode
+from pqkv_kernels.dispatch import attend_codes
+from pqkv_kernels.kernel_config import EXACT, DecodeConfig
+
+CASES = pairwise_cases()
+SCALING = 0.11
+
+
+def reference(given: Inputs, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    key_pages, value_pages = torch.cat(given.key_pages, 1), torch.cat(given.value_pages, 1)
+    query = code_queries(given.query, given.keys)
+    out, lse = code_attention(
+        query, key_pages, value_pages, given.keys, given.values, given.first, SCALING, given.angles, softcap
+    )
+    return leave_code_space(out, given.values), lse.flatten(1, 2)
+
+
+def close(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor], tolerance: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_cases_cover_every_pair() -> None:
+    assert 55 <= len(CASES) <= 90 and len(set(CASES)) == len(CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_torch_equals_the_reference(case: Case) -> None:
+    given = inputs(case, heads=2)
+    found = attend_codes(
+        "torch",
+        *(given.query, given.key_pages, given.value_pages, given.keys, given.values, given.first),
+        *(SCALING, given.angles, case.softcap),
+    )
+    close(found, reference(given, case.softcap), 2e-4)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_equals_the_reference(case: Case) -> None:
+    from pqkv_kernels.triton_attention import triton_attention
+
+    given = inputs(case)
+    fast = DecodeConfig(tile_tokens=16 if case.num_tokens < 64 else 32, tables="float16", min_split_pages=2)
+    config = fast if case.config == "fast" else EXACT
+    out, lse = triton_attention(
+        code_queries(given.query, given.keys),
+        *(given.key_pages, given.value_pages, given.keys, given.values, given.first),
+        *(SCALING, given.angles, case.softcap, config),
+    )
+    close(
+        (leave_code_space(out, given.values), lse.flatten(1, 2)),
+        reference(given, case.softcap),
+        1e-2 if config is fast else 2e-4,
+    )
+
+
+@given(seed=st.integers(0, 2**31), slot=st.integers(0, 63), nbits=st.sampled_from(["2", "4", "7", "10", "8+6+4", "4,4"]))
+@settings(max_examples=25, deadline=None)
+def test_one_token_s_log_sum_exp_is_its_score(seed: int, slot: int, nbits: str) -> None:
+    """The score read from tables and codes is the product of the query with the decoded key."""
+    case = Case(nbits, 64, 64, 2, "pages", False, None, "exact", 1, torch.float32)
+    given = inputs(case, heads=2)
+    query = torch.randn(given.query.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    keys = decode(given.key_pages[0], given.keys, token_angles(given.angles))
+    values = decode(given.value_pages[0], given.values)
+    first = torch.tensor([slot], device=DEVICE)
+    args = (given.key_pages, given.value_pages, given.keys, given.values)
+    out, lse = attend_codes("torch", query, *args, first, SCALING, given.angles)
+    scores = (query.unflatten(1, (2, 2)) @ keys[:, :, None].mT)[..., slot:] * SCALING
+    torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2), atol=2e-4, rtol=2e-4)
+    expected = (scores.softmax(-1) @ values[:, :, None, slot:]).flatten(1, 2)
+    torch.testing.assert_close(out, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("num_queries", [1, 30])
+def test_a_gradient_of_the_queries_is_that_of_the_reference(num_queries: int) -> None:
+    case = Case("8", 64, 300, 2, "pages", True, None, "exact", num_queries, torch.float32)
+    gradients = []
+    for function in ("torch", "reference"):
+        given = inputs(case, heads=2)
+        query = given.query.requires_grad_()
+        args = (given.key_pages, given.value_pages, given.keys, given.values, given.first)
+        found = attend_codes("torch", query, *args, SCALING, given.angles) if function == "torch" else reference(given, None)
+        found[0].square().sum().backward()
+        gradients.append(query.grad)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
+def test_pages_need_not_lie_together_and_queries_may_be_views() -> None:
+    case = Case("8", 64, 257, 2, "pages", True, None, "exact", 2, torch.float32)
+    given = inputs(case, heads=2)
+    expected = reference(given, None)
+    spread = [[slab.repeat_interleave(2, 1)[:, ::2] for slab in side] for side in (given.key_pages, given.value_pages)]
+    query = given.query.transpose(1, 2).contiguous().transpose(1, 2)
+    for backend in ("torch", "triton"):
+        found = attend_codes(backend, query, *spread, given.keys, given.values, given.first, SCALING, given.angles)
+        close(found, expected, 2e-2 if backend == "triton" and DEVICE.type == "cuda" else 2e-4)

@@ -1,0 +1,129 @@
+import sys
+
+import pytest
+import torch
+from kernel_cases import DEVICE, Case, inputs
+from tests_support import key_tables, random_codebooks, value_tables
+
+from pqkv_kernels import dispatch
+from pqkv_kernels.angles import PageAngles
+from pqkv_kernels.dispatch import attend_codes, choose_backend, encode_pages
+from pqkv_kernels.errors import KernelError
+from pqkv_kernels.kernel_config import TABLE, DecodeConfig, decode_config
+from pqkv_kernels.layout import CodeLayout
+from pqkv_kernels.tables import CodecTables
+
+CASE = Case("8", 64, 100, 2, "pages", True, None, "exact", 1, torch.float32)
+CPU = torch.device("cpu")
+
+
+def call(backend: str = "torch", **changes):
+    given = inputs(CASE, heads=2)
+    names = ("query", "key_pages", "value_pages", "keys", "values", "first")
+    arguments = {name: getattr(given, name) for name in names} | {"angles": given.angles} | changes
+    return attend_codes(backend, *(arguments[name] for name in names), 0.1, arguments["angles"])
+
+
+def test_auto_says_what_it_chose_and_why() -> None:
+    assert choose_backend("auto", CPU).name == "torch"
+    assert choose_backend("auto", CPU).reason == "the device is cpu and Triton's kernels need a CUDA GPU"
+    assert choose_backend("torch", CPU).reason == "asked for by name"
+
+
+def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch, generator) -> None:
+    with pytest.raises(KernelError, match="backend is 'cuda'; expected one of auto, torch, triton"):
+        choose_backend("cuda", CPU)
+    layout = CodeLayout.uniform(16, 16, 4)  # one channel per code: no pairs
+    cut = CodecTables(layout, random_codebooks(layout, 2, generator))
+    with pytest.raises(KernelError, match="the values of coded layer 0 cut pairs of channels; choose torch"):
+        choose_backend("triton", DEVICE, [(key_tables(generator), cut)])
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    with pytest.raises(KernelError, match="Triton is not installed"):
+        choose_backend("triton", DEVICE)
+
+
+def test_choosing_for_a_cpu_imports_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    choose_backend("auto", CPU)
+
+
+def test_subspaces_that_cut_pairs_still_attend(generator) -> None:
+    layout = CodeLayout.uniform(64, 64, 4)
+    odd = CodecTables(layout, random_codebooks(layout, 2, generator)).to(DEVICE)
+    given = inputs(CASE, heads=2)
+    pages = [torch.randint(0, 256, (2, n, 2, layout.page_bytes), dtype=torch.uint8, device=DEVICE) for n in (1, 1)]
+    out, lse = attend_codes("torch", given.query, pages, pages, odd, odd, given.first, 0.1)
+    whole = [torch.cat(pages, 1)]
+    for a, b in zip((out, lse), attend_codes("torch", given.query, whole, whole, odd, odd, given.first, 0.1), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"query": torch.zeros(2, 4, 1, 32)}, "queries have shape [2, 4, 1, 32]; expected [B, a multiple of 2, Tq, 64]"),
+        ({"query": torch.zeros(2, 3, 1, 64)}, "expected [B, a multiple of 2, Tq, 64]"),
+        ({"query": torch.zeros(2, 4, 1, 64).long()}, "expected a float dtype"),
+        ({"first": torch.zeros(3).long()}, "first_token has shape [3]"),
+        ({"first": torch.zeros(2)}, "expected [2] torch.int64"),
+        ({"key_pages": [torch.zeros(2, 2, 2, 7, dtype=torch.uint8)]}, "expected equal B, P, Hkv in every slab"),
+        ({"angles": None}, "need the angles of their positions; none were given"),
+        ({"angles": (torch.zeros(2, 5, 32), torch.zeros(2, 5, 32))}, "angles have shape [2, 5, 32]; expected [2, 128, 32]"),
+    ],
+)
+def test_what_does_not_fit_is_named(backend: str, changes: dict, phrase: str) -> None:
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in changes.items()}
+    with pytest.raises(KernelError) as caught:
+        call(backend, **moved)
+    assert phrase in str(caught.value)
+
+
+def test_pages_of_another_layout_type_or_device_are_refused() -> None:
+    given = inputs(CASE, heads=2)
+    for change, phrase in (
+        (lambda t: t[..., :-8], "key pages have shape"),
+        (lambda t: t.to(torch.int16), "torch.uint8"),
+        (lambda t: t.to("meta"), "arguments lie on"),
+    ):
+        with pytest.raises(KernelError, match=phrase):
+            call(key_pages=[change(slab) for slab in given.key_pages])
+
+
+def test_an_empty_batch_and_an_empty_cache_are_answered() -> None:
+    given = inputs(CASE, heads=2)
+    none = [slab[:, :0] for slab in given.key_pages]
+    angles = given.angles.pages(0, 0)
+    for backend in ("torch", "triton"):
+        out, lse = call(backend, key_pages=none, value_pages=none, angles=angles)
+        assert not out.any() and bool((lse == -torch.inf).all())
+        rows = {"query": given.query[:0], "first": given.first[:0], "angles": PageAngles(*_no_rows(given.angles))}
+        key_pages, value_pages = ([slab[:0] for slab in side] for side in (given.key_pages, given.value_pages))
+        out, lse = call(backend, key_pages=key_pages, value_pages=value_pages, **rows)
+        assert out.shape == (0, 4, 1, 64) and lse.shape == (0, 4, 1)
+
+
+def _no_rows(angles: PageAngles):
+    return tuple(t[:0] for t in angles.base), angles.step
+
+
+def test_configs_are_data_and_checked() -> None:
+    assert decode_config("NVIDIA H200", 128).tile_tokens in (16, 32, 64)
+    assert all(decode_config("unknown", dim) for dim in (64, 128, 256, 512)) and TABLE[-1][0] == ""
+    assert DecodeConfig().split_pages(2048, 8, 132) == 32 and DecodeConfig().split_pages(1, 8, 132) == 4
+    for wrong, phrase in (
+        ({"tile_tokens": 48}, "tile_tokens is 48"),
+        ({"num_warps": 3}, "num_warps is 3"),
+        ({"num_stages": 0}, "at least 1"),
+    ):
+        with pytest.raises(KernelError, match=phrase):
+            DecodeConfig(**wrong)
+
+
+@pytest.mark.parametrize("make", [key_tables, value_tables])
+def test_encoding_refuses_what_does_not_fit(make, generator) -> None:
+    tables = make(generator).to(DEVICE)
+    for backend in ("torch", "triton"):
+        with pytest.raises(KernelError, match="expected"):
+            encode_pages(backend, torch.zeros(1, 2, 63, 16, device=DEVICE), tables)
+    assert "pqkv_kernels.triton_encode" in sys.modules
