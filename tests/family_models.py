@@ -54,6 +54,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama4_text": dict(
         intermediate_size_mlp=32, attention_chunk_size=40, no_rope_layers=[1, 0, 1, 0], interleave_moe_layer_step=2, **_MOE
     ),
+    "exaone4": _MIXED,
+    "qwen3_next": dict(
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        partial_rotary_factor=0.5,
+        shared_expert_intermediate_size=16,
+        **_MOE,
+    ),
+    "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
     "doge": dict(num_hidden_layers=2, keep_window_size=2048),
 }
 

@@ -123,6 +123,11 @@ class QuantizedCache(TimedCache):
 
 
 def tensor_bytes(layer: Any) -> int:
-    """Return the bytes of the keys and values of one of transformers' own cache layers."""
-    held = [t for t in (layer.keys, layer.values) if t is not None]
-    return sum(t.numel() * t.element_size() for t in held)
+    """Return the bytes of all tensors that one of transformers' own cache layers holds: keys and values, or states."""
+    return sum(t.numel() * t.element_size() for value in vars(layer).values() for t in _tensors(value))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []

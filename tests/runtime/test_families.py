@@ -51,6 +51,7 @@ def test_logits_are_those_of_the_decoded_values(case: Any) -> None:
     assert (found - expected).abs().max() < 1e-3 * loss
     full = [not layer.dense_reason for layer in geometry(model.config).layers]
     assert len(cache.quantized_layers) == sum(full) > 0
+    assert cache.num_bytes().codes > 0 and cache.num_bytes().dense >= 0
     reads_codes = family(model.config.model_type).tier == "codes"
     assert (cache.num_materialized == 0) is reads_codes, "the declared tier must be what happens"
 
