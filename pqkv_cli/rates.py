@@ -9,8 +9,8 @@ from pqkv_kernels.layout import CodeGroup, CodeLayout
 # --bits N: (channels per subspace, bits per code), DESIGN rates of 256-entry tables.
 RATES: Mapping[int, tuple[int, int]] = {4: (2, 8), 3: (2, 6), 2: (4, 8), 1: (8, 8)}
 
-# A prototype code may take this share of a vector's bits; where it would take more, there is none.
-MOST_PROTOTYPE_SHARE = 1 / 6
+# Bits of the code of a whole vector. More entries than 1,024 would need more calibration vectors than are kept by default.
+PROTOTYPE_NBITS = (0, 8, 10)
 
 
 def key_layout(bits: int, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
@@ -40,7 +40,7 @@ def key_layout(bits: int, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
 def rate_layout(bits: int, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
     """Return the code layout of ``--bits`` for heads of `head_dim` channels, exactly at that rate.
 
-    With `prototype_bits` a code of the whole vector comes first, and the codes of its parts share what is left as evenly as
+    With `prototype_bits` a code of the whole vector comes first (of fewer bits where vectors are short), and the codes of its parts share what is left as evenly as
     whole bits allow.
 
     Raises
@@ -67,6 +67,6 @@ def rate_layout(bits: int, head_dim: int, prototype_bits: int = 0) -> CodeLayout
         ) from error
 
 
-def prototype_nbits(bits: int, head_dim: int, wanted: int) -> int:
-    """Return the bits of the prototype code: `wanted`, or 0 where that is too large a share of a short vector's bits."""
-    return wanted if wanted <= MOST_PROTOTYPE_SHARE * bits * head_dim else 0
+def prototype_nbits(bits: int, head_dim: int, most: int) -> int:
+    """Return the bits of the prototype code: the largest of `PROTOTYPE_NBITS` up to `most` and up to half of a vector's bits."""
+    return max((nbits for nbits in PROTOTYPE_NBITS if nbits <= most and 2 * nbits <= bits * head_dim), default=0)

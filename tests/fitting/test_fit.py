@@ -148,8 +148,10 @@ def test_layouts_have_exactly_their_rate(bits: int, head_dim: int, prototype_bit
         first = layout.stages[0][0]
         if prototype_bits and head_dim >= 64:
             assert (first.num_subspaces, first.nbits, first.subspace_dim) == (1, prototype_bits, head_dim)
-        else:
-            assert len(layout.stages) == 1
+        if len(layout.stages) > 1:
+            assert first.subspace_dim == head_dim and 2 * first.nbits <= bits * head_dim
+        elif prototype_bits:
+            assert bits * head_dim < 16
 
 
 @pytest.mark.parametrize(("bits", "subspaces", "nbits"), [(4, 32, 8), (3, 32, 6), (2, 16, 8), (1, 8, 8)])
