@@ -40,8 +40,8 @@ def key_layout(bits: int, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
 def rate_layout(bits: int, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
     """Return the code layout of ``--bits`` for heads of `head_dim` channels, exactly at that rate.
 
-    With `prototype_bits` a code of the whole vector comes first (of fewer bits where vectors are short), and the codes of its parts share what is left as evenly as
-    whole bits allow.
+    With `prototype_bits` a code of the whole vector comes first (of fewer bits where vectors are short), and the codes of its
+    parts share what is left as evenly as whole bits allow.
 
     Raises
     ------
@@ -68,5 +68,5 @@ def rate_layout(bits: int, head_dim: int, prototype_bits: int = 0) -> CodeLayout
 
 
 def prototype_nbits(bits: int, head_dim: int, most: int) -> int:
-    """Return the bits of the prototype code: the largest of `PROTOTYPE_NBITS` up to `most` and up to half of a vector's bits."""
+    """Return the bits of the prototype code: of `PROTOTYPE_NBITS` the largest up to `most` and half of a vector's bits."""
     return max((nbits for nbits in PROTOTYPE_NBITS if nbits <= most and 2 * nbits <= bits * head_dim), default=0)
