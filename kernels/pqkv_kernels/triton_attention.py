@@ -35,11 +35,11 @@ def triton_attention(
     num_pages, num_queries = sum(slab.shape[1] for slab in key_pages), group * tokens
     if num_pages == 0 or num_queries == 0 or batch == 0:
         return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
-    config = _config(query.device, dim) if config is None else config
+    config = config or _config(query.device, dim)
     key_pages, value_pages = _whole(key_pages), _whole(value_pages)  # alive until the kernel is launched
     keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
     split_pages = config.split_pages(num_pages, batch * heads, _num_processors(query.device))
-    num_splits = -(-num_pages // split_pages)
+    num_splits = triton.cdiv(num_pages, split_pages)
     parts, part_lse = (query.new_empty(batch, heads, num_splits, num_queries, *last) for last in ((dim,), ()))
     block = max(16, min(_MAX_QUERIES, triton.next_power_of_2(num_queries)))
     shape = {"D2": dim // 2, "BP": max(16, triton.next_power_of_2(dim // 2))}
@@ -56,9 +56,8 @@ def triton_attention(
         **{"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
     out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:-1])
-    merge_kernel[(batch * heads, num_queries)](
-        parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits, **shape, num_warps=2
-    )
+    rows = (parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits)
+    merge_kernel[(batch * heads, num_queries)](*rows, **shape, num_warps=2)
     return out, lse
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from pqkv_cli import __version__
+from pqkv_cli.cli.bench import bench
 from pqkv_cli.cli.calibrate import calibrate
 from pqkv_cli.cli.evaluate import evaluate
 from pqkv_cli.cli.export import export
@@ -33,6 +34,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "export": export,
     "eval": evaluate,
     "generate": generate,
+    "bench": bench,
     "inspect": inspect,
     "report": report,
     "recipes": recipes,
