@@ -4,7 +4,9 @@ The harness is the engine: nothing of a task is repeated here. What is added is 
 requests, recovery per metric, and what was quantized while it was scored.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,10 @@ def harness(name: str, subject: Subject, settings: EvaluationSettings, on_progre
         on_progress(done, max(done, 1))
 
     results, models = {}, {}
-    for side, quantizes in (("baseline", False), ("quantized", True)):
-        models[side] = HarnessModel(subject, settings, advance, quantizes=quantizes)
-        results[side] = _evaluated(name, models[side], manager, settings)
+    with _quiet():
+        for side, quantizes in (("baseline", False), ("quantized", True)):
+            models[side] = HarnessModel(subject, settings, advance, quantizes=quantizes)
+            results[side] = _evaluated(name, models[side], manager, settings)
     modes = models["quantized"].modes
     metrics, headline = _compared(results["baseline"], results["quantized"], settings.seed)
     failed = tuple(f"{metric}: not a finite number" for metric, found in metrics.items() if found["quantized"] is None)
@@ -72,6 +75,18 @@ def harness(name: str, subject: Subject, settings: EvaluationSettings, on_progre
     mode = "all" if set(modes.values()) == {"all"} else settings.mode
     total = sum(count or 0 for count in notes["samples"].values())
     return TaskOutcome(metrics, codec_bits(subject.artifact), total, {}, headline, failed, notes, mode)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness from warning that it was given a model instead of a name: it was."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _mentions(place: Path | None, name: str) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pqkv_cli import __version__
+from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.samples import SampleLog
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
@@ -13,6 +14,7 @@ from pqkv_cli.pipeline.content import text_identity
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.recipe import Recipe
 
+BUILT_IN = "stdlib:"
 _DEFAULT_WINDOWS = 32
 _LONGEST_PROMPT = 4096
 _LONGEST_OPENING = 512
@@ -49,8 +51,19 @@ def modes_of(task: str, modes: Sequence[Mode]) -> list[Mode]:
 
 
 def rows_path(data: str) -> Path | None:
-    """Return the path of rows that `data` names, None where it names text."""
+    """Return the path of rows that `data` names, None where it names text.
+
+    Raises
+    ------
+    DataError
+        If it names a path and nothing is there.
+    """
     path = Path(data).expanduser()
+    if not data.startswith(BUILT_IN) and not path.exists():
+        raise DataError(
+            f"data {path} is not there; expected a UTF-8 text file, rows (*.jsonl, or a directory of them), or "
+            f"{BUILT_IN}evaluation"
+        )
     return path if path.is_dir() or path.suffix == ".jsonl" else None
 
 

@@ -147,3 +147,10 @@ def test_a_harness_task_of_one_mode_is_measured_once(pqkv: Callable, run: Path, 
     record = evaluate(pqkv, run, "--task", "mine", "--data", folder).json
     assert (record["task"], record["mode"], record["settings"]["mode"]) == ("mine", "all", "cache")
     assert [path.name for path in (run / "results").glob("mine*")] == ["mine-all.json"]
+
+
+@pytest.mark.parametrize("task", ["longbench", "lines", "perplexity", "gsm8k"])
+def test_data_that_are_not_there_are_an_error(task: str, pqkv: Callable, run: Path) -> None:
+    answer = pqkv("eval", run, "--task", task, "--data", "nowhere")
+    assert (answer.code, answer.out) == (1, "")
+    assert "data nowhere is not there; expected a UTF-8 text file, rows (*.jsonl" in answer.err
