@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pqkv_cli.models.geometry import layer_config, text_config
-from pqkv_cli.models.modules import attention_modules
+from pqkv_cli.models.modules import attention_modules, stored_tensors
 
 # An explicit list: newer versions of transformers add fields with defaults, and that must not make another model.
 # fmt: off
@@ -37,7 +37,8 @@ class ModelIdentity:
 def model_identity(model: nn.Module) -> ModelIdentity:
     """Return the identity of a loaded model, independent of its path, device and transformers version.
 
-    The weights are all matrices of the first, middle and last attention module (q, k, v, o or fused).
+    The weights are all matrices of the first, middle and last attention module (q, k, v, o or fused), as they are stored:
+    a checkpoint with quantized weights is another model than the one it was made from.
     """
     config: Any = model.config
     return ModelIdentity(config_sha256(config), _weights_sha256(model))
@@ -64,14 +65,17 @@ def _weights_sha256(model: nn.Module) -> str:
     indices = sorted(modules)
     digest = hashlib.sha256()
     for index in sorted({indices[0], indices[len(indices) // 2], indices[-1]}):
-        for name, parameter in sorted(modules[index].named_parameters()):
-            if parameter.ndim >= 2:
-                digest.update(f"{index}.{name}{list(parameter.shape)}".encode())
-                digest.update(_bytes(parameter.detach()))
+        for name, tensor in stored_tensors(modules[index]):
+            if tensor.ndim >= 2:
+                digest.update(f"{index}.{name}{list(tensor.shape)}".encode())
+                digest.update(_bytes(tensor.detach()))
     return digest.hexdigest()
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
+    if hasattr(tensor, "__tensor_flatten__"):  # quantized weights that pose as one tensor: what they are made of
+        parts, _ = tensor.__tensor_flatten__()
+        return b"".join(_bytes(getattr(tensor, part)) for part in sorted(parts))
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16).view(torch.int16)
     # Hashed little-endian whatever the machine.

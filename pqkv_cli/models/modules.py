@@ -1,9 +1,11 @@
 """Finding the attention modules of a loaded model and their output projections. Knows module trees; patches nothing."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from pqkv_cli.errors import UnsupportedModelError
@@ -45,6 +47,23 @@ def forward_globals(module: nn.Module) -> dict[str, Any]:
     return dict(getattr(forward, "__globals__", {}))
 
 
+def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters and saved buffers below `module` by name, in order; offloaded ones are there while they are looked at.
+
+    Packed weights are often buffers, so parameters alone would not tell two quantized models apart.
+    """
+    found = [
+        (f"{prefix}.{name}" if prefix else name, owner, name)
+        for prefix, owner in module.named_modules()
+        for name in (*owner._parameters, *(set(owner._buffers) - owner._non_persistent_buffers_set))
+    ]
+    for full_name, owner, name in sorted(found, key=lambda entry: entry[0]):
+        with align_module_device(owner):
+            tensor = getattr(owner, name)
+            if isinstance(tensor, torch.Tensor):
+                yield full_name, tensor
+
+
 def output_weight(attention: nn.Module, num_heads: int, head_dim: int) -> torch.Tensor:
     """Return the output projection of `attention` as [hidden, H * D] fp32, whatever stores it.
 
@@ -63,7 +82,7 @@ def output_weight(attention: nn.Module, num_heads: int, head_dim: int) -> torch.
             f"expected one named {', '.join(_OUTPUT_NAMES)}. This architecture is not handled yet."
         )
     weight = getattr(projection, "weight", None)
-    if isinstance(projection, nn.Linear) and isinstance(weight, torch.Tensor) and weight.is_floating_point():
+    if isinstance(projection, nn.Linear) and isinstance(weight, nn.Parameter) and _is_plain(weight.data):
         return weight.detach().float()
     dtype, device = _placement(projection)
     with torch.no_grad():
@@ -72,7 +91,14 @@ def output_weight(attention: nn.Module, num_heads: int, head_dim: int) -> torch.
         return probed.float().T
 
 
+def _is_plain(weight: torch.Tensor) -> bool:
+    # Subclasses of a tensor hold quantized weights; offloaded weights are not here.
+    return type(weight) is torch.Tensor and weight.is_floating_point() and not weight.is_meta
+
+
 def _placement(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    parameters = list(module.parameters())
-    floating = next((p for p in parameters if p.is_floating_point()), None)
-    return (floating.dtype if floating is not None else torch.float32), parameters[0].device
+    """Return the dtype and the device of what `module` computes with."""
+    tensors = [*module.parameters(), *module.buffers()]
+    floating = next((t for t in tensors if t.is_floating_point()), None)
+    device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+    return (floating.dtype if floating is not None else torch.float32), device
