@@ -1,5 +1,6 @@
 """Generates text over a quantized cache. Knows tokens and caches, prints nothing."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from transformers import TextStreamer
 
 from pqkv_cli.cache.cache import CacheBytes
 from pqkv_cli.errors import DataError, UsageError
+from pqkv_cli.models.geometry import geometry
 from pqkv_cli.runtime.attach import Attached
 
 
@@ -60,13 +62,14 @@ def generate(
     """
     model = attached.model
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    room = model.config.max_position_embeddings - ids.shape[1]
+    max_positions = geometry(model.config).max_positions or sys.maxsize
+    room = max_positions - ids.shape[1]
     if ids.shape[1] == 0:
         raise DataError("the prompt has no tokens; give at least one word")
     if room < settings.max_new_tokens:
         raise DataError(
             f"the prompt has {ids.shape[1]} tokens and {settings.max_new_tokens} more are asked for; the model has "
-            f"{model.config.max_position_embeddings} positions: shorten the prompt or ask for at most {max(room, 0)}"
+            f"{max_positions} positions: shorten the prompt or ask for at most {max(room, 0)}"
         )
     cache = attached.new_cache()
     torch.manual_seed(settings.seed)
