@@ -33,7 +33,7 @@ def test_more_bits_diverge_less(mode: str, subject: Maker) -> None:
     fine, coarse = (measure(subject(bits), mode) for bits in (4, 1))
     assert 0 < 4 * fine["kl_bits"]["quantized"] < coarse["kl_bits"]["quantized"]
     assert fine["kl_bits"]["p99"] < coarse["kl_bits"]["p99"]
-    assert fine["top1_agreement"]["quantized"] > coarse["top1_agreement"]["quantized"]
+    assert fine["top1_agreement"]["quantized"] >= coarse["top1_agreement"]["quantized"]
     for metrics in (fine, coarse):
         numbers = metrics["perplexity"]
         assert numbers["recovery"] == pytest.approx(numbers["baseline"] / numbers["quantized"])
