@@ -43,6 +43,8 @@ class ModelGeometry:
         Why attention must decode codes instead of reading them; empty where it reads them.
     notes
         One per layer: why its keys are not un-rotated before they are coded; empty where they are. May be left out.
+    kv_sources
+        One per layer: the layer whose cache it reads. May be left out where each reads its own.
     """
 
     model_type: str
@@ -50,6 +52,11 @@ class ModelGeometry:
     max_positions: int
     decoded_reason: str = ""
     notes: tuple[str, ...] = ()
+    kv_sources: tuple[int, ...] = ()
+
+    def kv_source(self, index: int) -> int:
+        """Return the layer whose keys and values layer `index` attends to."""
+        return self.kv_sources[index] if self.kv_sources else index
 
     def cache_bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes per token of the uncompressed cache of the layers that can be quantized."""

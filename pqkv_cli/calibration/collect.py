@@ -123,7 +123,8 @@ class _Run:
             tensors = self.parts.samples(i, settings.num_parts)
             for field, count in zip(MOMENT_FIELDS, counts, strict=True):
                 tensors[field] = moments[f"{i}.{field}"] / count
-            tensors["output_gram"] = output_gram(attention[i], self.shape.layers[i])
+            readers = [j for j in attention if self.shape.kv_source(j) == i]
+            tensors["output_gram"] = torch.stack([output_gram(attention[j], self.shape.layers[i]) for j in readers]).sum(0)
             write_tensors(self.directory / layer_file(i), tensors)
         held_out = self.windows[settings.num_windows :].to("cpu", torch.int64)
         positions = (self.sample % settings.seq_len).int()

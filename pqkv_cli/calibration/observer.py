@@ -38,6 +38,12 @@ class _Seen:
     pair_moment: torch.Tensor
     maxima: dict[str, torch.Tensor]  # largest magnitude per kv head over ALL tokens; NaN and infinity survive a maximum
 
+    def add(self, mass: torch.Tensor, query_moment: torch.Tensor, pair_moment: torch.Tensor) -> None:
+        """Count the queries of another layer that reads the same keys and values; it may lie on another device."""
+        self.mass = self.mass + mass.to(self.mass.device)
+        self.query_moment = self.query_moment + query_moment.to(self.query_moment.device)
+        self.pair_moment = self.pair_moment + pair_moment.to(self.pair_moment.device)
+
 
 class BatchObserver:
     """Gathers the statistics of one forward pass.
@@ -59,26 +65,28 @@ class BatchObserver:
 
     def attention(self, layer_index: int, step: AttentionStep) -> None:
         """Take what is needed from one layer's attention call."""
-        layer = self._geometry.layers[layer_index]
+        source = self._geometry.kv_source(layer_index)
+        layer = self._geometry.layers[source]
         if layer.dense_reason:
             return
         self._check_shapes(layer_index, layer, step)
         device = step.keys.device
         rows, positions = self._rows.to(device), self._positions.to(device)
         grouped = step.queries.float().reshape(step.queries.shape[0], layer.num_kv_heads, -1, layer.head_dim)
+        chosen, weights = attention_weights(step, self._queries.to(device), layer.group_size)
+        mass = attention_mass(weights)[rows, :, positions].transpose(0, 1)
+        query_moment = (grouped.transpose(-1, -2) @ grouped).double().sum(0)
+        pair_moment = _pair_moment(chosen, weights, step, layer, layer_index)
+        if source != layer_index:
+            # It reads keys and values seen already: only its queries are new.
+            self._layers[source].add(mass, query_moment, pair_moment)
+            return
         keys = step.keys[rows, :, positions].float()  # [n, Hkv, D]
         if layer.rotary is not None:
             keys = _unrotated(keys, step, rows, positions, layer.rotary, layer_index)
-        chosen, weights = attention_weights(step, self._queries.to(device), layer.group_size)
-        mass = attention_mass(weights)[rows, :, positions]
-        self._layers[layer_index] = _Seen(
-            keys.transpose(0, 1),
-            step.values[rows, :, positions].float().transpose(0, 1),
-            mass.transpose(0, 1),
-            (grouped.transpose(-1, -2) @ grouped).double().sum(0),
-            _pair_moment(chosen, weights, step, layer, layer_index),
-            {"keys": step.keys.abs().amax((0, 2, 3)), "values": step.values.abs().amax((0, 2, 3))},
-        )
+        values = step.values[rows, :, positions].float()
+        maxima = {"keys": step.keys.abs().amax((0, 2, 3)), "values": step.values.abs().amax((0, 2, 3))}
+        self._layers[source] = _Seen(keys.transpose(0, 1), values.transpose(0, 1), mass, query_moment, pair_moment, maxima)
 
     def finish(self) -> dict[int, LayerBatch]:
         """Return the statistics per quantizable layer, on the CPU.

@@ -35,9 +35,9 @@ def geometry(config: PretrainedConfig) -> ModelGeometry:
         rope = rope_facts(text, facts, index, kind, head_dim)
         layers.append(LayerGeometry(num_heads, num_kv_heads, head_dim, rope.rotary, _dense_reason(text, index, kind)))
         notes.append(rope.note)
-    return ModelGeometry(
-        str(text.model_type), tuple(layers), read(text, "max_position_embeddings", int, 0), facts.decoded, tuple(notes)
-    )
+    sources = tuple(kv_source(text, index) for index in range(len(layers)))
+    max_positions = read(text, "max_position_embeddings", int, 0)
+    return ModelGeometry(str(text.model_type), tuple(layers), max_positions, facts.decoded, tuple(notes), sources)
 
 
 def check_quantizable(model: ModelGeometry) -> None:
