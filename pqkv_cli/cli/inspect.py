@@ -50,6 +50,8 @@ def _tables(found: "Inspection") -> "list[RenderableType]":
         shown.append(_stage_table(found.label, found.stages))
     if found.artifact is not None:
         shown += _artifact_tables(found.artifact)
+    if found.backend is not None:
+        shown.append(f"attention over codes on this machine: {found.backend.name} ({found.backend.reason})")
     if found.capacity is not None:
         shown.append(_capacity_table(found.capacity))
     return shown
@@ -89,7 +91,9 @@ def _spans(rows: "list[tuple[LayerGeometry, str]]") -> "list[tuple[str, tuple[La
 def _capacity_table(found: "Capacity") -> "RenderableType":
     from pqkv_cli.cli.output import table
 
-    rows = [("bf16" if row.bits == _DENSE_BITS else f"{row.bits} b/ch", row.bytes_per_token, *row.tokens) for row in found.rows]
+    rows = [
+        ("bf16" if row.bits == _DENSE_BITS else f"{row.bits:g} b/ch", row.bytes_per_token, *row.tokens) for row in found.rows
+    ]
     title = (
         f"tokens per row that fit in {found.device_bytes / 1e9:.4g} GB, beside {found.weight_bytes / 1e9:.4g} GB of weights; "
         f"{found.reserved_bytes / 1e9:.3g} GB are left to activations\n"

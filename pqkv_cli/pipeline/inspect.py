@@ -3,7 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pqkv_cli.artifact.store import open_artifact
+import torch
+
+from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.artifact.summary import Summary, summarize
 from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.models.geometry import geometry
@@ -14,7 +16,9 @@ from pqkv_cli.pipeline.rundir import Run, kind_of
 from pqkv_cli.pipeline.state import STAGES, read_records, require_done
 from pqkv_cli.pipeline.target import Target
 from pqkv_cli.recipe import Recipe
+from pqkv_cli.runtime.backend import backend_for
 from pqkv_cli.specs import CacheSpec, ModelGeometry
+from pqkv_kernels.dispatch import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Inspection:
     stages: tuple[StageState, ...] | None = None
     artifact: Summary | None = None
     capacity: Capacity | None = None
+    backend: Choice | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the inspection as plain data for JSON."""
@@ -48,6 +53,7 @@ class Inspection:
             "stages": None if self.stages is None else [asdict(stage) for stage in self.stages],
             "artifact": None if self.artifact is None else asdict(self.artifact),
             "capacity": None if self.capacity is None else asdict(self.capacity),
+            "backend": None if self.backend is None else asdict(self.backend),
         }
 
 
@@ -68,8 +74,9 @@ def inspect_target(target: Target, device_bytes: int | None = None) -> Inspectio
         found = "an artifact" if target.kind == "artifact" else "a run"
         raise UsageError(f"--gpu is given and {target.reference} is {found}; expected a model: name the model itself")
     if target.kind == "artifact" and target.path is not None:
-        summary = summarize(open_artifact(target.path))
-        return Inspection("artifact", summary.label, artifact=summary)
+        artifact = open_artifact(target.path)
+        summary = summarize(artifact)
+        return Inspection("artifact", summary.label, artifact=summary, backend=_backend(artifact))
     if not is_model:
         return _inspect_run(target.run)
     assert target.recipe is not None  # only artifacts have none
@@ -86,8 +93,14 @@ def _cache_spec(recipe: Recipe) -> CacheSpec:
 def _inspect_run(run: Run) -> Inspection:
     stages = _stage_states(run)
     exported = run.artifact_file.is_file()
-    summary = summarize(open_artifact(run.artifact_file)) if exported else None
-    return Inspection("run", str(run.path), recipe=run.recipe(), stages=stages, artifact=summary)
+    artifact = open_artifact(run.artifact_file) if exported else None
+    summary, backend = (None, None) if artifact is None else (summarize(artifact), _backend(artifact))
+    return Inspection("run", str(run.path), recipe=run.recipe(), stages=stages, artifact=summary, backend=backend)
+
+
+def _backend(artifact: Artifact) -> Choice:
+    """Return what would attend to the artifact's codes on this machine."""
+    return backend_for("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"), artifact.tables)
 
 
 def _stage_states(run: Run) -> tuple[StageState, ...]:
