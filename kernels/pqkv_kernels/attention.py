@@ -16,6 +16,7 @@ from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.tables import CodecTables
 
 Part = tuple[torch.Tensor, torch.Tensor]
+_LOWEST, _TINY = -1e30, 1e-30  # stand in for minus infinity and zero where differences and quotients are taken
 _BLOCK_PAGES = 32  # tokens decoded at a time: bounds the temporary to one block of keys and values
 
 
@@ -127,13 +128,11 @@ def merge(parts: Sequence[Part]) -> Part:
     """Combine parts over disjoint tokens: outputs [..., D] weighted by their shares of the softmax, log-sum-exp [...]."""
     if len(parts) == 1:
         return parts[0]
-    lses = torch.stack([lse for _, lse in parts])
-    total = torch.logsumexp(lses, dim=0)
-    # A row that sees no token at all has weights exp(-inf - -inf): define them as zero.
-    weights = torch.exp(lses - total).nan_to_num(nan=0.0)
-    output = sum(weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True))
+    weights, total, lse = softmax_parts(torch.stack([lse for _, lse in parts], dim=-1))
+    shares = (weights / total).unbind(-1)
+    output = sum(share[..., None] * out for share, (out, _) in zip(shares, parts, strict=True))
     assert isinstance(output, torch.Tensor)
-    return output, total
+    return output, lse
 
 
 def _scored_keys(pages: torch.Tensor, tables: CodecTables, angles: Angles | None) -> torch.Tensor:
@@ -150,9 +149,21 @@ def _attend(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~valid, -torch.inf)
-    lse = torch.logsumexp(logits, dim=-1)
-    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return torch.matmul(weights, values[:, :, None]), lse
+    weights, total, lse = softmax_parts(logits)
+    return torch.matmul(weights, values[:, :, None]) / total, lse
+
+
+def softmax_parts(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return weights [..., N], what to divide their sums by [..., 1], and the log-sum-exp [...] of `logits` [..., N].
+
+    A row of minus infinities has weights 0 and log-sum-exp minus infinity.
+    """
+    if not logits.shape[-1]:
+        return logits, logits.new_ones(*logits.shape[:-1], 1), logits.new_full(logits.shape[:-1], -torch.inf)
+    high = logits.detach().amax(-1, keepdim=True).clamp(min=_LOWEST)
+    weights = torch.exp(logits - high)
+    total = weights.sum(-1, keepdim=True)
+    return weights, total.clamp(min=_TINY), (total.log() + high)[..., 0]
 
 
 def _nothing(query: torch.Tensor) -> Part:

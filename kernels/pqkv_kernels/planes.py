@@ -5,7 +5,7 @@ pairs, undoing the map is linear within a pair: it is done to the centroids, onc
 and bytes; no queries.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -53,11 +53,14 @@ class Planes:
     pairs
         The rotary pair of every plane, or the number of pairs where it is not rotated, [Hkv, D / 2] int64; None where keys
         are coded as the cache is given them.
+    steps
+        What a reader keeps of the angles inside a page, which are the same for all pages.
     """
 
     stages: tuple[PlaneStage, ...]
     channels: torch.Tensor
     pairs: torch.Tensor | None
+    steps: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_planes(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pqkv_kernels.angles import Angles, PageAngles, page_range
-from pqkv_kernels.attention import Part, merge
+from pqkv_kernels.attention import Part, merge, softmax_parts
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.planes import Planes, read_planes
 
@@ -56,9 +56,8 @@ def plane_attention(
             logits = softcap * torch.tanh(logits / softcap)
         slots = torch.arange(tiles[0].start * PAGE_TOKENS, tiles[-1].stop * PAGE_TOKENS, device=query.device)
         logits = logits.masked_fill((slots < first_token[:, None])[:, None, None], -torch.inf)
-        lse = torch.logsumexp(logits, dim=-1)
-        weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-        output = reader.weighted(tiles, weights)
+        weights, total, lse = softmax_parts(logits)
+        output = reader.weighted(tiles, weights) / total
         parts.append((output.unflatten(2, (group, num_queries)), lse.unflatten(2, (group, num_queries))))
     return merge(parts) if parts else (torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf))
 
@@ -71,7 +70,7 @@ class _Reader:
         self._few = rows.shape[2] <= FEW_QUERIES
         self._step = self._base = None
         if isinstance(angles, PageAngles):
-            self._step = _plane_factors(angles.step, keys).mT.contiguous()  # [Hkv, D / 2, 64]
+            self._step = _step_factors(angles, keys)
             self._base = _plane_factors(angles.base, keys).permute(2, 0, 1, 3)  # [P, B, Hkv, D / 2]
 
     def scores(self, tiles: list[_Tile]) -> torch.Tensor:
@@ -187,6 +186,15 @@ def _blocks(tiles: Iterator[_Tile], block_pages: int) -> Iterator[list[_Tile]]:
         block.append(tile)
     if block:
         yield block
+
+
+def _step_factors(angles: PageAngles, planes: Planes) -> torch.Tensor:
+    """Return the factors [Hkv, D / 2, 64] inside a page, kept with the planes as long as the angles are the same."""
+    cos, factors = planes.steps.get("kept", (None, None))
+    if cos is not angles.step[0] or factors is None:
+        factors = _plane_factors(angles.step, planes).mT.contiguous()
+        planes.steps["kept"] = (angles.step[0], factors)
+    return factors
 
 
 def _plane_factors(angles: Angles, planes: Planes) -> torch.Tensor:

@@ -42,6 +42,7 @@ class Timeline:
         self.row_start: torch.Tensor | None = None
         self._angles: dict[tuple[int, int, int], Angles] = {}
         self._page_angles: dict[tuple[int, int], Angles | PageAngles] = {}
+        self._steps: dict[int, Angles] = {}  # angles inside a page, the same all along
 
     @property
     def num_slots(self) -> int:
@@ -146,9 +147,10 @@ class Timeline:
                 assert per_token is not None  # there is a source
                 self._page_angles[key] = per_token
             else:
-                steps = torch.arange(PAGE_TOKENS, device=base.device)[None]
-                cos, sin = source(steps)
-                self._page_angles[key] = PageAngles(source(base), (cos[0], sin[0]))
+                if id(source) not in self._steps:
+                    cos, sin = source(torch.arange(PAGE_TOKENS, device=base.device)[None])
+                    self._steps[id(source)] = cos[0], sin[0]
+                self._page_angles[key] = PageAngles(source(base), self._steps[id(source)])
         return self._page_angles[key]
 
     def _page_bases(self, stop: int) -> torch.Tensor | None:

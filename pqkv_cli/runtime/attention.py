@@ -74,17 +74,17 @@ def _exact_parts(
 ) -> list[Part]:
     """Attend with the queries of `block` to the exact sinks and to the tokens after the codes."""
     queries, num_queries = query[:, :, block], query.shape[2]
-    parts: list[Part] = []
-    if view.sinks["keys"].shape[2]:
-        sink_slots = row_start[:, None] + torch.arange(view.sinks["keys"].shape[2], device=query.device)
-        valid = (sink_slots < view.num_coded)[:, None]
-        parts.append(exact_attention(queries, view.sinks["keys"], view.sinks["values"], valid, scaling, softcap))
-    exact_slots = view.num_coded + torch.arange(view.exact["keys"].shape[2], device=query.device)
+    keys, values = view.exact["keys"], view.exact["values"]
+    exact_slots = view.num_coded + torch.arange(keys.shape[2], device=query.device)
     query_slots = view.num_slots - num_queries + torch.arange(num_queries, device=query.device)[block]
     causal = exact_slots[None, :] <= query_slots[:, None]
     valid = causal[None] & (exact_slots >= row_start[:, None])[:, None]
-    parts.append(exact_attention(queries, view.exact["keys"], view.exact["values"], valid, scaling, softcap))
-    return parts
+    if num_sinks := view.sinks["keys"].shape[2]:
+        sink_slots = row_start[:, None] + torch.arange(num_sinks, device=query.device)
+        coded = (sink_slots < view.num_coded)[:, None].expand(-1, valid.shape[1], -1)
+        keys, values = torch.cat((view.sinks["keys"], keys), dim=2), torch.cat((view.sinks["values"], values), dim=2)
+        valid = torch.cat((coded, valid), dim=-1)
+    return [exact_attention(queries, keys, values, valid, scaling, softcap)]
 
 
 def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None) -> Part:

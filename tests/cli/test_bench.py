@@ -1,0 +1,28 @@
+"""``pqkv bench`` on a tiny model: small, but it really measures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+
+def test_it_measures_beside_dense_caches(exported: Path, pqkv: Callable) -> None:
+    answer = pqkv("bench", exported, "--context", 128, "--context", 70, "--repeats", 2, "--json", "-")
+    assert answer.code == 0, answer.err
+    record = answer.json
+    assert record["schema"] == "pqkv.bench/1" and record["environment"]["device"]
+    assert [row["context"] for row in record["attention"]] == [128, 64]
+    for row in record["attention"]:
+        assert row["gate_error"] < 0.01 and row["codes_ms"]["p50"] > 0 and row["ratio_to_static"] > 0
+    for row in record["tokens"]:
+        assert {"pqkv", "DynamicCache", "StaticCache"} <= set(row["ms_per_token"])
+        assert row["ratios"]["DynamicCache"] == row["ms_per_token"]["DynamicCache"]["p50"] / row["ms_per_token"]["pqkv"]["p50"]
+        assert ("QuantizedCache" in row["ms_per_token"]) != ("QuantizedCache" in row["missing"])
+
+
+def test_inspect_says_what_attends(exported: Path, pqkv: Callable) -> None:
+    backend = pqkv("inspect", exported, "--json", "-").json["backend"]
+    assert backend["name"] in ("torch", "triton") and backend["reason"]
+
+
+def test_the_tables_are_for_people(exported: Path, pqkv: Callable) -> None:
+    answer = pqkv("bench", exported, "--context", 64, "--repeats", 1)
+    assert "whole decode steps" in answer.out and "decode attention of one layer, backend" in answer.out
