@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
 from pqkv_cli.gates import parse_gates
+from pqkv_cli.rates import RATES
 from pqkv_cli.recipe_faults import describe_faults
 
 TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated", "longbench"]
@@ -27,6 +28,14 @@ def _consistent(gates: tuple[str, ...]) -> tuple[str, ...]:
 
 
 _TASK = r"^[\w.+-]+$"
+
+
+def _known_rate(bits: float) -> float:
+    if bits not in RATES:
+        raise ValueError(f"found {bits:g}; expected one of {', '.join(f'{rate:g}' for rate in RATES)}")
+    return int(bits) if bits == int(bits) else bits
+
+
 _DEVICE = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
 
 
@@ -48,7 +57,7 @@ class CalibrationRecipe(_Section):
 class CodebookRecipe(_Section):
     """The code rate (bits per channel), how many of a vector's bits go to its prototype, and the effort of the fit."""
 
-    bits: Literal[4, 3, 2, 1] = 4
+    bits: Annotated[float, AfterValidator(_known_rate)] = 4
     prototype_bits: Literal[0, 8, 10] = 10
     iterations: int = Field(25, ge=1)
 

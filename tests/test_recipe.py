@@ -38,7 +38,7 @@ def test_defaults() -> None:
             "calibration: {smaples: 3}",
             ["calibration.smaples: unknown key (did you mean 'samples'?)", "known are data"],
         ),
-        ("codebooks: {bits: 5}", ["codebooks.bits: found 5", "expected 4, 3, 2 or 1"]),
+        ("codebooks: {bits: 5}", ["codebooks.bits: found 5", "expected one of 4, 3.5, 3"]),
         ("codebooks: {bits: '4'}", ["codebooks.bits: found '4'"]),
         ("dtype: flaot16", ["dtype: found 'flaot16' (did you mean 'float16'?)"]),
         ("device: gpu", ["device: found 'gpu'"]),

@@ -46,7 +46,7 @@ ReservoirOption = Annotated[int | None, typer.Option("--reservoir-size", help="V
 RecallShareOption = Annotated[
     float | None, typer.Option("--recall-share", help="Share of the windows in which numbers are hidden and asked for.")
 ]
-BitsOption = Annotated[int | None, typer.Option("--bits", metavar="N", help="Bits of code per channel: 4, 3, 2 or 1.")]
+BitsOption = Annotated[float | None, typer.Option("--bits", metavar="N", help="Bits of code per channel: 4, 3.5, 3, ... 1.")]
 PrototypeBitsOption = Annotated[
     int | None,
     typer.Option("--prototype-bits", metavar="N", help="Bits of the code of the whole vector: 10, 8 or 0."),

@@ -13,7 +13,7 @@ from pqkv_cli.specs import (
 )
 
 
-def uniform_plan(geometry: ModelGeometry, bits: int, cache: CacheSpec, prototype_bits: int = 10) -> CompressionPlan:
+def uniform_plan(geometry: ModelGeometry, bits: float, cache: CacheSpec, prototype_bits: int = 10) -> CompressionPlan:
     """Return a plan that codes every layer that can be at `bits` per channel.
 
     Keys of rotary layers are coded before rotary embedding in the metric of each pair, other keys as they are; values in
@@ -54,8 +54,9 @@ def _key_map(layer: LayerGeometry) -> MapKind:
     return "scale" if layer.head_dim % 2 else "blocks"
 
 
-def _names(layer: LayerGeometry, bits: int, kinds: list[tuple[int, bool]]) -> tuple[str, str]:
+def _names(layer: LayerGeometry, bits: float, kinds: list[tuple[int, bool]]) -> tuple[str, str]:
     """Return the codec names of a layer; suffixes appear only where layers of the model differ."""
     width = f"_d{layer.head_dim}" if len({dim for dim, _ in kinds}) > 1 else ""
     unrotated = "_nope" if layer.rotary is None and any(rotary for _, rotary in kinds) else ""
-    return f"k{bits}{width}{unrotated}", f"v{bits}{width}"
+    rate = f"{bits:g}".replace(".", "_")
+    return f"k{rate}{width}{unrotated}", f"v{rate}{width}"

@@ -41,7 +41,7 @@ class CapacityRow:
         Tokens of each row that fit, for every batch of `BATCHES`.
     """
 
-    bits: int
+    bits: float
     bytes_per_token: float
     table_bytes: int
     tokens: tuple[int, ...]
@@ -141,7 +141,7 @@ class _Shape:
         return low
 
 
-def _layouts(layers: Sequence[LayerGeometry], bits: int) -> Layouts | None:
+def _layouts(layers: Sequence[LayerGeometry], bits: float) -> Layouts | None:
     """Return keys' and values' layouts of every coded layer; no layer at 16 bits, None where the rate does not fit."""
     if bits == 16:
         return []

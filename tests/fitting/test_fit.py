@@ -9,7 +9,7 @@ from pqkv_cli.fitting.fit import fit_layer
 from pqkv_cli.fitting.plan import uniform_plan
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side import sample_weights
-from pqkv_cli.rates import key_layout, rate_layout
+from pqkv_cli.rates import RATES, key_layout, rate_layout
 from pqkv_cli.specs import SIDES, CacheSpec, LayerGeometry, ModelGeometry
 from pqkv_kernels.codec import quantize, round_trip, to_code_space
 from pqkv_kernels.layout import CodeLayout, RotaryLayout
@@ -140,8 +140,8 @@ def test_settings_are_checked() -> None:
 
 @pytest.mark.parametrize("prototype_bits", [0, 8, 10])
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("bits", [4, 3, 2, 1])
-def test_layouts_have_exactly_their_rate(bits: int, head_dim: int, prototype_bits: int) -> None:
+@pytest.mark.parametrize("bits", list(RATES))
+def test_layouts_have_exactly_their_rate(bits: float, head_dim: int, prototype_bits: int) -> None:
     for layout in (rate_layout(bits, head_dim, prototype_bits), key_layout(bits, head_dim, prototype_bits)):
         assert layout.bits_per_channel == bits and layout.head_dim == head_dim
         assert all(len(stage) <= 3 for stage in layout.stages)
