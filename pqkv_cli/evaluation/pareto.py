@@ -55,6 +55,7 @@ def draw_pareto(points: Sequence[Point], title: str, path: Path) -> None:
         own.sort(key=lambda point: float(point["bits_per_channel"]))
         x, y = [p["bits_per_channel"] for p in own], [max(p["kl_bits"], _LEAST_KL) for p in own]
         style: dict[str, Any] = {"color": f"C{index % 10}", "marker": _MARKERS[index % len(_MARKERS)], "linewidth": 1.2}
+        style["linestyle"] = "--" if index >= 10 else "-"  # the colors begin again
         if name == _OWN:
             style = {"color": "black", "marker": "*", "linewidth": 2.5, "markersize": 13, "zorder": 5}
         axes.plot(x, y, label=name, **style)
