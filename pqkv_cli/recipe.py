@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
 from pqkv_cli.gates import parse_gates
@@ -33,6 +33,10 @@ _TASK = r"^[\w.+-]+$"
 def _known_rate(bits: float) -> float:
     if bits not in RATES:
         raise ValueError(f"found {bits:g}; expected one of {', '.join(f'{rate:g}' for rate in RATES)}")
+    return bits
+
+
+def _written_rate(bits: float) -> int | float:
     return int(bits) if bits == int(bits) else bits
 
 
@@ -57,7 +61,7 @@ class CalibrationRecipe(_Section):
 class CodebookRecipe(_Section):
     """The code rate (bits per channel), how many of a vector's bits go to its prototype, and the effort of the fit."""
 
-    bits: Annotated[float, AfterValidator(_known_rate)] = 4
+    bits: Annotated[float, AfterValidator(_known_rate), PlainSerializer(_written_rate)] = 4
     prototype_bits: Literal[0, 8, 10] = 10
     iterations: int = Field(25, ge=1)
 

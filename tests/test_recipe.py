@@ -86,6 +86,12 @@ def test_override_changes_what_is_given_only() -> None:
     assert (recipe.codebooks.bits, recipe.calibration.samples, recipe.device) == (2, 64, "cpu")
 
 
+def test_a_rate_is_the_same_however_it_is_written() -> None:
+    recipe = named_recipe("demo")
+    assert recipe_hash(override(recipe, {"codebooks.bits": 4.0})) == recipe_hash(recipe)
+    assert "bits: 4\n" in dump_recipe(recipe) and "bits: 2.5\n" in dump_recipe(override(recipe, {"codebooks.bits": 2.5}))
+
+
 @pytest.mark.parametrize("changes", [{"codebooks.bits": 7}, {"nothing.here": 1}, {"calibration.samplse": 3}])
 def test_override_is_as_strict_as_a_file(changes: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match="this command line is not a valid recipe"):
