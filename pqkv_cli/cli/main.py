@@ -25,6 +25,7 @@ from pqkv_cli.cli.inspect import inspect
 from pqkv_cli.cli.recipes import recipes
 from pqkv_cli.cli.report import report
 from pqkv_cli.cli.run import run
+from pqkv_cli.cli.verify import verify
 from pqkv_cli.errors import UsageError, did_you_mean
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -36,6 +37,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "bench": bench,
     "inspect": inspect,
+    "verify": verify,
     "report": report,
     "recipes": recipes,
 }

@@ -1,0 +1,25 @@
+"""Where the artifact of a target lies. Opens nothing."""
+
+from pathlib import Path
+
+from pqkv_cli.errors import RunError
+from pqkv_cli.pipeline.rundir import kind_of
+from pqkv_cli.pipeline.target import Target
+
+
+def artifact_place(target: Target) -> Path:
+    """Return the artifact that `target` is, or that the run it leads to has exported.
+
+    Raises
+    ------
+    RunError
+        If there is no run, or it has no artifact yet.
+    """
+    if target.kind == "artifact" and target.path is not None:
+        return target.path
+    run = target.run
+    if kind_of(run.path) != "run":
+        raise RunError(f"there is no run in {run.path}; start it with: pqkv calibrate {target.reference}")
+    if not run.artifact_file.is_file():
+        raise RunError(f"{run.path} has no artifact yet; make it with: pqkv export {run.path}")
+    return run.artifact_file

@@ -1,0 +1,112 @@
+"""Proves an artifact: that it opens, that its codecs work, and that it belongs to a model. Knows no terminal."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pqkv_cli.artifact.check import check_model
+from pqkv_cli.artifact.exercise import CodecTest, exercise_codecs
+from pqkv_cli.artifact.store import Artifact, artifact_file, open_artifact
+from pqkv_cli.errors import ArtifactError
+from pqkv_cli.models.geometry import geometry
+from pqkv_cli.models.identity import model_identity
+from pqkv_cli.models.load import load_model
+from pqkv_cli.models.resolve import ResolvedModel, resolve_model
+
+SCHEMA = "pqkv.verify/1"
+_MOST_FAULTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at, and what came of it, in words."""
+
+    name: str
+    state: Literal["passed", "failed", "skipped"]
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """All checks of one artifact; `sha256` is None where it could not be opened."""
+
+    path: Path
+    sha256: str | None
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks if check.state == "failed")
+
+    def document(self) -> dict[str, Any]:
+        """Return the verification as JSON; its keys stay."""
+        return {
+            "schema": SCHEMA,
+            "path": str(self.path),
+            "sha256": self.sha256,
+            "passed": not self.failed,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    def require_passed(self) -> None:
+        """Do nothing if every check has passed.
+
+        Raises
+        ------
+        ArtifactError
+            If one has not; the message holds them all.
+        """
+        if self.failed:
+            lines = "\n".join(f"  - {check.name}: {check.detail}" for check in self.failed)
+            raise ArtifactError(f"{self.path} failed {len(self.failed)} of {len(self.checks)} checks:\n{lines}")
+
+
+def verify(path: Path, against: str | None = None) -> Verification:
+    """Check the artifact at `path`, and that it belongs to the model `against`, if one is named.
+
+    Raises
+    ------
+    ModelError, UnsupportedModelError
+        If the model cannot be read. What is wrong with the artifact is in the checks instead.
+    """
+    # A word that names no model is misuse, to be told before a large artifact is read.
+    resolved = None if against is None else resolve_model(against)
+    path = artifact_file(path)
+    try:
+        artifact = open_artifact(path)
+    except ArtifactError as error:
+        return Verification(path, None, (Check("reader's laws", "failed", str(error)),))
+    return Verification(artifact.path, artifact.sha256, tuple(_checks(artifact, resolved)))
+
+
+def _checks(artifact: Artifact, model: ResolvedModel | None) -> Iterator[Check]:
+    detail = (
+        f"content hash {artifact.sha256[:12]}, {artifact.file_bytes:,} bytes; header, geometry, tensors and values are right"
+    )
+    yield Check("reader's laws", "passed", detail)
+    yield from map(_codec_check, exercise_codecs(artifact))
+    if model is None:
+        yield Check("model", "skipped", f"made for {artifact.header.model.label}; name a model to check with --against")
+    else:
+        yield _model_check(artifact, model)
+
+
+def _codec_check(test: CodecTest) -> Check:
+    name = f"{test.side} codec {test.codec}"
+    if test.faults:
+        left_out = len(test.faults) - _MOST_FAULTS
+        shown = "; ".join(test.faults[:_MOST_FAULTS]) + (f"; and {left_out} more" if left_out > 0 else "")
+        return Check(name, "failed", f"{shown}; fit the codebooks again and export")
+    detail = f"{test.centroids:,} centroids decode to themselves, pages of {test.page_bytes} bytes; layers: {test.layers}"
+    return Check(name, "passed", detail)
+
+
+def _model_check(artifact: Artifact, resolved: ResolvedModel) -> Check:
+    model, _ = load_model(resolved)
+    try:
+        check_model(artifact, model_identity(model), geometry(model.config), label=resolved.label)
+    except ArtifactError as error:
+        return Check("model", "failed", str(error))
+    return Check("model", "passed", f"configuration, geometry and attention weights are those of {resolved.label}")
