@@ -16,6 +16,7 @@ import typer
 from pqkv_cli import __version__
 from pqkv_cli.cli.bench import bench
 from pqkv_cli.cli.calibrate import calibrate
+from pqkv_cli.cli.diff import diff
 from pqkv_cli.cli.evaluate import evaluate
 from pqkv_cli.cli.export import export
 from pqkv_cli.cli.failure import INTERRUPTED, Terminated, describe
@@ -38,6 +39,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "inspect": inspect,
     "verify": verify,
+    "diff": diff,
     "report": report,
     "recipes": recipes,
 }
