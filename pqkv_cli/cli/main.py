@@ -17,6 +17,7 @@ from pqkv_cli import __version__
 from pqkv_cli.cli.bench import bench
 from pqkv_cli.cli.calibrate import calibrate
 from pqkv_cli.cli.diff import diff
+from pqkv_cli.cli.doctor import doctor
 from pqkv_cli.cli.evaluate import evaluate
 from pqkv_cli.cli.export import export
 from pqkv_cli.cli.failure import INTERRUPTED, Terminated, describe
@@ -42,6 +43,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "diff": diff,
     "report": report,
     "recipes": recipes,
+    "doctor": doctor,
 }
 
 # Plain help: rich's markdown help takes as long to import as all the rest.

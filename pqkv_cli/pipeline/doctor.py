@@ -1,0 +1,178 @@
+"""Is this machine fit to run? Versions, devices, backend and known traps. Reads no environment and opens no model.
+
+Works where torch or transformers are broken: they are imported only inside the checks that need them.
+"""
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from platform import machine, platform, python_version
+from typing import Any, Literal
+
+SCHEMA = "pqkv.doctor/1"
+DISTRIBUTION = "pqkv"
+_TRUE = ("1", "true", "yes", "on", "y")
+_INSTALL = "pip install --upgrade pqkv"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. A ``note`` is worth knowing; only ``wrong`` calls for the `remedy`."""
+
+    name: str
+    state: Literal["good", "note", "wrong"]
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Everything that was found on this machine."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def wrong(self) -> tuple[Finding, ...]:
+        """What must be mended."""
+        return tuple(finding for finding in self.findings if finding.state == "wrong")
+
+    def document(self) -> dict[str, Any]:
+        """Return the diagnosis as JSON; its keys stay."""
+        return {"schema": SCHEMA, "healthy": not self.wrong, "findings": [asdict(finding) for finding in self.findings]}
+
+
+def diagnose(variables: Mapping[str, str], artifact: Path | None = None) -> Diagnosis:
+    """Look at this machine; `variables` are those of the environment, `artifact` one whose codes are to be attended to.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact is damaged.
+    """
+    findings = [*version_findings(_requirements(), installed_version), shadow_finding("kernels"), _demo_finding()]
+    broken = [finding for finding in map(_import_finding, ("torch", "transformers")) if finding.state == "wrong"]
+    if not broken:
+        findings += _device_findings(variables, artifact)
+    return Diagnosis((*findings, *broken))
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of an installed distribution, None where there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def version_findings(requirements: list[str], version_of: Callable[[str], str | None]) -> Iterator[Finding]:
+    """Yield a finding for Python, and one per requirement, as `pyproject.toml` writes it, that applies here."""
+    yield Finding("python", "good", f"{python_version()} on {platform()}, {machine()}")
+    if not requirements:
+        yield Finding(DISTRIBUTION, "wrong", "not installed as a package: its requirements are unknown", "pip install -e .")
+        return
+    if find_spec("packaging") is None:
+        yield Finding("packaging", "wrong", "not installed, so no version can be compared", _INSTALL)
+        return
+    from packaging.requirements import Requirement
+
+    for text in requirements:
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        found, expected = version_of(wanted.name), str(wanted.specifier)
+        if found is None:
+            yield Finding(wanted.name, "wrong", f"not installed; expected {expected}", f"pip install '{wanted.name}{expected}'")
+        elif not wanted.specifier.contains(found, prereleases=True):
+            yield Finding(wanted.name, "wrong", f"{found}; expected {expected}", f"pip install '{wanted.name}{expected}'")
+        else:
+            yield Finding(wanted.name, "good", found)
+
+
+def shadow_finding(name: str) -> Finding:
+    """Say whether the package `name`, which transformers imports by this name, is another one than the library."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:  # a plain folder of this name has no origin, and does no harm
+        return Finding(f"package {name}", "good", "nothing shadows the library of this name")
+    try:
+        library = importlib.metadata.distribution(name)
+        owned = Path(str(library.locate_file(f"{name}/__init__.py"))).resolve() == Path(spec.origin).resolve()
+    except importlib.metadata.PackageNotFoundError:
+        owned = False
+    if owned:
+        return Finding(f"package {name}", "good", f"the library itself, {installed_version(name)}")
+    remedy = f"rename that package, delete its __init__.py, or take {Path(spec.origin).parent.parent} off Python's path"
+    return Finding(f"package {name}", "wrong", f"{spec.origin} shadows the library that transformers imports", remedy)
+
+
+def triton_findings(has_gpu: bool, version: str | None, interpret: str | None, compiler: str | None) -> Iterator[Finding]:
+    """Yield what stands in the way of Triton's kernels; without a CUDA GPU nothing of it matters by default.
+
+    Parameters
+    ----------
+    has_gpu
+        Whether there is a CUDA GPU.
+    version
+        Installed version of Triton.
+    interpret
+        The variable ``TRITON_INTERPRET``.
+    compiler
+        A C compiler, which Triton needs to launch its kernels.
+    """
+    if version is None:
+        missing = "not installed, so attention over codes runs in plain torch"
+        yield Finding("triton", "wrong" if has_gpu else "note", missing, "pip install 'pqkv[gpu]'" if has_gpu else "")
+    else:
+        yield Finding("triton", "good", version)
+        if has_gpu and compiler is None:
+            yield Finding("C compiler", "wrong", "none found; Triton needs one to launch kernels", "install gcc, or set CC")
+    if (interpret or "").lower() in _TRUE:
+        found = f"TRITON_INTERPRET is {interpret}: kernels are interpreted, thousands of times slower"
+        yield Finding("interpreter", "wrong" if has_gpu else "note", found, "unset TRITON_INTERPRET" if has_gpu else "")
+
+
+def _requirements() -> list[str]:
+    try:
+        return importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _demo_finding() -> Finding:
+    from pqkv_cli.errors import ModelError
+    from pqkv_cli.models.resolve import DEMO, resolve_model
+
+    try:
+        return Finding("reference model", "good", resolve_model(DEMO).path_or_id)
+    except ModelError as error:
+        return Finding("reference model", "wrong", str(error), _INSTALL)
+
+
+def _import_finding(name: str) -> Finding:
+    try:
+        import_module(name)
+    except Exception as error:  # a broken installation can raise anything; all of it is what the user must see
+        return Finding(f"import {name}", "wrong", f"{type(error).__name__}: {error}", f"pip install --force-reinstall {name}")
+    return Finding(f"import {name}", "good", "works")
+
+
+def _device_findings(variables: Mapping[str, str], artifact: Path | None) -> Iterator[Finding]:
+    import torch
+
+    from pqkv_cli.artifact.store import open_artifact
+    from pqkv_cli.runtime.backend import backend_for
+
+    num_gpus = torch.cuda.device_count()
+    names = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(num_gpus)]
+    names += [f"xpu:{i}" for i in range(torch.xpu.device_count())] + ["mps"] * torch.backends.mps.is_available()
+    yield Finding("devices", "good", ", ".join([*names, f"cpu with {torch.get_num_threads()} threads"]))
+    compiler = variables.get("CC") or next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
+    yield from triton_findings(num_gpus > 0, installed_version("triton"), variables.get("TRITON_INTERPRET"), compiler)
+    tables = () if artifact is None else open_artifact(artifact).tables
+    chosen = backend_for("auto", torch.device("cuda" if num_gpus else "cpu"), tables)
+    # What must be mended for Triton to run is a finding of its own; codes that it cannot read are only worth knowing.
+    slow = num_gpus > 0 and chosen.name == "torch"
+    yield Finding("backend", "note" if slow else "good", f"{chosen.name}, because {chosen.reason}")

@@ -1,0 +1,106 @@
+"""``pqkv doctor``: a machine that is fit, and the traps that make one unfit."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pqkv_cli.pipeline.doctor import Diagnosis, Finding, shadow_finding, triton_findings, version_findings
+
+
+def named(findings: object) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def test_this_machine(pqkv: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    document = pqkv("doctor", "--json", "-").json
+    found = {finding["name"]: finding["found"] for finding in document["findings"]}
+    assert document["schema"] == "pqkv.doctor/1"
+    for name in ("python", "torch", "transformers", "safetensors", "devices", "triton", "backend", "reference model"):
+        assert found[name]
+    assert found["backend"].split(",")[0] in ("torch", "triton")
+
+
+def test_people_see_a_table_and_the_artifact_is_asked(pqkv: Callable, exported: Path) -> None:
+    answer = pqkv("doctor", exported)
+    assert ("this machine" in answer.out, "because" in answer.out) == (True, True)
+    assert pqkv("doctor", "nowhere").code == 2
+
+
+def test_versions_out_of_range_or_missing_are_wrong() -> None:
+    versions = {"old": "5.16.0", "new": "6.0", "right": "5.20", "built": "2.9.0+cu128"}
+    requirements = [f"{name}<6,>=5.17" for name in ("old", "new", "right", "absent")]
+    requirements += ["built>=2.8", 'other>=1; extra == "gpu"', 'elsewhere>=1; platform_system == "Nowhere"']
+    found = named(version_findings(requirements, versions.get))
+    assert {name: finding.state for name, finding in found.items()} == {
+        "python": "good",
+        "old": "wrong",
+        "new": "wrong",
+        "right": "good",
+        "absent": "wrong",
+        "built": "good",
+    }
+    assert found["old"].found == "5.16.0; expected <6,>=5.17"
+    assert found["absent"].remedy == "pip install 'absent<6,>=5.17'"
+
+
+def test_without_requirements_nothing_is_vouched_for() -> None:
+    assert named(version_findings([], {}.get))["pqkv"].state == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "version", "interpret", "compiler", "wrong"),
+    [
+        (False, None, None, None, []),
+        (False, "3.4", "1", None, []),
+        (True, "3.4", None, "/usr/bin/gcc", []),
+        (True, "3.4", "0", "/usr/bin/gcc", []),
+        (True, None, None, "/usr/bin/gcc", ["triton"]),
+        (True, "3.4", "1", "/usr/bin/gcc", ["interpreter"]),
+        (True, "3.4", None, None, ["C compiler"]),
+    ],
+)
+def test_what_stands_in_tritons_way(
+    has_gpu: bool, version: str | None, interpret: str | None, compiler: str | None, wrong: list[str]
+) -> None:
+    found = Diagnosis(tuple(triton_findings(has_gpu, version, interpret, compiler)))
+    assert [finding.name for finding in found.wrong] == wrong
+    assert all(finding.remedy for finding in found.wrong)
+    assert found.document()["healthy"] is not bool(wrong)
+
+
+def test_a_plain_folder_shadows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plainfolder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert shadow_finding("plainfolder").state == "good"
+
+
+def test_a_library_that_is_what_it_says_shadows_nothing() -> None:
+    assert shadow_finding("safetensors").found.startswith("the library itself")
+
+
+def test_a_package_called_kernels_is_found(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pqkv_cli", "doctor"], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "this machine is not fit" in done.stderr
+    assert f"{tmp_path / 'kernels' / '__init__.py'} shadows the library" in done.stderr
+
+
+def test_a_torch_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pqkv_cli", "doctor"], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "import torch: OSError: libcudart.so.12" in done.stderr
+    assert "Traceback" not in done.stderr
