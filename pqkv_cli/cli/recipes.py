@@ -1,40 +1,66 @@
-"""``pqkv recipes``: which recipes there are, and what one of them says."""
+"""``pqkv recipes``: which recipes there are, what one of them says, and a new one for a model."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pqkv_cli.cli.options import DebugOption, JsonOption, RunOption
+from pqkv_cli.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from pqkv_cli.cli.output import Output
+
+_ACTIONS = ("list", "show", "new")
 
 
 def recipes(
-    action: Annotated[str, typer.Argument(metavar="list|show", help="List all recipes, or show one.")] = "list",
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to show.")] = None,
+    action: Annotated[
+        str, typer.Argument(metavar="list|show|new", help="List all recipes, show one, or write one for a model.")
+    ] = "list",
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to show, or the model of the new one.")] = None,
     run: RunOption = None,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", metavar="FILE", help="Where to write the new recipe. [default: stdout]")
+    ] = None,
     json_target: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """List the recipes, or show one.
+    """List the recipes, show one, or write one from a model's config.
 
-    Example: pqkv recipes show demo. With --run, the effective recipe of a run is shown.
+    Example: pqkv recipes new org/model -o mine.yaml. With --run, the effective recipe of a run is shown.
     """
-    from pqkv_cli.cli.output import Output, table
-    from pqkv_cli.errors import UsageError, did_you_mean
+    from pqkv_cli.cli.output import Output
+    from pqkv_cli.recipe import recipe_names
+
+    output = Output(json_target)
+    if action not in _ACTIONS:
+        hint = did_you_mean(action, _ACTIONS) or (f"; try: pqkv recipes show {action}" if action in recipe_names() else "")
+        raise UsageError(f"recipes knows 'list', 'show NAME' and 'new MODEL', not {action!r}{hint}")
+    if out is not None and action != "new":
+        raise UsageError("--out belongs to 'new'; expected: pqkv recipes new MODEL --out FILE")
+    if action == "new":
+        _write_new(output, name, run, out)
+    elif action == "list" and run is None:
+        _list(output)
+    else:
+        _show(output, name, run)
+
+
+def _list(output: "Output") -> None:
+    from pqkv_cli.cli.output import table
+    from pqkv_cli.recipe import named_recipe, recipe_names
+
+    known = [named_recipe(each) for each in recipe_names()]
+    rows = [(r.name, r.model, r.codebooks.bits, r.calibration.samples, r.calibration.seq_len) for r in known]
+    columns = ("recipe", "model", "bits", "samples", "tokens each")
+    output.result([r.model_dump(mode="json") for r in known], table("recipes", columns, rows))
+
+
+def _show(output: "Output", name: str | None, run: str | None) -> None:
     from pqkv_cli.pipeline.target import resolve_target
     from pqkv_cli.recipe import dump_recipe, named_recipe, recipe_hash, recipe_names
 
-    output = Output(json_target)
-    if action not in ("list", "show"):
-        hint = did_you_mean(action, ("list", "show")) or (
-            f"; try: pqkv recipes show {action}" if action in recipe_names() else ""
-        )
-        raise UsageError(f"recipes knows 'list' and 'show NAME', not {action!r}{hint}")
-    if action == "list" and run is None:
-        known = [named_recipe(each) for each in recipe_names()]
-        rows = [(r.name, r.model, r.codebooks.bits, r.calibration.samples, r.calibration.seq_len) for r in known]
-        columns = ("recipe", "model", "bits", "samples", "tokens each")
-        output.result([r.model_dump(mode="json") for r in known], table("recipes", columns, rows))
-        return
     if name is None and run is None:
         raise UsageError(f"show needs a name; expected one of {', '.join(recipe_names())}")
     recipe = named_recipe(str(name)) if run is None else resolve_target(run).recipe
@@ -42,3 +68,22 @@ def recipes(
         raise UsageError(f"{run} is an artifact; its recipe.yaml lies beside it")
     text = dump_recipe(recipe)
     output.result({"recipe": recipe.model_dump(mode="json"), "sha256": recipe_hash(recipe)}, text.rstrip())
+
+
+def _write_new(output: "Output", model: str | None, run: str | None, out: str | None) -> None:
+    if model is None or run is not None:
+        raise UsageError("new needs a model and no --run; expected: pqkv recipes new MODEL, a directory or an org/name hub id")
+
+    from pqkv_cli.pipeline.draft import check_recipe_file, draft_recipe, write_recipe
+    from pqkv_cli.recipe import recipe_hash
+
+    file = None if out is None else Path(out).expanduser()
+    if file is not None:
+        check_recipe_file(file)
+    draft = draft_recipe(model)
+    shown = draft.text.rstrip()
+    if file is not None:
+        write_recipe(draft, file)
+        shown = f"{file}: start it with: pqkv run {file}"
+    path = None if file is None else str(file)
+    output.result({"recipe": draft.recipe.model_dump(mode="json"), "sha256": recipe_hash(draft.recipe), "path": path}, shown)
