@@ -1,6 +1,7 @@
 """``pqkv verify``: what a whole artifact shows, and every way in which one is not."""
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 from artifact.artifact_maker import edit, make_header, make_tables
 from transformers import AutoModelForCausalLM
 
+from pqkv_cli.artifact import exercise
 from pqkv_cli.artifact.store import save_artifact
+from pqkv_cli.pipeline.verify import verify
 
 
 @pytest.fixture
@@ -72,6 +75,42 @@ def test_a_transform_that_does_not_survive_its_own_inverse_fails(pqkv: Callable,
     assert [name for name, state in states(answer.json).items() if state == "failed"] == ["keys codec k3"]
     assert "layer 1: undoing the transform" in answer.err
     assert "for the heads [1]" in answer.err
+
+
+def test_a_machine_that_codes_wrongly_fails(pqkv: Callable, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nearest, encode = exercise.nearest_centroids, exercise.encode
+    monkeypatch.setattr(exercise, "nearest_centroids", lambda points, book: nearest(points, book).roll(1, dims=1))
+    answer = pqkv("verify", artifact)
+    assert (answer.code, answer.err.count("decodes to another")) == (1, 6)
+    monkeypatch.setattr(exercise, "nearest_centroids", nearest)
+    monkeypatch.setattr(exercise, "encode", lambda *words: encode(*words).flip(1))
+    answer = pqkv("verify", artifact)
+    assert (answer.code, "reading back the pages that were written" in answer.err) == (1, True)
+
+
+def test_while_it_is_exported_again_the_old_or_the_new_one_is_seen(artifact: Path) -> None:
+    header = make_header()
+    both = {save_artifact(artifact, header, make_tables(header, seed)) for seed in (0, 1)}
+    stop, seen = threading.Event(), []
+
+    def export_again() -> None:
+        tables = [make_tables(header, seed) for seed in (0, 1)]
+        while not stop.is_set():
+            for each in tables:
+                save_artifact(artifact, header, each)
+
+    def read() -> None:
+        seen.extend(verify(artifact) for _ in range(5))
+
+    writer, readers = threading.Thread(target=export_again), [threading.Thread(target=read) for _ in range(10)]
+    for thread in (writer, *readers):
+        thread.start()
+    for thread in readers:
+        thread.join()
+    stop.set()
+    writer.join()
+    assert len(seen) == 50
+    assert [made.checks for made in seen if made.failed or made.sha256 not in both] == []
 
 
 def test_a_fine_tune_is_another_model(pqkv: Callable, exported: Path, tiny_model: Path, tmp_path: Path) -> None:
