@@ -33,6 +33,10 @@ def reference_model() -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def reference(reference_model: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     run = tmp_path_factory.mktemp("runs") / "demo"
-    for words in (["calibrate", "demo", "-o", str(run)], ["fit-codebooks", str(run)], ["export", str(run)]):
+    for words in (
+        ["calibrate", "demo", "-o", str(run)],
+        ["fit-codebooks", str(run), "--iterations", "6"],
+        ["export", str(run)],
+    ):
         assert main(words) == 0
     yield Reference(*reference_model, open_artifact(run / "artifact"), run)

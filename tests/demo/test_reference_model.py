@@ -48,7 +48,7 @@ def test_it_recalls_at_full_precision(reference_model, length: int) -> None:
     assert right >= 0.9
 
 
-@pytest.mark.parametrize(("mode", "most_bits", "least_agreement"), [("all", 0.016, 0.94), ("cache", 0.003, 0.97)])
+@pytest.mark.parametrize(("mode", "most_bits", "least_agreement"), [("all", 0.012, 0.95), ("cache", 0.003, 0.97)])
 def test_four_bits_cost_little(subject: Subject, mode: str, most_bits: float, least_agreement: float) -> None:
     # Guards what docs/results.md reports against regressions, with room for another Python's text.
     divergence, agreement = kl_bits(subject, mode, limit=16)
@@ -64,7 +64,11 @@ def test_positions_do_not_matter(subject: Subject) -> None:
 def test_a_second_export_gives_the_same_bytes(reference, tmp_path) -> None:
     first = reference.artifact.path.read_bytes()
     run = tmp_path / "again"
-    for words in (["calibrate", "demo", "-o", str(run)], ["fit-codebooks", str(run)], ["export", str(run)]):
+    for words in (
+        ["calibrate", "demo", "-o", str(run)],
+        ["fit-codebooks", str(run), "--iterations", "6"],
+        ["export", str(run)],
+    ):
         assert main(words) == 0
     assert (run / "artifact" / "pqkv.safetensors").read_bytes() == first
 

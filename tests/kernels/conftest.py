@@ -1,14 +1,10 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter: the variable counts when a kernel's module is imported."""
+"""Fixtures of the kernel tests."""
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parent))
 
