@@ -1,6 +1,6 @@
 """The reference model, and one calibrated, fitted and exported run of it per test session."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,22 @@ from pqkv_cli.models.load import load_model
 from pqkv_cli.models.resolve import resolve_model
 
 
+def make_run(run: Path) -> None:
+    """Calibrate, fit (with few iterations) and export the reference model."""
+    fit = ["fit-codebooks", str(run), "--iterations", "6"]
+    for words in (["calibrate", "demo", "-o", str(run)], fit, ["export", str(run)]):
+        assert main(words) == 0
+
+
 @dataclass(frozen=True)
 class Reference:
-    """The embedded model with an artifact of 4 bits per channel."""
+    """The embedded model with an artifact of 4 bits per channel, and what makes another run of it."""
 
     model: Any
     tokenizer: Any
     artifact: Artifact
     run: Path
+    make_run: Callable[[Path], None] = make_run
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +41,5 @@ def reference_model() -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def reference(reference_model: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     run = tmp_path_factory.mktemp("runs") / "demo"
-    for words in (
-        ["calibrate", "demo", "-o", str(run)],
-        ["fit-codebooks", str(run), "--iterations", "6"],
-        ["export", str(run)],
-    ):
-        assert main(words) == 0
+    make_run(run)
     yield Reference(*reference_model, open_artifact(run / "artifact"), run)
