@@ -18,8 +18,9 @@ _KL_AXIS = Axis("KL divergence, bits per token", log=True, tick=lambda v: f"{v:.
 def pareto(points: Sequence[Mapping[str, Any]]) -> str:
     """Return bits against loss of every method, ours first; empty without points."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for point in sorted(points, key=lambda p: (not p.get("artifact_sha256"), str(p["method"]), p["bits_per_channel"])):
-        name = "pqkv" if point.get("artifact_sha256") else str(point["method"])
+    named = [("" if point.get("artifact_sha256") else str(point["method"]), point) for point in points]
+    for method, point in sorted(named, key=lambda pair: (pair[0], pair[1]["bits_per_channel"])):
+        name = method or "pqkv"
         lines.setdefault(name, []).append((float(point["bits_per_channel"]), float(point["kl_bits"])))
     description = "Bits per channel against KL divergence from the uncompressed model; lower left is better."
     return line_chart("Accuracy per bit", description, Axis("bits per channel, everything counted"), _KL_AXIS, lines)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from pqkv_cli.errors import UsageError
 from pqkv_cli.models.footprint import LayerFootprint, layer_footprints, weights
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.rates import RATES, key_layout, rate_layout
+from pqkv_cli.rates import PROTOTYPE_NBITS, RATES, key_layout, rate_layout
 from pqkv_cli.specs import CacheSpec, LayerGeometry
 from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout
 
@@ -145,20 +145,16 @@ def _layouts(layers: Sequence[LayerGeometry], bits: float) -> Layouts | None:
     """Return keys' and values' layouts of every coded layer; no layer at 16 bits, None where the rate does not fit."""
     if bits == 16:
         return []
+    found = []
     try:
-        return [
-            (
-                layer,
-                (
-                    key_layout(bits, layer.head_dim) if layer.rotary is not None else rate_layout(bits, layer.head_dim),
-                    rate_layout(bits, layer.head_dim),
-                ),
-            )
-            for layer in layers
-            if not layer.dense_reason
-        ]
+        for layer in layers:
+            if not layer.dense_reason:
+                plain = rate_layout(bits, layer.head_dim, PROTOTYPE_NBITS[-1])
+                keys = plain if layer.rotary is None else key_layout(bits, layer.head_dim, PROTOTYPE_NBITS[-1])
+                found.append((layer, (keys, plain)))
     except UsageError:
         return None
+    return found
 
 
 def _table_bytes(layout: CodeLayout) -> int:

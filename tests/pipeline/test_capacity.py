@@ -36,11 +36,11 @@ def test_llama_3_8b_on_24_gb() -> None:
     found = capacity(LlamaConfig(**LLAMA_3_8B), 24 * 10**9)
     assert found.weight_bytes == 8_030_261_248 * 2
     rows = {row.bits: row for row in found.rows}
-    assert list(rows) == [16, 4, 3, 2, 1]
+    assert list(rows) == [16, 4, 3.5, 3, 2.5, 2, 1.5, 1]
     free = 24e9 * (1 - RESERVED_SHARE) - found.weight_bytes
     assert rows[16].bytes_per_token == 32 * 2 * 8 * 128 * 2
     assert rows[16].tokens == tuple(int(free // (131072 * batch)) for batch in BATCHES)
-    for bits in (4, 3, 2, 1):
+    for bits in (4, 3.5, 3, 2.5, 2, 1.5, 1):
         assert rows[bits].bytes_per_token == 131072 * bits / 16 + 4
         per_token = rows[bits].bytes_per_token + 4096  # and the exact keys and values of the layer that is read
         exact = (4 + 64 + 64) * 131072
