@@ -2,12 +2,20 @@
 
 import errno
 import os
+import re
 import secrets
 import shutil
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pqkv_cli.errors import PqkvError
+
+if sys.platform != "win32":
+    import fcntl
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.tmp")
 
 
 def write_text(path: Path, text: str, error: type[PqkvError] = PqkvError) -> None:
@@ -23,6 +31,8 @@ def write_text(path: Path, text: str, error: type[PqkvError] = PqkvError) -> Non
 
 def write_bytes(path: Path, data: bytes, error: type[PqkvError] = PqkvError) -> None:
     """Write `data` to `path` so that at every moment the old file or the new one is there, even after a power cut.
+
+    What writers of `path` that were killed have left beside it is removed.
 
     Parameters
     ----------
@@ -50,22 +60,66 @@ def write_bytes(path: Path, data: bytes, error: type[PqkvError] = PqkvError) -> 
 
 
 def _replace(path: Path, data: bytes) -> None:
-    # In the same directory: a rename is only atomic within one file system.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    _remove_left_behind(path)
+    with _temporary(path) as (descriptor, temporary):
+        left = memoryview(data)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[tuple[int, Path]]:
+    """Make and lock a file beside `path`: a rename is only atomic within one file system. Removed if the block fails."""
+    descriptor, temporary = _locked_temporary(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            left = memoryview(data)
-            while left:
-                left = left[os.write(descriptor, left) :]
-            os.fsync(descriptor)
+            yield descriptor, temporary
         finally:
             os.close(descriptor)
-        os.replace(temporary, path)
     except BaseException:
         with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _locked_temporary(path: Path) -> tuple[int, Path]:
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        # Another writer may have taken it for a dead one's before it was locked.
+        if _lock(descriptor) and temporary.exists():
+            return descriptor, temporary
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed; False if another process holds it. The kernel frees what the dead have locked."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks, on which nothing is ever taken for left behind
+            pass
+    return True
+
+
+def _remove_left_behind(path: Path) -> None:
+    with suppress(OSError):
+        for entry in list(os.scandir(path.parent)):
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match is not None and match["name"] == path.name:
+                _remove_if_dead(Path(entry.path))
+
+
+def _remove_if_dead(temporary: Path) -> None:
+    if sys.platform == "win32":
+        return
+    with suppress(OSError), temporary.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        temporary.unlink()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -102,3 +102,29 @@ def test_impossible_places(name: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=f"cannot be written: .*({reason}).*; choose another place"):
         write_bytes(tmp_path / name, b"x", ArtifactError)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file"]
+
+
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    (tmp_path / ".file.0123456789ab.tmp").write_bytes(b"half of it")
+    others = [tmp_path / name for name in (".other.0123456789ab.tmp", ".file.tmp", ".file.0123456789ab.tmp.bak")]
+    for other in others:
+        other.touch()
+    write_text(file, "new")
+    assert sorted(tmp_path.iterdir()) == sorted([file, *others])
+
+
+def test_what_a_living_writer_is_writing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, replace = tmp_path / "file", os.replace
+    meanwhile = []
+
+    def look(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        write_text(file, "the other's")
+        meanwhile.append((file.read_text(), source.exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    write_text(file, "mine")
+    assert meanwhile == [("the other's", True)]
+    assert (file.read_text(), list(tmp_path.iterdir())) == ("mine", [file])
