@@ -1,6 +1,7 @@
 """Code layouts of the rates that `--bits` names. Integers only: knows no torch, no data and no files."""
 
 from collections.abc import Mapping
+from typing import Final
 
 from pqkv_cli.errors import UsageError
 from pqkv_kernels.errors import KernelError
@@ -19,6 +20,7 @@ RATES: Mapping[float, tuple[int, int]] = {
 
 # Bits of the code of a whole vector. More entries than 1,024 would need more calibration vectors than are kept by default.
 PROTOTYPE_NBITS = (0, 8, 10)
+USUAL_PROTOTYPE_NBITS: Final = 10
 
 
 def key_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayout:

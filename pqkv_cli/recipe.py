@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 
 from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
 from pqkv_cli.gates import parse_gates
-from pqkv_cli.rates import RATES
+from pqkv_cli.rates import RATES, USUAL_PROTOTYPE_NBITS
 from pqkv_cli.recipe_faults import describe_faults
 
 TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated", "longbench"]
@@ -62,7 +62,7 @@ class CodebookRecipe(_Section):
     """The code rate (bits per channel), how many of a vector's bits go to its prototype, and the effort of the fit."""
 
     bits: Annotated[float, AfterValidator(_known_rate), PlainSerializer(_written_rate)] = 4
-    prototype_bits: Literal[0, 8, 10] = 10
+    prototype_bits: Literal[0, 8, 10] = USUAL_PROTOTYPE_NBITS
     iterations: int = Field(25, ge=1)
 
 

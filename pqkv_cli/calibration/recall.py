@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pqkv_cli.calibration.text import added_bos, plain_ids
+
 TOKENS_PER_FACT = 80
 LEAST_TOKENS = 160  # a window must hold a fact, its question and mostly text
 _WORD = re.compile(r"[^\W\d_]{3,12}")
@@ -54,21 +56,19 @@ def with_recall(tokenizer: Any, windows: torch.Tensor, share: float, seed: int) 
     length = windows.shape[1]
     if length < LEAST_TOKENS:
         return windows
-    turned = windows.clone()
+    turned, start = windows.clone(), added_bos(tokenizer)
     for index in range(len(windows)):
         if int((index + 1) * share + 1e-9) > int(index * share + 1e-9):
             rng = random.Random(seed * 1_000_003 + index)
-            turned[index] = _recall_window(tokenizer, windows[index], rng)
+            turned[index] = _recall_window(tokenizer, start, windows[index, len(start) :].tolist(), rng)
     return turned
 
 
-def _recall_window(tokenizer: Any, window: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    tokens = window.tolist()
-    start = tokens[:1] if tokens[0] == getattr(tokenizer, "bos_token_id", None) else []
-    body = tokens[len(start) :]
+def _recall_window(tokenizer: Any, start: list[int], body: list[int], rng: random.Random) -> torch.Tensor:
+    """Return a window of `start` and the length of `body`, made of it."""
     words = sorted(set(_WORD.findall(tokenizer.decode(body)))) or list(_SPARE_WORDS)
     room, facts, asked = len(body), [], []
-    for number in range(max(1, len(tokens) // TOKENS_PER_FACT)):
+    for number in range(max(1, (len(start) + len(body)) // TOKENS_PER_FACT)):
         fact = _fact(tokenizer, words, rng)
         cost = len(fact.said) + (len(fact.asked) if number % 2 == 0 else 0)
         if cost > room // 2:  # a tokenizer that spells everything out fills the window sooner
@@ -85,16 +85,11 @@ def _recall_window(tokenizer: Any, window: torch.Tensor, rng: random.Random) -> 
     woven += body[previous:room]
     for fact in asked:
         woven += fact.asked
-    return torch.tensor(woven, dtype=window.dtype)
+    return torch.tensor(woven, dtype=torch.int64)
 
 
 def _fact(tokenizer: Any, words: list[str], rng: random.Random) -> _Fact:
     name = f"{rng.choice(words)}_{rng.choice(words)}"
     value = "".join(rng.choices(rng.choice(_ALPHABETS), k=rng.randint(2, 8)))
     said, question, answer = (form.format(name=name, value=value) for form in rng.choice(_FORMS))
-
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
-
-    return _Fact(ids(said), ids(question) + ids(answer))
+    return _Fact(plain_ids(tokenizer, said), plain_ids(tokenizer, question) + plain_ids(tokenizer, answer))

@@ -70,7 +70,7 @@ def token_windows(
         raise DataError(
             f"{num_windows} windows of {window_tokens} tokens were asked for; expected at least 1 of {len(bos) + 1}."
         )
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    tokens = torch.tensor(plain_ids(tokenizer, text), dtype=torch.int64)
     available = len(tokens) // body
     if at_most:
         num_windows = max(1, min(num_windows, available))
@@ -84,6 +84,12 @@ def token_windows(
     windows = tokens[: available * body].view(available, body)[chosen]
     start = torch.tensor(bos, dtype=torch.int64).expand(num_windows, -1)
     return torch.cat((start, windows), dim=1)
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of `text` alone."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def added_bos(tokenizer: Any) -> list[int]:

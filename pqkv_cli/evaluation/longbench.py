@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pqkv_cli.calibration.text import plain_ids
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.asking import Answers, ask
 from pqkv_cli.evaluation.bootstrap import Floats, interval95
@@ -17,7 +18,7 @@ from pqkv_cli.evaluation.longbench_data import LongBenchRow, load_longbench, tas
 from pqkv_cli.evaluation.longbench_metrics import require_packages, score
 from pqkv_cli.evaluation.longbench_tasks import ENDS_WITH_LINE, TASKS
 from pqkv_cli.evaluation.outcome import TaskOutcome
-from pqkv_cli.evaluation.prompts import chat_text, has_chat_template, num_positions, plain_ids, prompt_ids
+from pqkv_cli.evaluation.prompts import chat_text, has_chat_template, num_positions, prompt_ids
 from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.samples import Sample
 from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, scores

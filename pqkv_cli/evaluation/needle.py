@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pqkv_cli.calibration.text import added_bos
+from pqkv_cli.calibration.text import added_bos, plain_ids
 from pqkv_cli.evaluation.asking import ask
 from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.passkey import filler_slice, grid_outcome
-from pqkv_cli.evaluation.prompts import plain_ids, prompt_lengths, require_room
+from pqkv_cli.evaluation.prompts import prompt_lengths, require_room
 from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 

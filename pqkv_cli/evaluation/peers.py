@@ -22,11 +22,11 @@ from pqkv_cli.evaluation.peers_fit import SampleSource, fit_rival
 from pqkv_cli.evaluation.perplexity import perplexity_metric
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.windows import check_context, divergence_metrics, positions_of
-from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
+from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.quantizers.rivals.protocol import Rival, RivalCodec
 from pqkv_cli.quantizers.rivals.stored import StoredBits
-from pqkv_cli.runtime.attach import simulate
-from pqkv_cli.specs import SIDES, Side
+from pqkv_cli.runtime.attach import artifact_codecs, simulate
+from pqkv_cli.specs import Side
 from pqkv_kernels.layout import RotaryLayout
 
 OWN = "pqkv"
@@ -89,9 +89,8 @@ class Contestant:
 
 def own_contestant(artifact: Artifact, name: str = OWN) -> Contestant:
     """Return the row of an artifact of ours."""
-    codecs = [None if t is None else {side: ProductCodec(t[side]) for side in SIDES} for t in artifact.tables]
     bits = codec_bits(artifact)
-    return Contestant(name, bits.codes, _widened(codecs), bits.document, artifact.table_bytes, artifact.sha256)
+    return Contestant(name, bits.codes, artifact_codecs(artifact), bits.document, artifact.table_bytes, artifact.sha256)
 
 
 def rival_contestant(rival: Rival, source: SampleSource, model: Any, seed: int) -> Contestant:

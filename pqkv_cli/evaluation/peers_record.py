@@ -1,13 +1,11 @@
 """Result records of a comparison. Knows the record's form; measures nothing."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
-from pqkv_cli.evaluation.environment import environment
 from pqkv_cli.evaluation.peers import Contestant, metrics
+from pqkv_cli.evaluation.record import SCHEMA, circumstances, model_facts
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
-from pqkv_cli.evaluation.tasks import SCHEMA
 
 TASK = "perplexity"
 MODE: Mode = "all"
@@ -24,7 +22,6 @@ def peer_records(
 
 
 def _record(subject: Subject, settings: EvaluationSettings, own: Contestant, num_tokens: int) -> dict[str, Any]:
-    model = subject.artifact.header.model
     failed = bool(own.failures)
     return {
         "schema": SCHEMA,
@@ -34,13 +31,12 @@ def _record(subject: Subject, settings: EvaluationSettings, own: Contestant, num
         "native_bits": own.native_bits,
         "status": "unavailable" if failed else "complete",
         **({"error": own.failures[0]} if failed else {}),
-        "model": {"id": model.label, "revision": None, "config_sha256": model.config_sha256},
+        "model": model_facts(subject),
         "artifact_sha256": own.artifact_sha256,
         "bits_per_channel": {} if failed else own.bits(),
         "table_bytes": own.table_bytes,
         "cache_bytes": {"baseline": 0, "quantized": 0, "num_tokens": 0},
         "metrics": {} if failed else metrics(own.parts, settings.seed),
         "cost": {"fit_seconds": own.fit_seconds},
-        "settings": asdict(settings) | {"num_tokens": num_tokens, "dtype": str(subject.model.dtype).removeprefix("torch.")},
-        "environment": environment(subject.model.device),
+        **circumstances(subject, settings, num_tokens),
     }

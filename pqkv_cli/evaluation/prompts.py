@@ -27,12 +27,6 @@ def chat_text(tokenizer: Any, message: str) -> str:
     return text
 
 
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of `text` alone."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
 def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:
     """Return the ids [T] int64 of a whole prompt, with the tokens the tokenizer puts around one, but never two beginnings."""
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)

@@ -1,12 +1,10 @@
 """All tasks by name, ours and those of lm-evaluation-harness, and how one becomes a result record."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pqkv_cli.evaluation.environment import environment
 from pqkv_cli.evaluation.harness import harness, require_harness_task
 from pqkv_cli.evaluation.kld import kld, kld_generated
 from pqkv_cli.evaluation.lines import lines
@@ -15,6 +13,7 @@ from pqkv_cli.evaluation.needle import needle
 from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.passkey import passkey
 from pqkv_cli.evaluation.perplexity import perplexity
+from pqkv_cli.evaluation.record import SCHEMA, circumstances, model_facts
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 
 Task = Callable[[Subject, EvaluationSettings, Callable[[int, int], None]], TaskOutcome]
@@ -28,7 +27,6 @@ TASKS: Mapping[str, Task] = {
     "longbench": longbench,
 }
 _TEXT_TASKS = frozenset({"perplexity", "passkey", "needle", "kld", "kld_generated"})
-SCHEMA = "pqkv.result/1"
 
 
 def reads_text(name: str) -> bool:
@@ -66,14 +64,13 @@ def run_task(
 
 def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: TaskOutcome) -> dict[str, Any]:
     artifact = subject.artifact
-    model = artifact.header.model
     return {
         "schema": SCHEMA,
         "task": name,
         "mode": outcome.mode or settings.mode,
         "method": "pqkv",
         "status": "incomplete" if outcome.failed else "complete",
-        "model": {"id": model.label, "revision": None, "config_sha256": model.config_sha256},
+        "model": model_facts(subject),
         "artifact_sha256": artifact.sha256,
         "bits_per_channel": outcome.bits.document(),
         "table_bytes": artifact.table_bytes,
@@ -81,9 +78,7 @@ def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: 
         "headline": list(outcome.headline),
         "metrics": dict(outcome.metrics),
         "cost": dict(outcome.cost),
-        "settings": asdict(settings)
-        | {"num_tokens": outcome.num_tokens, "dtype": str(subject.model.dtype).removeprefix("torch.")},
-        "environment": environment(subject.model.device),
+        **circumstances(subject, settings, outcome.num_tokens),
         **({"failed_samples": list(outcome.failed)} if outcome.failed else {}),
         **({"notes": dict(outcome.notes)} if outcome.notes else {}),
     }

@@ -1,7 +1,7 @@
 """Plans made without looking at data: the same rate everywhere. Knows geometry and rates; no torch, no files."""
 
 from pqkv_cli.errors import UsageError
-from pqkv_cli.rates import key_layout, rate_layout
+from pqkv_cli.rates import USUAL_PROTOTYPE_NBITS, key_layout, rate_layout
 from pqkv_cli.specs import (
     CacheSpec,
     CodecSpec,
@@ -13,7 +13,9 @@ from pqkv_cli.specs import (
 )
 
 
-def uniform_plan(geometry: ModelGeometry, bits: float, cache: CacheSpec, prototype_bits: int = 10) -> CompressionPlan:
+def uniform_plan(
+    geometry: ModelGeometry, bits: float, cache: CacheSpec, prototype_bits: int = USUAL_PROTOTYPE_NBITS
+) -> CompressionPlan:
     """Return a plan that codes every layer that can be at `bits` per channel.
 
     Keys of rotary layers are coded before rotary embedding in the metric of each pair, other keys as they are; values in

@@ -77,7 +77,7 @@ def _metric(
     samples: LayerSamples, spec: CodecSpec, side: Side, rotary: RotaryLayout | None, head_dim: int
 ) -> torch.Tensor | None:
     """Return the map in which plain L2 is the error that matters: from the query moment, or from the output projection."""
-    gram = samples.query_moment if side == "keys" else samples.output_gram
+    gram = _gram(samples, side)
     if spec.map == "identity":
         return None
     if spec.map == "scale":
@@ -85,6 +85,11 @@ def _metric(
     if spec.map == "blocks" and rotary is not None:
         return pair_metric(samples.pair_moment, samples.query_moment, rotary, head_dim)
     return metric_rotation(gram)
+
+
+def _gram(samples: LayerSamples, side: Side) -> torch.Tensor:
+    """Return the second moment [Hkv, D, D] of what an error of this side is multiplied with."""
+    return samples.query_moment if side == "keys" else samples.output_gram
 
 
 def _arranged(
@@ -109,8 +114,7 @@ def _arranged(
     back = torch.linalg.inv(tables.map.double())
     residual = prototypes.residual.double() @ back.mT
     counted = residual if weights is None else residual * weights[..., None].double()
-    gram = samples.query_moment if side == "keys" else samples.output_gram
-    turned = metric_rotation(gram, counted.mT @ residual / residual.shape[1], parts) * factor.view(-1, 1, 1)
+    turned = metric_rotation(_gram(samples, side), counted.mT @ residual / residual.shape[1], parts) * factor.view(-1, 1, 1)
     turn = (turned.double() @ back).mT[:, None]
     return replace(tables, map=turned, inverse=None), tuple(((c.double() @ turn).float(),) for c in prototypes.centroids)
 

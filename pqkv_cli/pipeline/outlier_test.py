@@ -20,6 +20,7 @@ from pqkv_cli.models.outliers import check_scale, injected, outlier_gauges
 from pqkv_cli.pipeline.evaluation_settings import task_settings
 from pqkv_cli.pipeline.peers import fitted_rivals, open_comparison
 from pqkv_cli.pipeline.reporter import Reporter
+from pqkv_cli.pipeline.rundir import PEERS_FOLDER
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.quantizers.rivals.protocol import Rival
 from pqkv_cli.quantizers.rivals.registry import METHODS, parse_rivals
@@ -78,7 +79,7 @@ def outlier_test(source: Source, wanted: str | None, scale: float, reporter: Rep
         gauged = GaugedSource(store, gauges, geometry(subject.model.config).layers)
         loud = [own_with_outliers(own, gauges), *fitted_rivals(rivals, gauged, subject, source.recipe.seed, reporter)]
         records = measure(loud, f"with outliers of {scale:g}")
-    test = OutlierTest(scale, OUTLIER_SHARE, difference, without, records, source.results / "peers" / FILE)
+    test = OutlierTest(scale, OUTLIER_SHARE, difference, without, records, source.results / PEERS_FOLDER / FILE)
     write_text(test.file, json.dumps(document(test), indent=1) + "\n")
     return test
 

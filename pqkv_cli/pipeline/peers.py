@@ -24,12 +24,12 @@ from pqkv_cli.models.identity import model_identity
 from pqkv_cli.pipeline.evaluation_settings import task_settings
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.reporter import Reporter
+from pqkv_cli.pipeline.rundir import PARETO_FILE, PEERS_FOLDER
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.quantizers.rivals.protocol import Rival
 from pqkv_cli.quantizers.rivals.registry import parse_rivals
 
 Record = dict[str, Any]
-FOLDER = "peers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +116,11 @@ def _name(source: Source) -> str:
 
 def _kept(source: Source, records: list[Record], reporter: Reporter) -> Comparison:
     """Write every record, the numbers of the picture, and the picture."""
-    folder = source.results / FOLDER
+    folder = source.results / PEERS_FOLDER
     for record in records:
         write_text(folder / f"{_file_name(record)}.json", json.dumps(record, indent=1) + "\n")
     document = pareto_document(records)
-    numbers, picture = folder / "pareto.json", folder / "pareto.png"
+    numbers, picture = folder / PARETO_FILE, folder / "pareto.png"
     write_text(numbers, json.dumps(document, indent=1) + "\n")
     if not can_draw():
         reporter.note(MISSING)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pqkv_cli.errors import RunError
-from pqkv_cli.pipeline.rundir import kind_of
+from pqkv_cli.pipeline.start import started_run
 from pqkv_cli.pipeline.target import Target
 
 
@@ -17,9 +17,7 @@ def artifact_place(target: Target) -> Path:
     """
     if target.kind == "artifact" and target.path is not None:
         return target.path
-    run = target.run
-    if kind_of(run.path) != "run":
-        raise RunError(f"there is no run in {run.path}; start it with: pqkv calibrate {target.reference}")
+    run = started_run(target)
     if not run.artifact_file.is_file():
         raise RunError(f"{run.path} has no artifact yet; make it with: pqkv export {run.path}")
     return run.artifact_file

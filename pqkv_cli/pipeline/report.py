@@ -8,13 +8,14 @@ from typing import Any
 from pqkv_cli.artifact.store import open_artifact
 from pqkv_cli.artifact.summary import summarize
 from pqkv_cli.errors import RunError
+from pqkv_cli.evaluation.record import SCHEMA
 from pqkv_cli.evaluation.report import ReportSource, report_page
 from pqkv_cli.files import write_text
-from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, kind_of
+from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, PARETO_FILE, PEERS_FOLDER
+from pqkv_cli.pipeline.start import started_run
 from pqkv_cli.pipeline.target import Target
 
 REPORT_FILE = "report.html"
-_SCHEMA = "pqkv.result/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,9 @@ def write_report(target: Target, out: Path | None) -> Report:
     """
     directory, file, results = _places(target)
     artifact = open_artifact(file)
-    records = [record for path in sorted(results.glob("*.json")) if (record := _read(path)).get("schema") == _SCHEMA]
+    records = [record for path in sorted(results.glob("*.json")) if (record := _read(path)).get("schema") == SCHEMA]
     own = [record for record in records if record.get("artifact_sha256") == artifact.sha256]
-    comparison = results / "peers" / "pareto.json"
+    comparison = results / PEERS_FOLDER / PARETO_FILE
     points = _read(comparison).get("points", []) if comparison.is_file() else []
     source = ReportSource(artifact.header, summarize(artifact), own, points, len(records) - len(own))
     path = out or directory / REPORT_FILE
@@ -54,9 +55,7 @@ def _places(target: Target) -> tuple[Path, Path, Path]:
         directory = target.path if target.path.is_dir() else target.path.parent
         file = directory / ARTIFACT_FILE if target.path.is_dir() else target.path
         return directory, file, directory / "results"
-    run = target.run
-    if kind_of(run.path) != "run":
-        raise RunError(f"there is no run in {run.path}; start it with: pqkv calibrate {target.reference}")
+    run = started_run(target)
     if not run.artifact_file.is_file():
         raise RunError(f"{run.path} has no artifact to report on yet; make it with: pqkv export {run.path}")
     return run.path, run.artifact_file, run.results

@@ -11,6 +11,9 @@ from pqkv_cli.recipe import Recipe, dump_recipe, load_recipe
 RECIPE_FILE = "recipe.yaml"
 ARTIFACT_FILE = "pqkv.safetensors"
 MODEL_FILE = "config.json"
+# Where a comparison with rivals lies among the results, and its numbers.
+PEERS_FOLDER = "peers"
+PARETO_FILE = "pareto.json"
 
 PathKind = Literal["model", "run", "artifact", "recipe"]
 

@@ -44,10 +44,22 @@ def continue_run(target: Target, changes: Changes) -> tuple[Run, Recipe]:
     RunError
         If the run was never started.
     """
+    run = started_run(target)
+    return run, override(run.recipe(), changes)
+
+
+def started_run(target: Target) -> Run:
+    """Return the run that `target` leads to.
+
+    Raises
+    ------
+    RunError
+        If it was never started.
+    """
     run = target.run
     if kind_of(run.path) != "run":
         raise RunError(f"there is no run in {run.path}; start it with: pqkv calibrate {target.reference}")
-    return run, override(run.recipe(), changes)
+    return run
 
 
 @dataclass(frozen=True, slots=True)

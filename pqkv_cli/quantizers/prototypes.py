@@ -10,7 +10,7 @@ import torch
 
 from pqkv_cli.quantizers.kmeans import kmeans
 from pqkv_cli.quantizers.product import reconstruct, stored
-from pqkv_kernels.layout import CodeGroup, CodeLayout
+from pqkv_kernels.layout import CodeLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,5 @@ def fit_prototypes(
     for stage in layout.stages[: num_prototype_stages(layout)]:
         found = kmeans(residual, stage[0].num_centroids, weights=weights, iterations=iterations, generator=generator)
         centroids.append(found.centroids[:, None])
-        alone = CodeLayout(((CodeGroup(1, stage[0].nbits, points.shape[-1]),),))
-        residual = residual - reconstruct(residual, alone, ((stored(centroids[-1]),),))
+        residual = residual - reconstruct(residual, CodeLayout((stage,)), ((stored(centroids[-1]),),))
     return Prototypes(tuple(centroids), residual)

@@ -189,7 +189,12 @@ def simulate_artifact(model: Any, artifact: Artifact, *, force: bool = False) ->
         If the artifact is of another model.
     """
     _require_match(model, artifact, force)
-    return simulate(model, [None if t is None else {side: ProductCodec(t[side]) for side in SIDES} for t in artifact.tables])
+    return simulate(model, artifact_codecs(artifact))
+
+
+def artifact_codecs(artifact: Artifact) -> list[dict[Side, VectorCodec] | None]:
+    """Return the codecs of `artifact` as `simulate` takes them."""
+    return [None if t is None else {side: ProductCodec(t[side]) for side in SIDES} for t in artifact.tables]
 
 
 def _require_match(model: Any, artifact: Artifact, force: bool) -> None:

@@ -13,22 +13,14 @@ from pqkv_cli.models.load import load_model
 from pqkv_cli.models.resolve import resolve_model
 
 
-def make_run(run: Path) -> None:
-    """Calibrate, fit (with few iterations) and export the reference model."""
-    fit = ["fit-codebooks", str(run), "--iterations", "6"]
-    for words in (["calibrate", "demo", "-o", str(run)], fit, ["export", str(run)]):
-        assert main(words) == 0
-
-
 @dataclass(frozen=True)
 class Reference:
-    """The embedded model with an artifact of 4 bits per channel, and what makes another run of it."""
+    """The embedded model with an artifact of 4 bits per channel."""
 
     model: Any
     tokenizer: Any
     artifact: Artifact
     run: Path
-    make_run: Callable[[Path], None] = make_run
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +31,21 @@ def reference_model() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def reference(reference_model: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+def make_run() -> Callable[[Path], None]:
+    """Return what calibrates, fits (with few iterations) and exports the reference model into a directory."""
+
+    def make(run: Path) -> None:
+        fit = ["fit-codebooks", str(run), "--iterations", "6"]
+        for words in (["calibrate", "demo", "-o", str(run)], fit, ["export", str(run)]):
+            assert main(words) == 0
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(
+    reference_model: tuple[Any, Any], make_run: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Reference]:
     run = tmp_path_factory.mktemp("runs") / "demo"
     make_run(run)
     yield Reference(*reference_model, open_artifact(run / "artifact"), run)

@@ -18,58 +18,48 @@ from pqkv_cli.evaluation.tasks import require_tasks, run_task
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 Maker = Callable[..., Subject]
-CHOICE = """
-task: tiny_choice
+ROWS = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}}}
 test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{gold}}}}"
-metric_list: [{{metric: acc}}]
 """
-WRITE = """
-task: tiny_write
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}}}}}
-test_split: test
+WRITING = """
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{choices[gold]}}}}"
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
 metric_list: [{{metric: exact_match}}]
 """
-ROLL = """
-task: tiny_roll
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}}}}}
-test_split: test
+CHOOSING = """
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list: [{{metric: acc}}]
+"""
+ROLLING = """
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{{{question}}}}"
 metric_list: [{{metric: word_perplexity}}]
+"""
+FILTERS = """
+filter_list:
+  - {{name: strict, filter: [{{function: take_first}}]}}
+  - {{name: loose, filter: [{{function: regex, regex_pattern: "(.)"}}, {{function: take_first}}]}}
 """
 GROUP = """
 group: tiny_group
 task: [tiny_choice, tiny_write]
 aggregate_metric_list: [{{metric: acc, weight_by_size: true}}]
 """
-FILTERED = """
-task: tiny_filtered
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[gold]}}}}"
-generation_kwargs: {{until: ["\n"], max_gen_toks: 6, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-filter_list:
-  - {{name: strict, filter: [{{function: take_first}}]}}
-  - {{name: loose, filter: [{{function: regex, regex_pattern: "(.)"}}, {{function: take_first}}]}}
-"""
-FILES = {"choice": CHOICE, "write": WRITE, "roll": ROLL, "group": GROUP, "filtered": FILTERED}
+FILES = {
+    "choice": "task: tiny_choice" + ROWS + CHOOSING,
+    "write": "task: tiny_write" + ROWS + WRITING,
+    "roll": "task: tiny_roll" + ROWS + ROLLING,
+    "group": GROUP,
+    "filtered": "task: tiny_filtered" + ROWS + WRITING + FILTERS,
+}
 NUM_ROWS = 5
 
 
