@@ -9,7 +9,7 @@ from pqkv_cli.fitting.settings import FitSettings, Weighting
 from pqkv_cli.quantizers.grouping import balanced_pairs
 from pqkv_cli.quantizers.maps import metric_rotation, pair_metric, pair_scale, range_factor
 from pqkv_cli.quantizers.product import Codebooks, fit_product, relative_error
-from pqkv_cli.quantizers.prototypes import Prototypes, fit_prototypes
+from pqkv_cli.quantizers.prototypes import Prototypes, fit_prototypes, num_prototype_stages
 from pqkv_cli.specs import CodecSpec, LayerGeometry, Side
 from pqkv_kernels.codec import to_code_space
 from pqkv_kernels.layout import CodeLayout, RotaryLayout
@@ -22,37 +22,83 @@ JUDGED_EVERY = 16
 LEAST_SPLIT = 4096
 
 
+class SideFit:
+    """Fits codecs of one side of a layer that share their map and key space: the metric, and prototypes, are found once.
+
+    Parameters
+    ----------
+    samples, layer
+        The layer's calibration samples and its attention.
+    spec
+        Map and key space; of its layout only the width counts.
+    side, index
+        Keys or values of which layer: for the seed.
+    settings
+        How to fit.
+    """
+
+    def __init__(
+        self, samples: LayerSamples, layer: LayerGeometry, spec: CodecSpec, side: Side, index: int, settings: FitSettings
+    ) -> None:
+        self._samples, self._spec, self._side, self._settings = samples, spec, side, settings
+        everything = (samples.keys if side == "keys" else samples.values).float()
+        fitted, judged = _split(everything.shape[1])
+        self._vectors, self._judged = everything[:, fitted], everything[:, judged]
+        mass = samples.attention_mass[:, fitted].float()
+        self._weights = sample_weights(mass, settings.weighting(side), settings.damping)
+        rotary = layer.rotary if spec.key_space == "pre_rope" else None
+        num_heads = len(self._vectors)
+        self._tables = CodecTables(spec.layout, _blank(spec.layout, num_heads), rotary=rotary)
+        metric, self._factor = _metric(samples, spec, side, rotary, layer.head_dim), torch.ones(num_heads)
+        if metric is not None:
+            self._factor = range_factor(_coded(self._vectors, replace(self._tables, map=metric)))
+            scaled = metric * self._factor.view(-1, *[1] * (metric.ndim - 1))
+            self._tables = replace(self._tables, map=scaled, inverse=None)
+        self._seed = settings.derived_seed(index, side)
+        self._prototypes: dict[tuple[int, ...], Prototypes] = {}
+
+    def fit(self, layout: CodeLayout, iterations: int) -> tuple[CodecTables, torch.Tensor]:
+        """Return the tables of `layout` and their relative error [Hkv] on vectors not fitted.
+
+        In this order: codes of the whole vector (prototypes) where the layout has them, then what suits the parts of the vector
+        to what those left over (an order of pairs, or a rotation), then the codes of the parts.
+
+        Raises
+        ------
+        DataError
+            If the samples are degenerate or fewer than centroids.
+        """
+        prototypes, weights = self._fit_prototypes(layout), self._weights
+        blank = replace(self._tables, layout=layout, codebooks=_blank(layout, len(self._vectors)))
+        tables, given = _arranged(
+            self._samples, self._spec, self._side, blank, prototypes, weights, self._factor, self._settings
+        )
+        stride = -(-self._vectors.shape[1] // PART_VECTORS)
+        points, weights = _coded(self._vectors[:, ::stride], tables), None if weights is None else weights[:, ::stride]
+        codebooks = fit_product(points, layout, given=given, weights=weights, iterations=iterations, seed=self._seed)
+        return replace(tables, codebooks=codebooks), relative_error(_coded(self._judged, tables), layout, codebooks)
+
+    def _fit_prototypes(self, layout: CodeLayout) -> Prototypes:
+        sizes = tuple(stage[0].nbits for stage in layout.stages[: num_prototype_stages(layout)])
+        if sizes not in self._prototypes:
+            points = _coded(self._vectors, self._tables)
+            self._prototypes[sizes] = fit_prototypes(
+                points, layout, weights=self._weights, iterations=self._settings.iterations, seed=self._seed
+            )
+        return self._prototypes[sizes]
+
+
 def fit_side(
     samples: LayerSamples, layer: LayerGeometry, spec: CodecSpec, side: Side, index: int, settings: FitSettings
 ) -> tuple[CodecTables, torch.Tensor]:
     """Fit the codec of one side of layer `index`; return its tables and its relative error [Hkv] on vectors not fitted.
-
-    In this order: the metric, then codes of the whole vector (prototypes) where the format has them, then what suits the parts
-    of the vector to what those left over (an order of pairs, or a rotation), then the codes of the parts.
 
     Raises
     ------
     DataError
         If the samples are degenerate or fewer than centroids.
     """
-    everything = (samples.keys if side == "keys" else samples.values).float()
-    fitted, judged = _split(everything.shape[1])
-    vectors, mass = everything[:, fitted], samples.attention_mass[:, fitted].float()
-    weights = sample_weights(mass, settings.weighting(side), settings.damping)
-    rotary = layer.rotary if spec.key_space == "pre_rope" else None
-    tables = CodecTables(spec.layout, _blank(spec.layout, len(vectors)), rotary=rotary)
-    metric, factor = _metric(samples, spec, side, rotary, vectors.shape[-1]), torch.ones(len(vectors))
-    if metric is not None:
-        factor = range_factor(_coded(vectors, replace(tables, map=metric)))
-        tables = replace(tables, map=metric * factor.view(-1, *[1] * (metric.ndim - 1)), inverse=None)
-    seed = settings.derived_seed(index, side)
-    points = _coded(vectors, tables)
-    prototypes = fit_prototypes(points, spec.layout, weights=weights, iterations=settings.iterations, seed=seed)
-    tables, given = _arranged(samples, spec, side, tables, prototypes, weights, factor, settings)
-    stride = -(-vectors.shape[1] // PART_VECTORS)
-    points, weights = _coded(vectors[:, ::stride], tables), None if weights is None else weights[:, ::stride]
-    codebooks = fit_product(points, spec.layout, given=given, weights=weights, iterations=settings.iterations, seed=seed)
-    return replace(tables, codebooks=codebooks), relative_error(_coded(everything[:, judged], tables), spec.layout, codebooks)
+    return SideFit(samples, layer, spec, side, index, settings).fit(spec.layout, settings.iterations)
 
 
 def _split(num_vectors: int) -> tuple[torch.Tensor, torch.Tensor]:
