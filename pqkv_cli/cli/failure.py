@@ -2,9 +2,11 @@
 
 import errno
 import shlex
+import traceback
 from collections.abc import Sequence
 
-from pqkv_cli.errors import PqkvError
+from pqkv_cli.cli.voice import Voice
+from pqkv_cli.errors import PqkvError, UsageError
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -33,6 +35,26 @@ def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
     if isinstance(error, OSError):
         return f"error: {error}", 1
     return f"error: unexpected {type(error).__name__}: {_one_line(error)}; run again with --debug for the traceback", 1
+
+
+def report_failure(error: BaseException, arguments: Sequence[str], voice: Voice) -> int:
+    """Say what failed, with the traceback if ``--debug`` asks for it, and return the exit code."""
+    message, code = describe(error, arguments)
+    trace = "".join(traceback.format_exception(error)) if "--debug" in arguments else ""
+    if voice.is_json:
+        facts = {"exit_code": code, "kind": kind_of(error)} | ({"traceback": trace} if trace else {})
+        voice.say("error", "error", message.removeprefix("error: "), **facts)
+    else:
+        voice.stream.write(f"{trace}{message}\n")
+    return code
+
+
+def kind_of(error: BaseException) -> str:
+    """Return the class that a program can tell the failure by: one of `pqkv_cli.errors`, or what Python calls it."""
+    if hasattr(error, "format_message"):
+        return UsageError.__name__
+    is_interrupt = isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt)
+    return KeyboardInterrupt.__name__ if is_interrupt else type(error).__name__
 
 
 def _is_disk_full(error: BaseException) -> bool:

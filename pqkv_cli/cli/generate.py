@@ -58,7 +58,7 @@ def generate(
     made = generate_from(source, prompt, reporter, temperature=temperature, force=force, on_text=stream)
     if stream is not None:
         stream("\n")
-    output.result({"prompt": prompt, **asdict(made)})
+    output.result({"schema": "pqkv.generation/1", "prompt": prompt, **asdict(made)})
 
 
 class _Stream:

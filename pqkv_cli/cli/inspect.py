@@ -39,7 +39,7 @@ def inspect(
     from pqkv_cli.pipeline.inspect import inspect_target
 
     inspection = inspect_target(found, None if gpu is None else parse_device_bytes(gpu))
-    output.result(inspection.document(), *_tables(inspection))
+    output.result({"schema": "pqkv.inspect/1", **inspection.document()}, *_tables(inspection))
 
 
 def _tables(found: "Inspection") -> "list[RenderableType]":

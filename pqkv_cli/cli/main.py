@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +19,16 @@ from pqkv_cli.cli.diff import diff
 from pqkv_cli.cli.doctor import doctor
 from pqkv_cli.cli.evaluate import evaluate
 from pqkv_cli.cli.export import export
-from pqkv_cli.cli.failure import INTERRUPTED, Terminated, describe
+from pqkv_cli.cli.failure import INTERRUPTED, Terminated, report_failure
 from pqkv_cli.cli.fit_codebooks import fit_codebooks
 from pqkv_cli.cli.generate import generate
 from pqkv_cli.cli.inspect import inspect
+from pqkv_cli.cli.option_set import with_common_options
 from pqkv_cli.cli.recipes import recipes
 from pqkv_cli.cli.report import report
 from pqkv_cli.cli.run import run
 from pqkv_cli.cli.verify import verify
+from pqkv_cli.cli.voice import current_voice, speaking, wanted_voice
 from pqkv_cli.errors import UsageError, did_you_mean
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -47,9 +48,9 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 
 # Plain help: rich's markdown help takes as long to import as all the rest.
-app = typer.Typer(name="pqkv", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(name="pqkv", pretty_exceptions_enable=False, rich_markup_mode=None)
 for _name, _verb in VERBS.items():
-    app.command(_name)(_verb)
+    app.command(_name)(with_common_options(_verb))
 
 
 def _show_version(wanted: bool) -> None:
@@ -58,10 +59,12 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_VersionOption = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+_EPILOG = """Start with: pqkv run demo
+
+Exit codes: 0 good, 1 failed, 2 misused, 3 a quality gate was not met, 130 interrupted, 143 terminated."""
 
 
-@app.callback(epilog="Start with: pqkv run demo")
+@app.callback(epilog=_EPILOG)
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
@@ -73,20 +76,17 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``pqkv`` with `arguments` (default: the process's own) and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        with _sigterm_raises(), warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            return _dispatch(words)
-    except BrokenPipeError:
-        # The reader of stdout has gone (as in `pqkv recipes | head -1`); nothing may be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (Exception, KeyboardInterrupt, Terminated) as error:
-        if "--debug" in words:
-            traceback.print_exception(error, file=sys.stderr)
-        message, code = describe(error, words)
-        sys.stderr.write(message + "\n")
-        return code
+    with speaking(wanted_voice(words)):
+        try:
+            with _sigterm_raises(), warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return _dispatch(words)
+        except BrokenPipeError:
+            # The reader of stdout has gone (as in `pqkv recipes | head -1`); nothing may be flushed at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (Exception, KeyboardInterrupt, Terminated) as error:
+            return report_failure(error, words, current_voice())
 
 
 def _dispatch(words: list[str]) -> int:
@@ -102,7 +102,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    sys.stderr.write(f"warning: {message}\n")
+    current_voice().say("warning", "warning", str(message))
 
 
 @contextmanager

@@ -1,10 +1,14 @@
-"""Lets a verb take its options as one frozen dataclass. Knows typer's way of reading a function, no option."""
+"""Lets a verb take its options as one frozen dataclass, and gives all verbs the same last ones. Knows typer's ways."""
 
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
+
+from pqkv_cli.cli.options import LogFormatOption, QuietOption
+from pqkv_cli.cli.voice import LOG_FORMATS
+from pqkv_cli.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 
@@ -30,3 +34,29 @@ def takes(options: Callable[..., T]) -> Callable[[Callable[[T], None]], Callable
         return wrapper
 
     return decorate
+
+
+def with_common_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Return `verb` with the options that every verb has and none needs to know: how stderr is written.
+
+    They are obeyed from the first word on (`voice.wanted_voice`), before typer has read a line that may be wrong; here they
+    are declared and checked.
+    """
+
+    @functools.wraps(verb)
+    def wrapper(*, log_format: str, quiet: bool, **words: Any) -> None:
+        if log_format not in LOG_FORMATS:
+            nearest = did_you_mean(log_format, LOG_FORMATS)
+            raise UsageError(f"--log-format is {log_format!r}{nearest}; expected one of {', '.join(LOG_FORMATS)}")
+        verb(**words)
+
+    signature, hints = inspect.signature(verb), get_type_hints(verb, include_extras=True)
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in signature.parameters.values()]
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, default, annotation in (("log_format", "text", LogFormatOption), ("quiet", False, QuietOption))
+    ]
+    wrapper.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *common]}
+    del wrapper.__wrapped__  # typer would read the verb's own signature
+    return wrapper

@@ -30,6 +30,10 @@ JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="PATH", help="Write the result as JSON; '-' is one line on stdout, nothing else."),
 ]
+LogFormatOption = Annotated[
+    str, typer.Option("--log-format", metavar="NAME", help="How stderr is written: text, or json (one object per line).")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Say nothing on stderr but warnings and errors.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 # Settings of the recipe.
@@ -45,6 +49,10 @@ BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="Windo
 ReservoirOption = Annotated[int | None, typer.Option("--reservoir-size", help="Vectors kept per layer and head.")]
 RecallShareOption = Annotated[
     float | None, typer.Option("--recall-share", help="Share of the windows in which numbers are hidden and asked for.")
+]
+FisherOption = Annotated[
+    bool | None,
+    typer.Option("--fisher/--no-fisher", help="Measure by a backward pass what errors of keys and values cost."),
 ]
 BitsOption = Annotated[float | None, typer.Option("--bits", metavar="N", help="Bits of code per channel: 4, 3.5, 3, ... 1.")]
 PrototypeBitsOption = Annotated[

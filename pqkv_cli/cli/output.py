@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from pqkv_cli.cli.voice import Heartbeat, current_voice
 from pqkv_cli.errors import UsageError
 from pqkv_cli.files import write_text
 
@@ -78,25 +79,33 @@ def _cell(value: Any) -> str:
 
 
 class TerminalReporter:
-    """Notes and progress on stderr: a bar on a terminal, a line at the end of each step elsewhere."""
+    """Notes and progress on stderr: a bar on a terminal; elsewhere a sign of life now and then, and a line at the end."""
 
     def __init__(self) -> None:
+        self.voice = current_voice()
         self.console = Console(stderr=True, highlight=False, markup=False)
 
     def note(self, text: str) -> None:
         """Print one sentence."""
-        self.console.print(text, soft_wrap=True)
+        plain = text.removeprefix("warning: ")
+        if plain != text:
+            self.voice.say("warning", "warning", plain)
+        elif self.voice.has_bars:
+            self.console.print(text, soft_wrap=True)  # above the bar, if there is one
+        else:
+            self.voice.say("info", "note", text)
 
     @contextmanager
     def progress(self, label: str) -> Iterator["Advance"]:
         """Show a bar while the block runs, and how long it took."""
         started = time.monotonic()
-        if self.console.is_terminal:
+        if self.voice.has_bars:
             with self._bar(label) as advance:
                 yield advance
         else:
-            yield lambda done, total: None
-        self.note(f"{label}: {time.monotonic() - started:.1f} s")
+            yield Heartbeat(self.voice, label)
+        seconds = time.monotonic() - started
+        self.voice.say("info", "step", f"{label}: {seconds:.1f} s", step=label, seconds=round(seconds, 3))
 
     @contextmanager
     def _bar(self, label: str) -> Iterator["Advance"]:

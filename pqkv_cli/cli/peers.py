@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
-from rich.table import Table
 
-from pqkv_cli.cli.output import table
 from pqkv_cli.errors import PqkvError, UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.pipeline.start import Source
 
@@ -122,8 +122,10 @@ def run_comparison(words: PeerWords, source: "Source", output: "Output", reporte
     raise_on_missing(records, words.peers)
 
 
-def show_peers(records: Sequence[Record]) -> Table:
+def show_peers(records: Sequence[Record]) -> "Table":
     """Return the one table of a comparison, in order of bits per channel."""
+    from pqkv_cli.cli.output import table
+
     known = sorted((r for r in records if r["status"] == "complete"), key=lambda r: -float(r["bits_per_channel"]["total"]))
     model = records[0]["model"]["id"]
     baseline = known[0]["metrics"]["perplexity"]["baseline"] if known else None
@@ -149,8 +151,10 @@ def raise_on_missing(records: Sequence[Record], wanted: str | None) -> None:
         raise PqkvError(f"the comparison is incomplete: no result for {', '.join(names)}, for the reasons above")
 
 
-def show_outliers(test: Mapping[str, Any]) -> Table:
+def show_outliers(test: Mapping[str, Any]) -> "Table":
     """Return the table of an outlier test: every contestant without and with outliers."""
+    from pqkv_cli.cli.output import table
+
     difference = test["largest_logit_difference"]
     same = "bit for bit the same" if difference == 0 else f"the same to {difference:.1e}"
     title = f"outliers of {test['scale']:g} in {test['share']:.1%} of the channels; uncompressed logits are {same}"

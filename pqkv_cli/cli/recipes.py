@@ -10,6 +10,7 @@ from pqkv_cli.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from pqkv_cli.cli.output import Output
+    from pqkv_cli.recipe import Recipe
 
 _ACTIONS = ("list", "show", "new")
 
@@ -54,12 +55,13 @@ def _list(output: "Output") -> None:
     known = [named_recipe(each) for each in recipe_names()]
     rows = [(r.name, r.model, r.codebooks.bits, r.calibration.samples, r.calibration.seq_len) for r in known]
     columns = ("recipe", "model", "bits", "samples", "tokens each")
-    output.result([r.model_dump(mode="json") for r in known], table("recipes", columns, rows))
+    document = {"schema": "pqkv.recipes/1", "recipes": [r.model_dump(mode="json") for r in known]}
+    output.result(document, table("recipes", columns, rows))
 
 
 def _show(output: "Output", name: str | None, run: str | None) -> None:
     from pqkv_cli.pipeline.target import resolve_target
-    from pqkv_cli.recipe import dump_recipe, named_recipe, recipe_hash, recipe_names
+    from pqkv_cli.recipe import dump_recipe, named_recipe, recipe_names
 
     if name is None and run is None:
         raise UsageError(f"show needs a name; expected one of {', '.join(recipe_names())}")
@@ -67,7 +69,7 @@ def _show(output: "Output", name: str | None, run: str | None) -> None:
     if recipe is None:
         raise UsageError(f"{run} is an artifact; its recipe.yaml lies beside it")
     text = dump_recipe(recipe)
-    output.result({"recipe": recipe.model_dump(mode="json"), "sha256": recipe_hash(recipe)}, text.rstrip())
+    output.result(_document(recipe), text.rstrip())
 
 
 def _write_new(output: "Output", model: str | None, run: str | None, out: str | None) -> None:
@@ -75,7 +77,6 @@ def _write_new(output: "Output", model: str | None, run: str | None, out: str | 
         raise UsageError("new needs a model and no --run; expected: pqkv recipes new MODEL, a directory or an org/name hub id")
 
     from pqkv_cli.pipeline.draft import check_recipe_file, draft_recipe, write_recipe
-    from pqkv_cli.recipe import recipe_hash
 
     file = None if out is None else Path(out).expanduser()
     if file is not None:
@@ -85,5 +86,11 @@ def _write_new(output: "Output", model: str | None, run: str | None, out: str | 
     if file is not None:
         write_recipe(draft, file)
         shown = f"{file}: start it with: pqkv run {file}"
+    output.result(_document(draft.recipe, file), shown)
+
+
+def _document(recipe: "Recipe", file: Path | None = None) -> dict[str, object]:
+    from pqkv_cli.recipe import recipe_hash
+
     path = None if file is None else str(file)
-    output.result({"recipe": draft.recipe.model_dump(mode="json"), "sha256": recipe_hash(draft.recipe), "path": path}, shown)
+    return {"schema": "pqkv.recipe/1", "recipe": recipe.model_dump(mode="json"), "sha256": recipe_hash(recipe), "path": path}

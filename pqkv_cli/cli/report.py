@@ -32,5 +32,10 @@ def report(
 
     made = write_report(found, path_or_none(out))
     others = f"; {made.num_other_records} results of other artifacts are left out" if made.num_other_records else ""
-    document = {"path": str(made.path), "records": made.num_records, "other_records": made.num_other_records}
+    document = {
+        "schema": "pqkv.report/1",
+        "path": str(made.path),
+        "records": made.num_records,
+        "other_records": made.num_other_records,
+    }
     output.result(document, f"{made.path}: {made.num_records} results{others}")

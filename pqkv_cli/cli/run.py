@@ -53,7 +53,9 @@ def run(
     from pqkv_cli.pipeline.stages import run_all
 
     whole = run_all(started, recipe, reporter)
-    output.result(asdict(whole), show_records(whole.records), *_continuation(whole, recipe.generation.prompt))
+    output.result(
+        {"schema": "pqkv.run/1", **asdict(whole)}, show_records(whole.records), *_continuation(whole, recipe.generation.prompt)
+    )
     output.last_line(verdict(whole.records))
     raise_on_bad(whole.records)
 

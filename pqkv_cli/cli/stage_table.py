@@ -14,7 +14,7 @@ def show_stage(outcome: "StageOutcome", output: Output, next_command: str) -> No
     rows = [(name.replace("_", " "), value) for name, value in outcome.facts.items()]
     title = f"{outcome.stage}: {outcome.directory}"
     output.result(
-        {**asdict(outcome), "facts": dict(outcome.facts)},
+        {"schema": "pqkv.stage/1", **asdict(outcome), "facts": dict(outcome.facts)},
         table(title, ("fact", "value"), rows),
         f"next: {next_command}",
     )

@@ -200,7 +200,7 @@ def test_run_does_everything_once(pqkv: Callable, tiny_model: Path, texts: tuple
 def test_recipes_of_runs_and_files(pqkv: Callable, run: Path) -> None:
     assert pqkv("recipes", "show", "demo", "--json", "-").json["recipe"]["model"] == "demo"
     assert "samples: 20" in pqkv("recipes", "show", "--run", run).out
-    assert len(pqkv("recipes", "--json", "-").json) == 9
+    assert [r["name"] for r in pqkv("recipes", "--json", "-").json["recipes"]][0] == "demo"
 
 
 def test_records_that_are_not_good_fail_the_command() -> None:

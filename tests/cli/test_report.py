@@ -27,7 +27,7 @@ def test_a_run_becomes_a_page(pqkv: Callable, run: Path, tmp_path: Path) -> None
     assert answer.out == f"{run / 'report.html'}: 4 results\n"
     first = (run / "report.html").read_bytes()
     found = pqkv("report", run, "-o", tmp_path / "other.html", "--json", "-").json
-    assert found == {"path": str(tmp_path / "other.html"), "records": 4, "other_records": 0}
+    assert found == {"schema": "pqkv.report/1", "path": str(tmp_path / "other.html"), "records": 4, "other_records": 0}
     assert (tmp_path / "other.html").read_bytes() == first
 
 
