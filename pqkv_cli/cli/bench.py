@@ -19,8 +19,10 @@ from pqkv_cli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.evaluation.decode_speed import TokenTimes
     from pqkv_cli.pipeline.bench import BenchReport
+    from pqkv_cli.pipeline.target import Target
     from pqkv_kernels.bench import AttentionTimes, Quantiles
 
 _BACKENDS = ("auto", "torch", "triton")
@@ -33,6 +35,9 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option("--batch", help="Rows, for attention alone; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed repetitions.")] = 20,
     backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, torch or triton.")] = "auto",
+    kmeans: Annotated[
+        bool, typer.Option("--kmeans", help="Compare our k-means with that of faiss on a run's calibration instead.")
+    ] = False,
     model: ModelOption = None,
     force: ForceOption = False,
     device: DeviceOption = None,
@@ -51,6 +56,9 @@ def bench(
 
     output, reporter = Output(json_target), TerminalReporter()
     _check(context or [], batch or [], repeats, backend)
+    if kmeans:
+        _show_kmeans(target_of(target, run, reporter), output, reporter)
+        return
 
     from pqkv_cli.pipeline.start import artifact_source
 
@@ -62,6 +70,24 @@ def bench(
     settings = BenchSettings(tuple(context or ()), tuple(batch or ()), repeats, backend)  # type: ignore[arg-type]
     report = measure(source, settings, reporter, force=force)
     output.result(report.document(), *_tables(report))
+
+
+def _show_kmeans(target: "Target", output: "Output", reporter: "TerminalReporter") -> None:
+    from pqkv_cli.cli.output import table
+    from pqkv_cli.pipeline.bench_kmeans import bench_kmeans
+    from pqkv_cli.pipeline.start import continue_run
+
+    found, recipe = continue_run(target, {})
+    report = bench_kmeans(found, recipe.codebooks.iterations, recipe.seed, reporter)
+    columns = ("points", "channels", "pqkv s", "faiss s", "times faster", "distortion, pqkv / faiss", "worst subspace")
+    rows: list[list[object]] = []
+    for row in report["rows"]:
+        seconds = row["seconds"], row["faiss_seconds"]
+        ratios = f"{row['distortion_ratio']:.4f}", f"{row['worst_ratio']:.4f}"
+        shown = f"{seconds[0]:.2f}", f"{seconds[1]:.2f}", f"{seconds[1] / seconds[0]:.2f}"
+        rows.append([row["points"], row["subspace_dim"], *shown, *ratios])
+    title = f"k-means, {report['num_centroids']} centroids, {report['iterations']} iterations, faiss {report['faiss']}"
+    output.result(report, table(title, columns, rows))
 
 
 def _check(contexts: list[int], batches: list[int], repeats: int, backend: str) -> None:

@@ -18,7 +18,7 @@ from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.specs import SIDES, CodecSpec, CompressionPlan, ModelGeometry, Side
 
 # Raised whenever the same request would give other bytes: layers fitted by older code are then fitted again.
-METHOD_VERSION = 2
+METHOD_VERSION = 3
 
 
 class SampleStore(Protocol):

@@ -1,6 +1,7 @@
 """Weighted k-means over many subspaces at once. Knows points and weights; nothing of keys, values, layouts or files.
 
 Seeding and the first half of the iterations run on a sample of the points (all of them when there are few), the rest on all.
+Centroids go beyond the mean of their points, which saves many iterations (over-relaxation).
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from pqkv_kernels.nearest import nearest_centroids
 
 # An iteration that improves the distortion by less than this share is a subspace's last one.
 TOLERANCE = 1e-4
+# How far centroids go towards the mean of their points. Below 2 no step makes the distortion larger, as for fixed codes it is
+# ``constant + mass * ||centroid - mean||^2``; 1 would be Lloyd's, and leaves 1 to 2 % more after 12 or 25 iterations.
+RELAXATION = 1.8
 SAMPLE_SHARE = 4
 SAMPLE_POINTS = 4096
 SAMPLE_POINTS_PER_CENTROID = 8
@@ -163,7 +167,7 @@ def _squared_errors(points: torch.Tensor, centroids: torch.Tensor, codes: torch.
 def _update(
     points: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weighted means [S, K, d] of the points of each code, and which subspaces [S] had no idle centroid.
+    """Return the next centroids [S, K, d], past the weighted means of their points, and which subspaces [S] had no idle one.
 
     An idle centroid (no weight) moves to the point with the largest weighted error, a second one to the next, and so on.
     """
@@ -179,11 +183,12 @@ def _update(
     idle = mass <= 0
     sums = torch.stack([total(weights * points[..., channel]) for channel in range(num_channels)], dim=-1)
     means = (sums / mass.clamp(min=torch.finfo(torch.float64).tiny)[..., None]).float()
+    updated = centroids + RELAXATION * (means - centroids)
     settled = ~idle.any(dim=1)
     if not bool(settled.all()):
         rank = idle.cumsum(dim=1) - 1
         worst = errors.topk(int(idle.sum(dim=1).max()), dim=1).indices
         seeds = worst.gather(1, rank.clamp(min=0, max=worst.shape[1] - 1))
         moved = points.gather(1, seeds[..., None].expand(-1, -1, num_channels))
-        means = torch.where(idle[..., None], moved, means)
-    return means, settled
+        updated = torch.where(idle[..., None], moved, updated)
+    return updated, settled

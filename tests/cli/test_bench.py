@@ -1,5 +1,6 @@
 """``pqkv bench`` on a tiny model: small, but it really measures."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,3 +27,13 @@ def test_inspect_says_what_attends(exported: Path, pqkv: Callable) -> None:
 def test_the_tables_are_for_people(exported: Path, pqkv: Callable) -> None:
     answer = pqkv("bench", exported, "--context", 64, "--repeats", 1)
     assert "whole decode steps" in answer.out and "decode attention of one layer, backend" in answer.out
+
+
+def test_kmeans_beside_faiss(exported: Path, pqkv: Callable) -> None:
+    answer = pqkv("bench", exported, "--kmeans", "--json", "-")
+    if importlib.util.find_spec("faiss") is None:
+        assert answer.code == 2 and "pqkv[faiss]" in answer.err
+        return
+    assert answer.code == 0, answer.err
+    assert {row["points"] for row in answer.json["rows"]} == {"keys", "values", "normal"}
+    assert all(row["seconds"] > 0 and row["distortion_ratio"] < 1.05 for row in answer.json["rows"])

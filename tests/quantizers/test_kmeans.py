@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.cluster.vq import kmeans2
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.kmeans import KMeansResult, kmeans
@@ -137,3 +138,14 @@ def test_points_that_are_not_finite_are_named(value: float) -> None:
         fit(points, 4)
     with pytest.raises(DataError, match="subspace 0 of 3"):
         fit(torch.randn(3, 50, 2), 4, -torch.ones(3, 50))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 4, 8])
+def test_no_worse_than_lloyd_from_random_points(dim: int) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    points = torch.randn(8, 3000, dim, generator=generator) * torch.rand(8, 3000, 1, generator=generator)
+    theirs = []
+    for subspace in points.double().numpy():
+        centroids, codes = kmeans2(subspace, 64, iter=25, minit="points", seed=0)
+        theirs.append(((subspace - centroids[codes]) ** 2).sum(1).mean())
+    assert fit(points, 64).distortion.mean() <= sum(theirs) / len(theirs)
