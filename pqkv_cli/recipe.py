@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
 from pqkv_cli.gates import parse_gates
-from pqkv_cli.rates import RATES, USUAL_PROTOTYPE_NBITS
+from pqkv_cli.rates import RATES, USUAL_PROTOTYPE_NBITS, rate_names
 from pqkv_cli.recipe_faults import describe_faults
 
 TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated", "longbench"]
@@ -30,12 +39,6 @@ def _consistent(gates: tuple[str, ...]) -> tuple[str, ...]:
 _TASK = r"^[\w.+-]+$"
 
 
-def _known_rate(bits: float) -> float:
-    if bits not in RATES:
-        raise ValueError(f"found {bits:g}; expected one of {', '.join(f'{rate:g}' for rate in RATES)}")
-    return bits
-
-
 def _written_rate(bits: float) -> int | float:
     return int(bits) if bits == int(bits) else bits
 
@@ -48,7 +51,10 @@ class _Section(BaseModel):
 
 
 class CalibrationRecipe(_Section):
-    """Which text is run through the model, in what share of it numbers are hidden and asked for, and how much is kept."""
+    """Which text is run through the model, in what share of it numbers are hidden and asked for, and how much is kept.
+
+    `fisher` is the number of backward passes per batch that measure what errors of keys and values cost; 0 leaves it out.
+    """
 
     data: str = Field("stdlib:calibration", min_length=1)
     samples: int = Field(128, ge=2)
@@ -56,14 +62,29 @@ class CalibrationRecipe(_Section):
     batch_size: int = Field(1, ge=1)
     reservoir_size: int = Field(16384, ge=1)
     recall_share: float = Field(0.125, ge=0, le=1)
+    fisher: int = Field(0, ge=0)
 
 
 class CodebookRecipe(_Section):
-    """The code rate (bits per channel), how many of a vector's bits go to its prototype, and the effort of the fit."""
+    """The code rate (bits per channel), where its bits go, how many of a vector's go to its prototype, and the fit's effort.
 
-    bits: Annotated[float, AfterValidator(_known_rate), PlainSerializer(_written_rate)] = 4
+    With `allocation` ``measured``, `bits` is the mean over all keys and values, and each layer's get the rate that helps most;
+    with ``uniform`` it is the rate of all of them.
+    """
+
+    allocation: Literal["measured", "uniform"] = "measured"
+    bits: Annotated[float, PlainSerializer(_written_rate)] = 4
     prototype_bits: Literal[0, 8, 10] = USUAL_PROTOTYPE_NBITS
     iterations: int = Field(25, ge=1)
+
+    @field_validator("bits")
+    @classmethod
+    def _known_rate(cls, bits: float, info: ValidationInfo) -> float:
+        if info.data.get("allocation") == "uniform" and bits not in RATES:
+            raise ValueError(f"found {bits:g}; expected one of {rate_names(RATES)} where the allocation is uniform")
+        if not min(RATES) <= bits <= max(RATES):
+            raise ValueError(f"found {bits:g}; expected {min(RATES):g} to {max(RATES):g}")
+        return bits
 
 
 class CacheRecipe(_Section):

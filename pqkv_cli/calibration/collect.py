@@ -5,15 +5,23 @@ Memory holds one batch's activations, one part's samples and one sum per layer, 
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pqkv_cli.calibration.fisher import (
+    GradientObserver,
+    LayerGradients,
+    fisher_directions,
+    fisher_weight,
+    frozen,
+    pairs_only,
+)
 from pqkv_cli.calibration.formats import read_json, write_json, write_tensors
 from pqkv_cli.calibration.observer import BatchObserver, LayerBatch
-from pqkv_cli.calibration.parts import MOMENT_FIELDS, Moments, Parts, check_same
+from pqkv_cli.calibration.parts import MOMENT_FIELDS, Moments, Parts, check_same, present
 from pqkv_cli.calibration.sampling import draw_queries, draw_sample
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.store import SCHEMA, WINDOWS_FILE, layer_file
@@ -23,6 +31,7 @@ from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.modules import attention_modules, output_weight
 from pqkv_cli.models.taps import tap
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
+from pqkv_kernels.layout import RotaryLayout
 
 Progress = Callable[[int, int], None]
 
@@ -88,7 +97,11 @@ class _Run:
                 last = min(first + settings.batch_size, end)
                 batches.append(self._observe(first, last))
                 # In window order, whatever the parts: resuming must not change a bit.
-                new = {f"{i}.{field}": getattr(batch, field) for i, batch in batches[-1].items() for field in MOMENT_FIELDS}
+                new = {
+                    f"{i}.{field}": getattr(batch, field)
+                    for i, batch in batches[-1].items()
+                    for field in present(batch, MOMENT_FIELDS)
+                }
                 moments = {name: moments[name] + moment for name, moment in new.items()} if moments else new
                 if last < end:
                     on_progress(last, settings.num_windows)
@@ -103,32 +116,65 @@ class _Run:
         local = self.sample[low:high] - first * length
         queries = [draw_queries(w, length, settings.queries_per_window, settings.seed) for w in range(first, last)]
         observer = BatchObserver(self.shape, local // length, local % length, torch.stack(queries))
-        # The decoder without its head: no statistics come from logits, and they are the largest tensor of a pass.
-        decoder = getattr(self.model, "base_model", self.model)
+        ids = self.windows[first:last].to(self.model.device)
         was_training = self.model.training
         self.model.eval()
         try:
+            if settings.fisher_draws:
+                return self._with_gradients(observer, ids, range(first, last), local)
+            # The decoder without its head: no statistics come from logits, and they are the largest tensor of a pass.
+            decoder = getattr(self.model, "base_model", self.model)
             with torch.no_grad(), tap(self.model, observer):
-                decoder(input_ids=self.windows[first:last].to(self.model.device), use_cache=False)
+                decoder(input_ids=ids, use_cache=False)
         finally:
             self.model.train(was_training)
         return observer.finish()
+
+    def _with_gradients(
+        self, observer: BatchObserver, ids: torch.Tensor, numbers: range, local: torch.Tensor
+    ) -> dict[int, LayerBatch]:
+        """Run the windows called `numbers` in one pass and `fisher_draws` passes back."""
+        settings = self.settings
+        gradients = GradientObserver(self.shape, local // settings.seq_len, local % settings.seq_len)
+        with (
+            frozen(self.model),
+            torch.enable_grad(),
+            tap(self.model, observer),
+            tap(self.model, gradients, differentiable=True),
+        ):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            batches = observer.finish()
+            found = gradients.finish(logits, fisher_directions(logits, numbers, settings.fisher_draws, settings.seed))
+        return {
+            i: replace(batch, **{field.name: getattr(found[i], field.name) for field in fields(LayerGradients)})
+            for i, batch in batches.items()
+        }
 
     def merge(self, moments: Moments) -> None:
         """Write the store's tensors from the parts."""
         settings = self.settings
         attention = attention_modules(self.model)
-        counts = (settings.num_windows * settings.seq_len, settings.num_windows * settings.queries_per_window)
+        num_tokens = settings.num_windows * settings.seq_len
         for i in (index for index, layer in enumerate(self.shape.layers) if not layer.dense_reason):
             tensors = self.parts.samples(i, settings.num_parts)
-            for field, count in zip(MOMENT_FIELDS, counts, strict=True):
+            for field in (field for field in MOMENT_FIELDS if f"{i}.{field}" in moments):
+                count = settings.num_windows * settings.queries_per_window if field == "pair_moment" else num_tokens
                 tensors[field] = moments[f"{i}.{field}"] / count
+            if settings.fisher_draws:
+                _weigh(tensors, self.shape.layers[i].rotary)
             readers = [j for j in attention if self.shape.kv_source(j) == i]
             tensors["output_gram"] = torch.stack([output_gram(attention[j], self.shape.layers[i]) for j in readers]).sum(0)
             write_tensors(self.directory / layer_file(i), tensors)
         held_out = self.windows[settings.num_windows :].to("cpu", torch.int64)
         positions = (self.sample % settings.seq_len).int()
         write_tensors(self.directory / WINDOWS_FILE, {"positions": positions, "held_out": held_out})
+
+
+def _weigh(tensors: dict[str, torch.Tensor], rotary: RotaryLayout | None) -> None:
+    """Put the weights of samples in the place of their gradients, in the metrics that codecs can have."""
+    moment = tensors["key_fisher"] if rotary is None else pairs_only(tensors["key_fisher"], rotary)
+    tensors["key_weight"] = fisher_weight(tensors.pop("key_gradients"), moment)
+    tensors["value_weight"] = fisher_weight(tensors.pop("value_gradients"), tensors["value_fisher"])
 
 
 def output_gram(attention: torch.nn.Module, layer: LayerGeometry) -> torch.Tensor:

@@ -19,7 +19,7 @@ class LayerBatch:
 
     keys, values [Hkv, n, D] fp16 (keys before rotary embedding); attention_mass [Hkv, n] fp32; query_moment [Hkv, D, D] fp64,
     the sum over tokens and the group's heads of ``q q^T``; pair_moment [Hkv, P, 2, 2] fp64, the sum over sampled queries and
-    the group's heads of what `pair_moment` returns.
+    the group's heads of what `pair_moment` returns. The others are those of `LayerGradients`, None where none were asked for.
     """
 
     keys: torch.Tensor
@@ -27,6 +27,10 @@ class LayerBatch:
     attention_mass: torch.Tensor
     query_moment: torch.Tensor
     pair_moment: torch.Tensor
+    key_gradients: torch.Tensor | None = None
+    value_gradients: torch.Tensor | None = None
+    key_fisher: torch.Tensor | None = None
+    value_fisher: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -181,20 +185,27 @@ def _pair_moment(
 ) -> torch.Tensor:
     if layer.rotary is None:
         return torch.zeros(layer.num_kv_heads, 0, 2, 2, dtype=torch.float64)
-    cos, sin = unit_angles(*_angles(step, index), layer.rotary)
+    cos, sin = unit_angles(*given_angles(step, index), layer.rotary)
     return pair_moment(queries, weights, cos, sin, layer.rotary)
 
 
 def _unrotated(
     keys: torch.Tensor, step: AttentionStep, rows: torch.Tensor, positions: torch.Tensor, rotary: RotaryLayout, index: int
 ) -> torch.Tensor:
-    all_cos, all_sin = _angles(step, index)
+    all_cos, all_sin = given_angles(step, index)
     rows = rows if all_cos.shape[0] > 1 else torch.zeros_like(rows)
     cos, sin = unit_angles(all_cos[rows, positions], all_sin[rows, positions], rotary)
     return unrotate(keys, cos[:, None], sin[:, None], rotary)
 
 
-def _angles(step: AttentionStep, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def given_angles(step: AttentionStep, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the angles that layer `index` was given.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it was given none.
+    """
     if step.cos is None or step.sin is None or step.cos.ndim != 3 or step.sin.ndim != 3:
         raise UnsupportedModelError(
             f"layer {index} is not given rotary angles as (cos, sin) [B, T, rotary_dim], so its keys cannot be un-rotated. "

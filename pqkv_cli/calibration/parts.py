@@ -18,8 +18,9 @@ from pqkv_cli.calibration.formats import read_json, write_json, write_tensors
 from pqkv_cli.calibration.observer import LayerBatch
 from pqkv_cli.errors import RunError
 
-SAMPLE_FIELDS = ("keys", "values", "attention_mass")
-MOMENT_FIELDS = ("query_moment", "pair_moment")
+# The last two of each are there only if gradients were asked for.
+SAMPLE_FIELDS = ("keys", "values", "attention_mass", "key_gradients", "value_gradients")
+MOMENT_FIELDS = ("query_moment", "pair_moment", "key_fisher", "value_fisher")
 Moments = dict[str, torch.Tensor]
 """Sums by ``layer.field``."""
 
@@ -56,7 +57,7 @@ class Parts:
         samples = {
             f"{i}.{field}": torch.cat([getattr(batch[i], field) for batch in batches], dim=1)
             for i in batches[0]
-            for field in SAMPLE_FIELDS
+            for field in present(batches[0][i], SAMPLE_FIELDS)
         }
         write_tensors(self._samples(part), samples)
         if part:
@@ -70,13 +71,14 @@ class Parts:
         RunError
             If a part is damaged.
         """
-        pieces: dict[str, list[torch.Tensor]] = {field: [] for field in SAMPLE_FIELDS}
+        pieces: dict[str, list[torch.Tensor]] = {}
         for index in range(num_parts):
             path = self._samples(index)
             try:
                 with safe_open(path, framework="pt") as part:
-                    for field in SAMPLE_FIELDS:
-                        pieces[field].append(part.get_tensor(f"{layer}.{field}"))
+                    names = set(part.keys())
+                    for field in (field for field in SAMPLE_FIELDS if f"{layer}.{field}" in names):
+                        pieces.setdefault(field, []).append(part.get_tensor(f"{layer}.{field}"))
             except (OSError, SafetensorError) as error:
                 raise _damaged(path, error) from error
         return {field: torch.cat(found, dim=1) for field, found in pieces.items()}
@@ -90,6 +92,11 @@ class Parts:
 
     def _moments(self, part: int) -> Path:
         return self._directory / f"moments-{part:05d}.safetensors"
+
+
+def present(batch: LayerBatch, names: Sequence[str]) -> list[str]:
+    """Return those of the fields `names` that `batch` has."""
+    return [name for name in names if getattr(batch, name) is not None]
 
 
 def check_same(found: dict[str, Any], asked: dict[str, Any], directory: Path) -> None:

@@ -28,6 +28,8 @@ class CollectSettings:
         Share of the windows that no statistics come from; at least one window.
     queries_per_window
         Query positions per window that measure attention mass.
+    fisher_draws
+        Backward passes per batch that measure what errors of keys and values cost; 0 leaves them out.
 
     Raises
     ------
@@ -43,11 +45,14 @@ class CollectSettings:
     seed: int = 0
     held_out_share: float = 1 / 8
     queries_per_window: int = 32
+    fisher_draws: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "seq_len", "batch_size", "reservoir_size", "queries_per_window"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.fisher_draws < 0:
+            raise UsageError(f"fisher_draws is {self.fisher_draws}; expected at least 0")
         if not 0 <= self.held_out_share < 1:
             raise UsageError(f"held_out_share is {self.held_out_share}; expected at least 0 and below 1")
         if self.num_samples < 2:

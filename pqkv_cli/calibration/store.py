@@ -5,7 +5,7 @@
 - ``windows.safetensors``: positions [N] of the samples, held-out windows
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,12 @@ class LayerSamples:
         before rotary embedding meet it, averaged over keys by attention; no pairs where the geometry has no rotary.
     output_gram
         [Hkv, D, D] fp64, sum over the group's heads of ``W^T W`` with `W` [hidden, D] the head's output projection.
+    key_fisher, value_fisher
+        [Hkv, D, D] fp64, mean over tokens of ``g g^T`` with `g` the gradient of the log-likelihood of a window for the token's
+        key before rotary embedding or its value; nats^2 per unit^2. None where calibration ran without ``--fisher``.
+    key_weight, value_weight
+        [Hkv, N] fp32, what an error of each sample costs beside the others of its head, about 1 in the mean
+        (`pqkv_cli.calibration.fisher.fisher_weight`); None as well.
     """
 
     keys: torch.Tensor
@@ -49,6 +55,10 @@ class LayerSamples:
     query_moment: torch.Tensor
     pair_moment: torch.Tensor
     output_gram: torch.Tensor
+    key_fisher: torch.Tensor | None = None
+    value_fisher: torch.Tensor | None = None
+    key_weight: torch.Tensor | None = None
+    value_weight: torch.Tensor | None = None
 
 
 class CalibrationStore:
@@ -93,7 +103,7 @@ class CalibrationStore:
         tensors = self._load(layer_file(index))
         tensors["positions"] = self._load(WINDOWS_FILE)["positions"]
         expected = {field.name for field in fields(LayerSamples)}
-        if tensors.keys() != expected:
+        if not _REQUIRED <= tensors.keys() <= expected:
             raise self._damaged(layer_file(index), f"holds {sorted(tensors)}")
         return LayerSamples(**tensors)
 
@@ -115,6 +125,7 @@ class CalibrationStore:
 
 
 WINDOWS_FILE = "windows.safetensors"
+_REQUIRED = {field.name for field in fields(LayerSamples) if field.default is MISSING}
 
 
 def layer_file(index: int) -> str:

@@ -1,11 +1,15 @@
 """``pqkv calibrate``: run text through a model and record what its cache looks like."""
 
+from dataclasses import dataclass
+
+from pqkv_cli.cli.option_set import takes
 from pqkv_cli.cli.options import (
     BatchSizeOption,
     CalibrationDataOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
+    FisherOption,
     JsonOption,
     OutOption,
     RecallShareOption,
@@ -18,22 +22,46 @@ from pqkv_cli.cli.options import (
 )
 
 
-def calibrate(
-    target: TargetArgument = None,
-    run: RunOption = None,
-    out: OutOption = None,
-    data: CalibrationDataOption = None,
-    samples: SamplesOption = None,
-    seq_len: SeqLenOption = None,
-    batch_size: BatchSizeOption = None,
-    reservoir_size: ReservoirOption = None,
-    recall_share: RecallShareOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    json_target: JsonOption = None,
-    debug: DebugOption = False,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class CalibrateWords:
+    """The words of ``pqkv calibrate``."""
+
+    target: TargetArgument = None
+    run: RunOption = None
+    out: OutOption = None
+    data: CalibrationDataOption = None
+    samples: SamplesOption = None
+    seq_len: SeqLenOption = None
+    batch_size: BatchSizeOption = None
+    reservoir_size: ReservoirOption = None
+    recall_share: RecallShareOption = None
+    fisher: FisherOption = None
+    seed: SeedOption = None
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+    json_target: JsonOption = None
+    debug: DebugOption = False
+
+    def changes(self) -> dict[str, object]:
+        """Return what they say of the recipe."""
+        from pqkv_cli.pipeline.start import file_reference
+
+        return {
+            "calibration.data": file_reference(self.data),
+            "calibration.samples": self.samples,
+            "calibration.seq_len": self.seq_len,
+            "calibration.batch_size": self.batch_size,
+            "calibration.reservoir_size": self.reservoir_size,
+            "calibration.recall_share": self.recall_share,
+            "calibration.fisher": None if self.fisher is None else int(self.fisher),
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+
+
+@takes(CalibrateWords)
+def calibrate(words: CalibrateWords) -> None:
     """Record what a model's keys, values and queries look like.
 
     Example: pqkv calibrate path/to/model --data text.txt --samples 32 --seq-len 512 -o my-run
@@ -41,23 +69,11 @@ def calibrate(
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.cli.stage_table import show_stage
     from pqkv_cli.cli.words import checked, path_or_none, target_of
-    from pqkv_cli.pipeline.start import file_reference, start_run
+    from pqkv_cli.pipeline.start import start_run
 
-    output, reporter = Output(json_target), TerminalReporter()
-    changes = checked(
-        {
-            "calibration.data": file_reference(data),
-            "calibration.samples": samples,
-            "calibration.seq_len": seq_len,
-            "calibration.batch_size": batch_size,
-            "calibration.reservoir_size": reservoir_size,
-            "calibration.recall_share": recall_share,
-            "seed": seed,
-            "device": device,
-            "dtype": dtype,
-        }
-    )
-    started, recipe = start_run(target_of(target, run, reporter), path_or_none(out), changes)
+    output, reporter = Output(words.json_target), TerminalReporter()
+    target = target_of(words.target, words.run, reporter)
+    started, recipe = start_run(target, path_or_none(words.out), checked(words.changes()))
 
     from pqkv_cli.pipeline.stages import run_stage
 

@@ -61,8 +61,11 @@ class Observer(Protocol):
 
 
 @contextmanager
-def tap(model: nn.Module, observer: Observer) -> Iterator[None]:
+def tap(model: nn.Module, observer: Observer, *, differentiable: bool = False) -> Iterator[None]:
     """Show every attention call of `model` to `observer` while the context lasts; outputs stay bit-equal.
+
+    If `differentiable`, the keys and values shown are parts of the graph that autograd records of the model: gradients for
+    them can be asked for afterwards, whether or not parameters have any.
 
     Raises
     ------
@@ -72,7 +75,7 @@ def tap(model: nn.Module, observer: Observer) -> Iterator[None]:
     modules = attention_modules(model)
     for module in modules.values():
         _check_interface(module)
-    taps = _Taps({id(module): index for index, module in modules.items()}, observer)
+    taps = _Taps({id(module): index for index, module in modules.items()}, observer, differentiable)
     with ExitStack() as undo:
         for module in modules.values():
             undo.callback(module.register_forward_pre_hook(taps.angle_hook(module), with_kwargs=True).remove)
@@ -91,9 +94,10 @@ def tap(model: nn.Module, observer: Observer) -> Iterator[None]:
 class _Taps:
     """The state of one `tap`: which module is which layer, and the angles it was last given."""
 
-    def __init__(self, layer_of: dict[int, int], observer: Observer) -> None:
+    def __init__(self, layer_of: dict[int, int], observer: Observer, differentiable: bool) -> None:
         self._layer_of = layer_of
         self._observer = observer
+        self._differentiable = differentiable
         self._angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def angle_hook(self, module: nn.Module) -> Callable[..., None]:
@@ -109,8 +113,13 @@ class _Taps:
 
     def function(self, former: str) -> Callable[..., Any]:
         def attention(module: nn.Module, queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
-            output = _former_function(module, former)(module, queries, keys, values, *args, **kwargs)
             layer_index = self._layer_of.get(id(module))
+            if self._differentiable and layer_index is not None:
+                # In place: layers that share keys and values must go on sharing them.
+                for tensor in (keys, values):
+                    if not tensor.requires_grad:
+                        tensor.requires_grad_()
+            output = _former_function(module, former)(module, queries, keys, values, *args, **kwargs)
             if layer_index is not None:
                 cos, sin = self._angles.pop(id(module), (None, None))
                 scaling = kwargs.get("scaling")

@@ -50,6 +50,7 @@ class _Work:
             batch_size=wanted.batch_size,
             reservoir_size=wanted.reservoir_size,
             seed=recipe.seed,
+            fisher_draws=wanted.fisher,
         )
         self.run, self.reporter = run, reporter
 

@@ -33,8 +33,15 @@ STAGE_FIELDS: Mapping[Stage, tuple[str, ...]] = {
         "calibration.batch_size",
         "calibration.reservoir_size",
         "calibration.recall_share",
+        "calibration.fisher",
     ),
-    "fit-codebooks": ("seed", "codebooks.bits", "codebooks.prototype_bits", "codebooks.iterations"),
+    "fit-codebooks": (
+        "seed",
+        "codebooks.allocation",
+        "codebooks.bits",
+        "codebooks.prototype_bits",
+        "codebooks.iterations",
+    ),
     "export": ("cache.num_sinks", "cache.window_tokens"),
     "eval": (
         "seed",

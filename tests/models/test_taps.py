@@ -87,6 +87,20 @@ def test_options_of_the_attention_are_seen(tiny: Any, ids: torch.Tensor) -> None
     assert recorder.steps[0].sinks is not None and recorder.steps[0].sinks.shape == (4,)
 
 
+def test_a_differentiable_tap_is_inert_and_shows_the_graph(tiny: Any, ids: torch.Tensor) -> None:
+    model = tiny("llama")
+    before, recorder = state(model), Recorder()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    plain = model(ids).logits
+    with tap(model, recorder, differentiable=True):
+        tapped = model(ids).logits
+    assert torch.equal(plain, tapped) and tapped.requires_grad and not plain.requires_grad
+    held = [tensor for step in recorder.steps.values() for tensor in (step.keys, step.values)]
+    assert all(bool(gradient.abs().sum() > 0) for gradient in torch.autograd.grad(tapped.square().sum(), held))
+    assert state(model) == before
+
+
 def test_generation_with_a_cache(tiny: Any, ids: torch.Tensor) -> None:
     model = tiny("llama")
     recorder = Recorder()
