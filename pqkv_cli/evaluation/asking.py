@@ -1,5 +1,6 @@
 """Asks both models the same questions in the same batches and keeps every answer. Knows logs and caches, no task's meaning."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,12 +11,16 @@ from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.evaluation.bits import cache_bits, fullest_bits
 from pqkv_cli.evaluation.contender import CacheFactory, contender
 from pqkv_cli.evaluation.outcome import BitsPerChannel
-from pqkv_cli.evaluation.replies import Question, reply
+from pqkv_cli.evaluation.replies import Question, Replies, reply
 from pqkv_cli.evaluation.samples import Group, Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 
 Score = Callable[[Question, str], float]
 SIDES = ("baseline", "quantized")
+# Prompts of unequal length are padded, and attention then no longer skips what lies ahead of a query: more work for the prompt,
+# with the square of its length, for fewer steps of answering. It pays up to so many squared tokens per token of answer.
+_PADDED_SQUARE = 2**18
+_MASK_ENTRIES = 2**27  # of the mask that padding needs: rows times the square of the length
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,7 @@ def _batches(questions: Sequence[Question], budget: int) -> Iterator[tuple[str, 
     """Cut `questions` into batches of at most `budget` padded tokens, whose names and content depend on nothing else."""
     batch: list[Question] = []
     for question in questions:
-        longest = max([len(question.ids), *(len(other.ids) for other in batch)]) + question.max_new_tokens
-        if batch and (batch[0].decoding != question.decoding or longest * (len(batch) + 1) > budget):
+        if batch and not _belongs(question, batch, budget):
             yield f"{batch[0].name}+{len(batch)}", batch
             batch = []
         batch.append(question)
@@ -80,15 +84,36 @@ def _batches(questions: Sequence[Question], budget: int) -> Iterator[tuple[str, 
         yield f"{batch[0].name}+{len(batch)}", batch
 
 
+def _belongs(question: Question, batch: Sequence[Question], budget: int) -> bool:
+    """Return whether `question` is better answered together with `batch` than alone."""
+    lengths = [len(other.ids) for other in (*batch, question)]
+    rows, longest = len(lengths), max(lengths)
+    if batch[0].decoding != question.decoding or rows * (longest + question.max_new_tokens) > budget:
+        return False
+    square = longest**2
+    return min(lengths) == longest or (square <= _PADDED_SQUARE * question.max_new_tokens and rows * square <= _MASK_ENTRIES)
+
+
 def _ask_batch(
     subject: Subject, batch: list[Question], new_cache: CacheFactory, score: Score
 ) -> tuple[list[Sample], dict[str, Any]]:
     model, tokenizer = subject.model, subject.tokenizer
-    cache = new_cache()
-    replies = {"baseline": reply(model, tokenizer, batch, None), "quantized": reply(model, tokenizer, batch, cache)}
+    key, cache = _fingerprint(batch), new_cache()
+    if key not in subject.baseline:
+        subject.baseline[key] = reply(model, tokenizer, batch, None)
+    replies: dict[str, Replies] = {"baseline": subject.baseline[key], "quantized": reply(model, tokenizer, batch, cache)}
     held = asdict(cache_bits(cache)) if isinstance(cache, QuantizedCache) else None
     samples = [_sample(question, {side: replies[side].texts[i] for side in SIDES}, score) for i, question in enumerate(batch)]
     return samples, {"bits": held, "batch": len(batch), "cost": {side: replies[side].cost() for side in SIDES}}
+
+
+def _fingerprint(batch: Sequence[Question]) -> str:
+    """Return a hash of all that the answers of one model to `batch` depend on."""
+    total = hashlib.sha256(repr(batch[0].decoding).encode())
+    for question in batch:
+        total.update(f"{len(question.ids)} ".encode())
+        total.update(question.ids.numpy().tobytes())
+    return total.hexdigest()
 
 
 def _sample(question: Question, texts: Mapping[str, str | None], score: Score) -> Sample:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.errors import UsageError, did_you_mean
+from pqkv_cli.evaluation.replies import Replies
 from pqkv_cli.evaluation.samples import SampleLog
 
 Mode = Literal["all", "cache"]
@@ -63,7 +64,8 @@ class EvaluationSettings:
 class Subject:
     """The model under test, its tokenizer and artifact, and what the task reads: held-out text, or rows at the path `data`.
 
-    What the task finds out goes to `log`, sample by sample.
+    What the task finds out goes to `log`, sample by sample. What the uncompressed model answered to a batch stays in
+    `baseline`, so that it is not asked again for another mode.
     """
 
     model: Any
@@ -73,3 +75,4 @@ class Subject:
     force: bool = False
     data: Path | None = None
     log: SampleLog = field(default_factory=SampleLog)
+    baseline: dict[str, Replies] = field(default_factory=dict)

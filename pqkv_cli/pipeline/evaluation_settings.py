@@ -10,6 +10,7 @@ from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.samples import SampleLog
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
 from pqkv_cli.evaluation.tasks import TASKS
+from pqkv_cli.models.footprint import layer_footprints
 from pqkv_cli.pipeline.content import text_identity
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.recipe import Recipe
@@ -22,6 +23,9 @@ _MOST_NEW_TOKENS = 1024
 _LONGBENCH_ROOM = 576  # its longest answer, and a chat template
 # Tokens of the answer for which prompts as long as the model reaches leave room.
 _ANSWER_ROOM = {"passkey": 16, "needle": 64, "lines": 16}
+# Prompts answered together: at most so many tokens, and so many bytes of uncompressed cache.
+_LEAST_BATCH, _MOST_BATCH = 8192, 65536
+_BATCH_BYTES = 2**28
 
 
 def task_settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> EvaluationSettings:
@@ -31,7 +35,7 @@ def task_settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> Ev
     if task in _ANSWER_ROOM:
         longest = min(_LONGEST_PROMPT, positions - _ANSWER_ROOM[task])
         limit = (wanted.prompts or wanted.limit) if task == "passkey" else wanted.limit
-        return EvaluationSettings(mode, wanted.context or longest, limit, recipe.seed)
+        return EvaluationSettings(mode, wanted.context or longest, limit, recipe.seed, batch_tokens=_batch_tokens(subject))
     if task == "kld_generated":
         context = wanted.context or min(_LONGEST_OPENING, positions // 2)
         steps = wanted.max_new_tokens or max(1, min(_MOST_NEW_TOKENS, positions - context))
@@ -40,9 +44,16 @@ def task_settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> Ev
         return EvaluationSettings(mode, positions, wanted.limit, recipe.seed)
     if task == "longbench":
         longest = positions - _LONGBENCH_ROOM if positions > 2 * _LONGBENCH_ROOM else positions // 2
-        return EvaluationSettings(mode, wanted.context or longest, wanted.limit, recipe.seed)
+        room = wanted.context or longest
+        return EvaluationSettings(mode, room, wanted.limit, recipe.seed, batch_tokens=_batch_tokens(subject))
     context = wanted.context or min(recipe.calibration.seq_len, positions)
     return EvaluationSettings(mode, context, wanted.limit or _DEFAULT_WINDOWS, recipe.seed)
+
+
+def _batch_tokens(subject: Subject) -> int:
+    """Return how many tokens to answer together: a step of a small model costs nearly the same for one row and for eight."""
+    channels = sum(layer.channels for layer in layer_footprints(subject.model.config))
+    return max(_LEAST_BATCH, min(_MOST_BATCH, _BATCH_BYTES // max(1, channels * subject.model.dtype.itemsize)))
 
 
 def modes_of(task: str, modes: Sequence[Mode]) -> list[Mode]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_chain import byte_tokenizer, tokens
 
-from pqkv_cli.evaluation.asking import ask
+from pqkv_cli.evaluation.asking import _batches, ask
 from pqkv_cli.evaluation.replies import Question, reply
 from pqkv_cli.evaluation.samples import SampleLog
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
@@ -134,3 +134,33 @@ def test_own_stop_tokens_end_an_answer_but_not_before_its_least_length(subject: 
     assert stopped == ""
     (held,) = reply(made.model, made.tokenizer, [Question("a", ids, 8, stop_ids=(first,), min_new_tokens=1)], None).texts
     assert held and not held.startswith(free[:1])
+
+
+def test_rows_of_unequal_length_are_padded_only_where_answers_are_long() -> None:
+    def cut(lengths: list[int], new_tokens: int, budget: int = 65536) -> list[int]:
+        asked = [Question(f"q{i}", torch.zeros(n, dtype=torch.int64), new_tokens) for i, n in enumerate(lengths)]
+        return [len(batch) for _, batch in _batches(asked, budget)]
+
+    assert cut([7616] * 9, 32) == [8, 1]
+    assert cut([7000, 7616, 7616], 32) == [1, 2]
+    assert cut([3000, 3100, 3200], 32) == [1, 1, 1]
+    assert cut([3000, 3100, 3200], 512) == [3]
+    assert cut([7000, 7100, 7200, 7616], 512) == [2, 2]  # a mask of three would be too large
+
+
+def test_the_uncompressed_model_answers_once_for_both_modes(subject: Maker, monkeypatch: Any) -> None:
+    made, caches = subject(), []
+    plain = reply
+
+    def counting(model: Any, tokenizer: Any, batch: Any, cache: Any) -> Any:
+        caches.append(cache)
+        return plain(model, tokenizer, batch, cache)
+
+    monkeypatch.setattr("pqkv_cli.evaluation.asking.reply", counting)
+    first = answers(made, "all")
+    second = answers(replace(made, log=SampleLog()), "cache")
+    assert [cache is None for cache in caches] == [True, False, False]
+    assert [s["baseline"] for s in first.samples] == [s["baseline"] for s in second.samples]
+    other = [replace(q, max_new_tokens=6) for q in questions()]
+    answers(made, asked=other)
+    assert [cache is None for cache in caches[3:]] == [True, False]
