@@ -56,7 +56,11 @@ class Output:
 def console() -> Console:
     """Return a console on stdout that never cuts a table short for want of a terminal."""
     return Console(
-        width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False, markup=False, soft_wrap=True
+        width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL,
+        highlight=False,
+        markup=False,
+        emoji=False,  # what a model writes may hold :words: that mean nothing
+        soft_wrap=True,
     )
 
 
@@ -83,7 +87,7 @@ class TerminalReporter:
 
     def __init__(self) -> None:
         self.voice = current_voice()
-        self.console = Console(stderr=True, highlight=False, markup=False)
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
     def note(self, text: str) -> None:
         """Print one sentence."""

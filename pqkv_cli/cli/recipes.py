@@ -1,5 +1,6 @@
-"""``pqkv recipes``: which recipes there are, what one of them says, and a new one for a model."""
+"""``pqkv recipes``: which recipes there are, what one of them says, a new one for a model, and their schema."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,24 +13,31 @@ if TYPE_CHECKING:
     from pqkv_cli.cli.output import Output
     from pqkv_cli.recipe import Recipe
 
-_ACTIONS = ("list", "show", "new")
+_ACTIONS = ("list", "show", "new", "schema")
 
 
 def recipes(
     action: Annotated[
-        str, typer.Argument(metavar="list|show|new", help="List all recipes, show one, or write one for a model.")
+        str,
+        typer.Argument(
+            metavar="list|show|new|schema",
+            help="List all recipes, show one, write one for a model, or print their JSON schema.",
+        ),
     ] = "list",
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to show, or the model of the new one.")] = None,
     run: RunOption = None,
     out: Annotated[
-        str | None, typer.Option("-o", "--out", metavar="FILE", help="Where to write the new recipe. [default: stdout]")
+        str | None,
+        typer.Option("-o", "--out", metavar="FILE", help="Where to write the new recipe or the schema. [default: stdout]"),
     ] = None,
     json_target: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """List the recipes, show one, or write one from a model's config.
+    """List the recipes, show one, write one from a model's config, or print the schema that editors check them with.
 
-    Example: pqkv recipes new org/model -o mine.yaml. With --run, the effective recipe of a run is shown.
+    With --run, the effective recipe of a run is shown.
+
+    Example: pqkv recipes new org/model -o mine.yaml
     """
     from pqkv_cli.cli.output import Output
     from pqkv_cli.recipe import recipe_names
@@ -37,11 +45,13 @@ def recipes(
     output = Output(json_target)
     if action not in _ACTIONS:
         hint = did_you_mean(action, _ACTIONS) or (f"; try: pqkv recipes show {action}" if action in recipe_names() else "")
-        raise UsageError(f"recipes knows 'list', 'show NAME' and 'new MODEL', not {action!r}{hint}")
-    if out is not None and action != "new":
-        raise UsageError("--out belongs to 'new'; expected: pqkv recipes new MODEL --out FILE")
+        raise UsageError(f"recipes knows 'list', 'show NAME', 'new MODEL' and 'schema', not {action!r}{hint}")
+    if out is not None and action not in ("new", "schema"):
+        raise UsageError("--out belongs to 'new' and 'schema'; expected: pqkv recipes new MODEL --out FILE")
     if action == "new":
         _write_new(output, name, run, out)
+    elif action == "schema":
+        _show_schema(output, name, out)
     elif action == "list" and run is None:
         _list(output)
     else:
@@ -70,6 +80,21 @@ def _show(output: "Output", name: str | None, run: str | None) -> None:
         raise UsageError(f"{run} is an artifact; its recipe.yaml lies beside it")
     text = dump_recipe(recipe)
     output.result(_document(recipe), text.rstrip())
+
+
+def _show_schema(output: "Output", name: str | None, out: str | None) -> None:
+    from pqkv_cli.files import write_text
+    from pqkv_cli.pipeline.recipe_schema import recipe_schema
+
+    if name is not None:
+        raise UsageError(f"found {name!r} after 'schema', which is the same for all recipes; expected: pqkv recipes schema")
+    schema = recipe_schema()
+    text = json.dumps(schema, indent=1)
+    if out is not None:
+        file = Path(out).expanduser()
+        write_text(file, text + "\n")
+        text = f"{file}: name it in the first line of a recipe: # yaml-language-server: $schema={file}"
+    output.result(schema, text)
 
 
 def _write_new(output: "Output", model: str | None, run: str | None, out: str | None) -> None:

@@ -63,7 +63,10 @@ def verdict(records: Sequence[Record]) -> str | None:
     if not gates:
         return None
     results = [{name: record[name] for name in ("task", "mode", "method", "status", "gate")} for record in records]
-    return json.dumps({"gate": {"passed": all(gate["passed"] for gate in gates)}, "results": results}, ensure_ascii=False)
+    return json.dumps(
+        {"schema": "pqkv.verdict/1", "gate": {"passed": all(gate["passed"] for gate in gates)}, "results": results},
+        ensure_ascii=False,
+    )
 
 
 def _rows(record: Record) -> list[tuple[object, ...]]:
