@@ -146,13 +146,11 @@ def parse_recipe(text: str, source: str) -> Recipe:
     RecipeError
         With all faults of the text at once.
     """
-    loader = _StrictLoader(text)
     try:
+        loader = _StrictLoader(text)  # refuses characters that YAML does not have
         data = loader.get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last: an impossible date such as 2001-99-99
         raise RecipeError(source, [f"not readable as YAML: {' '.join(str(error).split())}"]) from error
-    finally:
-        loader.dispose()
     if not isinstance(data, dict):
         raise RecipeError(source, [f"found {type(data).__name__}, expected keys with values such as 'model: ...'"])
     return _validate(data, source, loader.duplicates)

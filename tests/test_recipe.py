@@ -52,6 +52,9 @@ def test_defaults() -> None:
         ("seed: 1\nseed: 2", ["seed: found twice, on lines 3 and 4"]),
         ("cache: {num_sinks: 1, num_sinks: 2}", ["num_sinks: found twice"]),
         ("cache: [", ["not readable as YAML"]),
+        ("cache: \0", ["not readable as YAML: unacceptable character"]),
+        ("cache: 2001-99-99", ["not readable as YAML: month must be in 1..12"]),
+        ("cache: " + "[" * 5000, ["not readable as YAML: maximum recursion depth"]),
         ("cache: !!python/object:os.system {}", ["not readable as YAML"]),
     ],
 )
