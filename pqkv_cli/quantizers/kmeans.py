@@ -175,14 +175,12 @@ def _update(
     offset = torch.arange(num_subspaces, device=codes.device)[:, None] * num_centroids
     flat = (codes + offset).flatten()
 
-    def total(values: torch.Tensor) -> torch.Tensor:
-        sums = torch.bincount(flat, values.flatten().double(), minlength=num_subspaces * num_centroids)
-        return sums.view(num_subspaces, num_centroids)
-
-    mass = total(weights)
+    counted = torch.cat((points * weights[..., None], weights[..., None]), dim=-1).flatten(0, 1).double()
+    sums = torch.zeros(num_subspaces * num_centroids, num_channels + 1, dtype=torch.float64, device=points.device)
+    sums = sums.index_add_(0, flat, counted).view(num_subspaces, num_centroids, -1)
+    mass = sums[..., -1]
     idle = mass <= 0
-    sums = torch.stack([total(weights * points[..., channel]) for channel in range(num_channels)], dim=-1)
-    means = (sums / mass.clamp(min=torch.finfo(torch.float64).tiny)[..., None]).float()
+    means = (sums[..., :-1] / mass.clamp(min=torch.finfo(torch.float64).tiny)[..., None]).float()
     updated = centroids + RELAXATION * (means - centroids)
     settled = ~idle.any(dim=1)
     if not bool(settled.all()):
