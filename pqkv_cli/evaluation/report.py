@@ -10,7 +10,9 @@ from typing import Any
 
 from pqkv_cli.artifact.schema import Header
 from pqkv_cli.artifact.summary import Summary
-from pqkv_cli.evaluation.report_pictures import divergence, layer_errors, memory, pareto, recall_grids
+from pqkv_cli.evaluation.channels import ChannelPeaks
+from pqkv_cli.evaluation.report_channels import channel_pictures
+from pqkv_cli.evaluation.report_pictures import divergence, layer_errors, memory, pareto, recall_grids, speed
 from pqkv_cli.evaluation.report_style import STYLE
 from pqkv_cli.evaluation.report_tables import cost_table, headline_table, longbench_table, number, percent, size, table
 
@@ -29,6 +31,10 @@ class ReportSource:
         Points of a comparison with rivals (``pqkv.pareto/1``); empty where there was none.
     num_other_records
         Results that were left out because they are of another artifact.
+    channels
+        How large the channels of keys and values get; empty where the calibration is not at hand.
+    bench
+        What `pqkv bench` measured (``pqkv.bench/1``); empty where it did not.
     """
 
     header: Header
@@ -36,6 +42,8 @@ class ReportSource:
     records: Sequence[Record]
     pareto: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     num_other_records: int = 0
+    channels: Sequence[ChannelPeaks] = field(default_factory=tuple)
+    bench: Mapping[str, Any] = field(default_factory=dict)
 
 
 def report_page(source: ReportSource) -> str:
@@ -63,8 +71,9 @@ def _sections(source: ReportSource) -> list[tuple[str, str]]:
         ("What it still finds", "".join(map(recall_grids, records))),
         ("LongBench", longbench),
         ("Layers and heads", layer_errors(source.header)),
+        ("Outlier channels", channel_pictures(source.channels)),
         ("How small", memory(source.summary) + _measured_memory(records)),
-        ("How fast", cost_table(records)),
+        ("How fast", speed(source.bench) + cost_table(records)),
         ("How it was measured", _settings(records)),
     ]
 

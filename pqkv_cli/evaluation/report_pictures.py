@@ -111,10 +111,28 @@ def memory(summary: Summary) -> str:
     return line_chart(
         "Memory against context",
         description,
-        Axis("tokens", log=True, binary=True, tick=lambda v: f"{v / 1024:.0f}K" if v >= 1024 else f"{v:.0f}"),
+        Axis("tokens", log=True, binary=True, tick=_tokens),
         Axis("bytes", log=True, binary=True, tick=size),
         lines,
     )
+
+
+def speed(bench: Mapping[str, Any]) -> str:
+    """Return milliseconds per token against cached tokens, of every cache that ``pqkv bench`` timed; empty without times."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in bench.get("tokens", ()):
+        for name, times in row["ms_per_token"].items():
+            lines.setdefault(name, []).append((float(row["context"]), float(times["p50"])))
+    if not lines:
+        return ""
+    where = bench["environment"]["device"]
+    description = f"Median milliseconds of one decode step by the tokens in the cache, one sequence, {where}; lower is better."
+    x = Axis("tokens in the cache", log=True, binary=True, tick=_tokens)
+    return line_chart("Speed against context", description, x, Axis("ms per token"), lines)
+
+
+def _tokens(count: float) -> str:
+    return f"{count / 1024:.0f}K" if count >= 1024 else f"{count:.0f}"
 
 
 def compressed_bytes(summary: Summary, tokens: int) -> float:

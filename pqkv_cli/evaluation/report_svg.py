@@ -45,7 +45,7 @@ def line_chart(title: str, description: str, x: Axis, y: Axis, lines: Mapping[st
             place = f'cx="{to_x(a):.1f}" cy="{to_y(b):.1f}" r="4"'
             body.append(f'<circle class="dot {colour}" {place}><title>{escape(tip)}</title></circle>')
     legend = "".join(f'<li><span class="key c{i % NUM_COLOURS}"></span>{escape(name)}</li>' for i, name in enumerate(drawn))
-    return _figure(title, description, (_WIDTH, _HEIGHT), "".join(body), kind="chart") + f'<ul class="legend">{legend}</ul>'
+    return figure(title, description, (_WIDTH, _HEIGHT), "".join(body), kind="chart") + f'<ul class="legend">{legend}</ul>'
 
 
 def heat_map(
@@ -74,7 +74,7 @@ def heat_map(
         body.append(f'<text class="tick" x="{left - 10}" y="{y + 19}" text-anchor="end">{escape(name)}</text>')
         for j, value in enumerate(cells[i]):
             body.append(_cell(left + size * j, y, size, value, top, write))
-    return _figure(title, description, (width, height), "".join(body), wide=width > _WIDTH)
+    return figure(title, description, (width, height), "".join(body), wide=width > _WIDTH)
 
 
 def _cell(x: float, y: float, size: int, value: float | None, top: float, write: Callable[[float], str]) -> str:
@@ -89,7 +89,8 @@ def _cell(x: float, y: float, size: int, value: float | None, top: float, write:
     )
 
 
-def _figure(title: str, description: str, size: tuple[int, int], body: str, *, wide: bool = False, kind: str = "map") -> str:
+def figure(title: str, description: str, size: tuple[int, int], body: str, *, wide: bool = False, kind: str = "map") -> str:
+    """Return the SVG elements `body` as a picture of `size` (width, height) with its words; a `wide` one scrolls sideways."""
     width, height = size
     style = f' style="min-width:{width}px"' if wide else ""
     spoken = escape(f"{title}. {description}")

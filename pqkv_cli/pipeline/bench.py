@@ -1,5 +1,6 @@
 """Measures the speed of a run's artifact on this machine: attention alone, and whole decode steps. Parses no arguments."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,8 +11,10 @@ from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.errors import RunError
 from pqkv_cli.evaluation.decode_speed import OURS, TokenTimes, time_tokens
 from pqkv_cli.evaluation.environment import environment
+from pqkv_cli.files import write_text
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.reporter import Reporter
+from pqkv_cli.pipeline.rundir import BENCH_FILE
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.runtime.attach import Attached, attach
 from pqkv_cli.specs import SIDES
@@ -79,7 +82,10 @@ def bench(source: Source, settings: BenchSettings, reporter: Reporter, *, force:
                 tokens.append(time_tokens(attached, context, settings.repeats))
                 advance(index + 1, len(contexts))
         choice = attached.backend
-    return BenchReport(choice.name, choice.reason, tuple(attention), tuple(tokens), environment(model.device))
+    report = BenchReport(choice.name, choice.reason, tuple(attention), tuple(tokens), environment(model.device))
+    # Beside the other results, where a report finds it.
+    write_text(source.results / BENCH_FILE, json.dumps(report.document(), indent=1) + "\n", RunError)
+    return report
 
 
 def _attention_times(

@@ -53,7 +53,8 @@ def task_settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> Ev
 def _batch_tokens(subject: Subject) -> int:
     """Return how many tokens to answer together: a step of a small model costs nearly the same for one row and for eight."""
     channels = sum(layer.channels for layer in layer_footprints(subject.model.config))
-    return max(_LEAST_BATCH, min(_MOST_BATCH, _BATCH_BYTES // max(1, channels * subject.model.dtype.itemsize)))
+    per_token = int(channels * subject.model.dtype.itemsize)
+    return max(_LEAST_BATCH, min(_MOST_BATCH, _BATCH_BYTES // max(1, per_token)))
 
 
 def modes_of(task: str, modes: Sequence[Mode]) -> list[Mode]:

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pqkv_cli.artifact.store import open_artifact
+from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.artifact.summary import summarize
+from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.errors import RunError
+from pqkv_cli.evaluation.channels import ChannelPeaks, channel_peaks
 from pqkv_cli.evaluation.record import SCHEMA
 from pqkv_cli.evaluation.report import ReportSource, report_page
 from pqkv_cli.files import write_text
-from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, PARETO_FILE, PEERS_FOLDER
+from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, BENCH_FILE, PARETO_FILE, PEERS_FOLDER
 from pqkv_cli.pipeline.start import started_run
 from pqkv_cli.pipeline.target import Target
 
@@ -43,10 +45,17 @@ def write_report(target: Target, out: Path | None) -> Report:
     own = [record for record in records if record.get("artifact_sha256") == artifact.sha256]
     comparison = results / PEERS_FOLDER / PARETO_FILE
     points = _read(comparison).get("points", []) if comparison.is_file() else []
-    source = ReportSource(artifact.header, summarize(artifact), own, points, len(records) - len(own))
+    timed = results / BENCH_FILE
+    bench = _read(timed) if timed.is_file() else {}
+    channels, num_others = _channels(directory / "calibration", artifact), len(records) - len(own)
+    source = ReportSource(artifact.header, summarize(artifact), own, points, num_others, channels, bench)
     path = out or directory / REPORT_FILE
     write_text(path, report_page(source), RunError)
-    return Report(path, len(own), len(records) - len(own))
+    return Report(path, len(own), num_others)
+
+
+def _channels(calibration: Path, artifact: Artifact) -> list[ChannelPeaks]:
+    return channel_peaks(CalibrationStore(calibration), artifact) if (calibration / "manifest.json").is_file() else []
 
 
 def _places(target: Target) -> tuple[Path, Path, Path]:

@@ -14,6 +14,8 @@ MODEL_FILE = "config.json"
 # Where a comparison with rivals lies among the results, and its numbers.
 PEERS_FOLDER = "peers"
 PARETO_FILE = "pareto.json"
+# What `pqkv bench` measured, among the results.
+BENCH_FILE = "bench.json"
 
 PathKind = Literal["model", "run", "artifact", "recipe"]
 

@@ -1,6 +1,7 @@
 """``pqkv bench`` on a tiny model: small, but it really measures."""
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ def test_it_measures_beside_dense_caches(exported: Path, pqkv: Callable) -> None
     record = answer.json
     assert record["schema"] == "pqkv.bench/1" and record["environment"]["device"]
     assert [row["context"] for row in record["attention"]] == [128, 64]
+    kept = json.loads((exported / "results" / "bench.json").read_text(encoding="utf-8"))
+    assert kept == {name: value for name, value in record.items() if name != "pqkv"}
     for row in record["attention"]:
         assert row["gate_error"] < 0.01 and row["codes_ms"]["p50"] > 0 and row["ratio_to_static"] > 0
     for row in record["tokens"]:

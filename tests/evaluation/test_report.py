@@ -145,6 +145,14 @@ def test_a_longbench_record(subject: Maker) -> None:
     assert "LongBench, mode all" in seen.words
 
 
+def test_speed_is_drawn_where_it_was_measured(subject: Maker) -> None:
+    times = {"pqkv": {"p50": 4.0}, "DynamicCache": {"p50": 6.0}}
+    rows = [{"context": n, "ms_per_token": times} for n in (1024, 4096)]
+    _, seen = page(subject, [record()], bench={"tokens": rows, "environment": {"device": "cpu: x"}})
+    assert "Speed against context" in seen.words and "DynamicCache" in seen.words and "one sequence, cpu: x" in seen.words
+    assert "Speed against context" not in page(subject, [record()])[1].words
+
+
 def test_memory_is_counted_as_the_cache_holds_it(subject: Maker) -> None:
     summary = summarize(subject().artifact)
     exact = summary.cache.num_sinks + summary.cache.window_tokens

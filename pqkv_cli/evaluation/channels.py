@@ -1,0 +1,71 @@
+"""How large each channel of keys and values gets, as the model makes them and in code space. Knows samples and tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pqkv_cli.artifact.store import Artifact
+from pqkv_cli.calibration.store import CalibrationStore, layer_file
+from pqkv_cli.errors import RunError
+from pqkv_cli.specs import SIDES, Side
+from pqkv_kernels.codec import to_code_space
+
+_MOST_VECTORS = 4096  # per head, so that the calibration of a large model is looked at in seconds
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelPeaks:
+    """Largest magnitude of each channel of one layer's keys (before rotary embedding) or values, [Hkv, D] each.
+
+    `plain` as the model makes them, `coded` in the space where they are quantized.
+    """
+
+    layer: int
+    side: Side
+    plain: torch.Tensor
+    coded: torch.Tensor
+
+
+def channel_peaks(store: CalibrationStore, artifact: Artifact) -> list[ChannelPeaks]:
+    """Return the peaks of every coded layer over the first sampled vectors; none where the calibration is of another model.
+
+    Raises
+    ------
+    RunError
+        If a file of the calibration is damaged.
+    """
+    if store.manifest.get("model", {}).get("weights_sha256") != artifact.header.model.weights_sha256:
+        return []
+    found = []
+    for index, tables in enumerate(artifact.tables):
+        if tables is None:
+            continue
+        for side in SIDES:
+            vectors = _vectors(store, index, side)
+            coded = to_code_space(vectors[None], tables[side], rotated=False)[0]
+            found.append(ChannelPeaks(index, side, vectors.abs().amax(1), coded.abs().amax(1)))
+    return found
+
+
+def over_median(peaks: torch.Tensor) -> torch.Tensor:
+    """Return `peaks` [Hkv, D] over the median channel of its head, the largest of all heads, [D]."""
+    usual = peaks.median(dim=1, keepdim=True).values.clamp(min=torch.finfo(torch.float32).tiny)
+    return (peaks / usual).amax(0)
+
+
+def pooled(values: torch.Tensor, most: int) -> Sequence[float]:
+    """Return `values` [D] as at most `most` numbers, the largest of each run of neighbours."""
+    run = -(-len(values) // most)
+    return [float(part.max()) for part in values.split(run)]
+
+
+def _vectors(store: CalibrationStore, layer: int, side: Side) -> torch.Tensor:
+    path = store.directory / layer_file(layer)
+    try:
+        with safe_open(path, framework="pt") as file:
+            vectors: torch.Tensor = file.get_slice(side)[:, :_MOST_VECTORS]
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} is damaged ({error}); calibrate again, or delete {store.directory}") from error
+    return vectors.float()
