@@ -7,12 +7,14 @@ OLDEST_TRANSFORMERS := 5.17
 OLDEST_VENV ?= .venv-oldest
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: help demo test test-oldest check format clean
+.PHONY: help demo test test-oldest crash-study mutation-study check format clean
 
 help:
 	@echo "make demo    install into $(VENV), then run the whole chain on the embedded reference model"
 	@echo "make test    install into $(VENV), then ruff, mypy and pytest"
 	@echo "make test-oldest  the tests of models, cache and runtime with transformers $(OLDEST_TRANSFORMERS), in $(OLDEST_VENV)"
+	@echo "make crash-study     kill pqkv run at 50 seeded points and go on; writes docs/crash-study.md"
+	@echo "make mutation-study  open 10,000 cut or changed artifacts and run files; writes docs/mutation-study.md"
 	@echo "make check   ruff and mypy only"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove $(VENV) and caches"
@@ -30,6 +32,15 @@ test-oldest: $(VENV)/.installed-dev
 	else \
 		echo "NOT TESTED with transformers $(OLDEST_TRANSFORMERS): it could not be installed into $(OLDEST_VENV) (see above)" >&2; \
 	fi
+
+# Studies of hostile conditions, of which `make test` does a share (docs/hostile-conditions.md). One thread: they fork.
+STUDY := OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/artifact $(BIN)/python tests/studies
+
+crash-study: $(VENV)/.installed-dev
+	$(STUDY)/crash_study.py --points 50 --record docs/crash-study.md
+
+mutation-study: $(VENV)/.installed-dev
+	$(STUDY)/mutation_study.py --examples 10000 --record docs/mutation-study.md
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -59,6 +59,11 @@ def write_bytes(path: Path, data: bytes, error: type[PqkvError] = PqkvError) -> 
         raise error(f"{path} is written, but its directory cannot be synced: {cause}; check the disk") from cause
 
 
+def is_temporary(path: Path) -> bool:
+    """Return whether `path` is named like what a writer that was killed has left."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def _replace(path: Path, data: bytes) -> None:
     _remove_left_behind(path)
     with _temporary(path) as (descriptor, temporary):

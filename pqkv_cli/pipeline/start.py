@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pqkv_cli.errors import RunError, UsageError
+from pqkv_cli.files import is_temporary
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run, kind_of
 from pqkv_cli.pipeline.state import require_done
 from pqkv_cli.pipeline.target import Target
@@ -110,4 +111,5 @@ def _model_reference(model: str) -> str:
 
 
 def _foreign_entries(run: Run) -> list[Path]:
-    return [entry for entry in run.path.iterdir() if entry != run.lock_file]
+    # A run that was killed before its recipe was written holds a lock and half of that recipe, and is ours.
+    return [entry for entry in run.path.iterdir() if entry != run.lock_file and not is_temporary(entry)]
