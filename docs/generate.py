@@ -1,0 +1,194 @@
+"""Writes the pages that repeat what the code says: `make docs`. A test fails while one of them is not current.
+
+Pages of verbs come from the command line itself, the pages of JSON from the schemas beside this file, the page of recipes from
+the recipe's schema, and the table of `more-context.md` from the published shapes that the tests hold recipes against.
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from typer.models import ArgumentInfo, OptionInfo
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(DOCS), str(ROOT / "tests")]
+
+from generate_json import MADE, anchor, json_page, schemas, table  # noqa: E402
+
+BEGIN, END = "<!-- begin: made by `make docs` -->", "<!-- end -->"
+_RECIPES = """\
+# Recipes
+
+A recipe is a YAML file that names a model and every setting of the pipeline: `pqkv run RECIPE`. Those that come with pqkv, each
+tested against the published shape of its model:
+"""
+_WRITING = """\
+`pqkv recipes show NAME` prints one, `pqkv recipes new MODEL -o mine.yaml` writes one from a model's config. Unknown keys and
+values out of range are errors, all reported at once. Editors check and complete a recipe whose first line names the schema:
+`pqkv recipes schema -o recipe.schema.json`, then
+
+    # yaml-language-server: $schema=recipe.schema.json
+
+## Settings, and what a change of one does again
+
+A stage is done again when a setting it depends on changes, and so is every stage after it; the command says which setting it
+was. Stages: calibrate, fit-codebooks, export, eval. A setting that stands at an earlier stage may matter to later ones too.
+"""
+_CONTEXT_RATES = (16, 4, 3, 2)
+_CARD_BYTES = 24 * 10**9
+
+
+def pages() -> dict[Path, str]:
+    """Return every generated file with the text it should have."""
+    from pqkv_cli.pipeline.recipe_schema import recipe_schema
+
+    schema = recipe_schema()
+    made = {DOCS / "recipe.schema.json": json.dumps(schema, indent=1) + "\n"}
+    made |= {DOCS / "cli" / f"{verb}.md": text for verb, text in verb_pages()}
+    made[DOCS / "cli" / "README.md"] = verb_index()
+    made[DOCS / "json-output.md"] = json_page()
+    made[DOCS / "recipes.md"] = recipe_page(schema)
+    context = DOCS / "more-context.md"
+    made[context] = with_block(context.read_text(encoding="utf-8"), context_table())
+    return made
+
+
+def verb_pages() -> Iterator[tuple[str, str]]:
+    """Yield the name and the page of every verb."""
+    for verb, function in verbs().items():
+        about, _, example = inspect.cleandoc(str(function.__doc__)).partition("Example: ")
+        lines = [MADE, f"# `pqkv {verb}`\n", about.strip() + "\n"]
+        if example:
+            lines.append(f"    {example.strip()}\n")
+        params = [(p, next(m for m in p.annotation.__metadata__ if hasattr(m, "help"))) for p in _parameters(function)]
+        for title, kind in (("Argument", ArgumentInfo), ("Option", OptionInfo)):
+            rows = [(f"`{_spelling(p, info)}`", _default(p), str(info.help)) for p, info in params if isinstance(info, kind)]
+            lines += [table((title, "Default", "Meaning"), rows)] if rows else []
+        lines.append(_json_line(verb))
+        yield verb, "\n".join(lines)
+
+
+def verb_index() -> str:
+    """Return the list of verbs."""
+    firsts = {verb: inspect.cleandoc(str(function.__doc__)).split("\n")[0] for verb, function in verbs().items()}
+    rows = [(f"[`pqkv {verb}`]({verb}.md)", first) for verb, first in firsts.items()]
+    note = "Exit codes, stderr and JSON are the same for all: [machine-output.md](../machine-output.md).\n"
+    return "\n".join([MADE, "# Verbs\n", table(("Verb", "What it does"), rows), note])
+
+
+def verbs() -> Mapping[str, Callable[..., None]]:
+    """Return the verbs with all their options."""
+    from pqkv_cli.cli.main import VERBS
+    from pqkv_cli.cli.option_set import with_common_options
+
+    return {verb: with_common_options(function) for verb, function in VERBS.items()}
+
+
+def _parameters(function: Callable[..., None]) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
+
+
+def recipe_page(schema: Mapping[str, Any]) -> str:
+    """Return the page of recipes: which there are, every setting, and what a change of it does again."""
+    from pqkv_cli.pipeline.recipe_schema import settings
+    from pqkv_cli.recipe import named_recipe, recipe_names
+
+    known = [named_recipe(name) for name in recipe_names()]
+    found = settings(schema)
+    required = [name for name in found if name in schema["required"]]
+    rows = [
+        (f"`{n}`", "" if n in required else _value(f.get("default")), _values(f), f["description"], _redone(n))
+        for n, f in found.items()
+    ]
+    shipped = [(f"`{r.name}`", r.model, _value(r.codebooks.bits)) for r in known]
+    titles = ("Setting", "Default", "Values", "Meaning", "Done again from")
+    first, second = table(("Recipe", "Model", "Bits per channel"), shipped), table(titles, rows)
+    return "\n".join([MADE, _RECIPES, first, _WRITING, second])
+
+
+def _redone(name: str) -> str:
+    from pqkv_cli.pipeline.state import STAGE_FIELDS
+
+    by_content = {"model": "calibrate", "calibration.data": "calibrate", "evaluation.data": "eval"}
+    if name in by_content:
+        return f"{by_content[name]}, if the content differs"
+    return next((stage for stage, fields in STAGE_FIELDS.items() if name in fields), "nothing")
+
+
+def context_table() -> str:
+    """Return how many tokens of one row fit on a 24 GB card, for every recipe whose bf16 weights leave room there."""
+    from published_models import MODELS, config_of
+
+    from pqkv_cli.pipeline.capacity import capacity
+
+    rows = []
+    for name in MODELS:
+        found = capacity(config_of(name), _CARD_BYTES)
+        tokens = {row.bits: row.tokens[0] for row in found.rows}
+        if tokens[_CONTEXT_RATES[0]]:
+            rows.append((name, f"{found.weight_bytes / 1e9:.1f} GB", *(f"{tokens[bits]:,}" for bits in _CONTEXT_RATES)))
+    titles = [f"{bits} b/ch" if bits != _CONTEXT_RATES[0] else "bf16" for bits in _CONTEXT_RATES]
+    return table(("Model", "Weights (bf16)", *titles), rows)
+
+
+def with_block(page: str, block: str) -> str:
+    """Return `page` with what stands between the marks replaced."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{block}\n{END}{after}"
+
+
+def _spelling(parameter: inspect.Parameter, info: Any) -> str:
+    if isinstance(info, ArgumentInfo):
+        return str(info.metavar or parameter.name.upper())
+    kind = str(parameter.annotation.__origin__)
+    value = "" if "bool" in kind else f" {info.metavar or ('X' if 'float' in kind else 'N')}"
+    # In an annotation the first spelling stands where typer keeps a default otherwise.
+    return ", ".join([info.default, *(info.param_decls or ())]) + value
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    return "" if parameter.default in (None, False) else f"`{parameter.default}`"
+
+
+def _json_line(verb: str) -> str:
+    own = [s for s in schemas() if any(each.split()[0] == verb for each in s["x-verbs"])]
+    links = ", ".join(f"[`{s['title']}`](../json-output.md#{anchor(s['title'])})" for s in own)
+    return f"JSON: {links}. [Exit codes and stderr](../machine-output.md).\n"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        text = ", ".join(map(str, value))
+    elif isinstance(value, str):
+        text = value
+    else:
+        text = f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    return f"`{text}`" if text else ""
+
+
+def _values(field: Mapping[str, Any]) -> str:
+    options = [each for each in field.get("anyOf", [field]) if each.get("type") != "null"]
+    field = options[0]
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    bounds = [f"{word} {field[key]}" for key, word in (("minimum", "at least"), ("maximum", "at most")) if key in field]
+    kind = {"integer": "whole number", "string": "text", "array": "list"}.get(field["type"], field["type"])
+    return ", ".join([kind, *bounds])
+
+
+def write(made: Mapping[Path, str], tell: Callable[[str], object] = print) -> None:
+    """Write what is not current."""
+    for path, text in made.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            tell(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    write(pages())
