@@ -86,6 +86,9 @@ def gauged_samples(samples: LayerSamples, gauge: LayerGauge, rotary: RotaryLayou
         query_moment=queries @ samples.query_moment @ queries.mT,
         pair_moment=_pair_moment(samples.pair_moment, queries, rotary),
         output_gram=outputs.mT @ samples.output_gram @ outputs,
+        # Gradients go the way of what multiplies keys and values; what an error costs stays.
+        key_fisher=None if samples.key_fisher is None else queries @ samples.key_fisher @ queries.mT,
+        value_fisher=None if samples.value_fisher is None else outputs.mT @ samples.value_fisher @ outputs,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from pqkv_cli.calibration.store import LayerSamples
+from pqkv_cli.fitting.sensitivity import as_gradients_see
 from pqkv_cli.fitting.settings import FitSettings, Weighting
 from pqkv_cli.quantizers.grouping import balanced_pairs
 from pqkv_cli.quantizers.maps import metric_rotation, pair_metric, pair_scale, range_factor
@@ -40,6 +41,8 @@ class SideFit:
     def __init__(
         self, samples: LayerSamples, layer: LayerGeometry, spec: CodecSpec, side: Side, index: int, settings: FitSettings
     ) -> None:
+        if settings.weighting(side) == "fisher":
+            samples = as_gradients_see(samples, side)
         self._samples, self._spec, self._side, self._settings = samples, spec, side, settings
         everything = (samples.keys if side == "keys" else samples.values).float()
         fitted, judged = _split(everything.shape[1])
@@ -57,8 +60,8 @@ class SideFit:
         self._seed = settings.derived_seed(index, side)
         self._prototypes: dict[tuple[int, ...], Prototypes] = {}
 
-    def fit(self, layout: CodeLayout, iterations: int) -> tuple[CodecTables, torch.Tensor]:
-        """Return the tables of `layout` and their relative error [Hkv] on vectors not fitted.
+    def fit(self, layout: CodeLayout, iterations: int, part_vectors: int = PART_VECTORS) -> tuple[CodecTables, torch.Tensor]:
+        """Return the tables of `layout`, its parts fitted to `part_vectors` vectors, and their relative error [Hkv] on others.
 
         In this order: codes of the whole vector (prototypes) where the layout has them, then what suits the parts of the vector
         to what those left over (an order of pairs, or a rotation), then the codes of the parts.
@@ -73,7 +76,7 @@ class SideFit:
         tables, given = _arranged(
             self._samples, self._spec, self._side, blank, prototypes, weights, self._factor, self._settings
         )
-        stride = -(-self._vectors.shape[1] // PART_VECTORS)
+        stride = -(-self._vectors.shape[1] // part_vectors)
         points, weights = _coded(self._vectors[:, ::stride], tables), None if weights is None else weights[:, ::stride]
         codebooks = fit_product(points, layout, given=given, weights=weights, iterations=iterations, seed=self._seed)
         return replace(tables, codebooks=codebooks), relative_error(_coded(self._judged, tables), layout, codebooks)
@@ -110,13 +113,19 @@ def _split(num_vectors: int) -> tuple[torch.Tensor, torch.Tensor]:
     return numbers[~last], numbers[last]
 
 
+def fitted_vectors(num_vectors: int, part_vectors: int = PART_VECTORS) -> int:
+    """Return how many of `num_vectors` the codes of parts are fitted to, `part_vectors` at most."""
+    fitted = len(_split(num_vectors)[0])
+    return -(-fitted // -(-fitted // part_vectors))
+
+
 def sample_weights(mass: torch.Tensor, weighting: Weighting, damping: float) -> torch.Tensor | None:
-    """Return the weight [Hkv, N] of each vector from its attention mass [Hkv, N], None where all count the same."""
+    """Return the weight [Hkv, N] of each vector from its mass [Hkv, N] of attention or gradients, None where all are equal."""
     if weighting == "none":
         return None
     mean = mass.mean(dim=1, keepdim=True)
     relative = torch.where(mean > 0, mass / mean.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(mass))
-    return (relative.sqrt() if weighting == "sqrt" else relative) + damping
+    return (relative if weighting == "mass" else relative.sqrt()) + damping
 
 
 def _metric(
@@ -149,7 +158,7 @@ def _arranged(
     settings: FitSettings,
 ) -> tuple[CodecTables, Codebooks]:
     """Return `tables` with the pairs or directions of the residual dealt to the parts, and the prototypes in that space."""
-    parts = CodeLayout(spec.layout.stages[len(prototypes.centroids) :])
+    parts = CodeLayout(tables.layout.stages[len(prototypes.centroids) :])
     if tables.rotary is not None:
         order = balanced_pairs(_pair_energy(prototypes.residual, weights, tables.rotary), tables.rotary, parts)
         places = order.long()[:, None, None]

@@ -17,7 +17,7 @@ from pqkv_cli.evaluation.peers_outliers import GaugedCodec, GaugedSource, gauged
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.fitting.fit import fit_layer
 from pqkv_cli.fitting.plan import uniform_plan
-from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.fitting.settings import FitSettings, Weighting
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.outliers import injected, outlier_gauges
 from pqkv_cli.quantizers.codec import ProductCodec
@@ -28,7 +28,7 @@ from pqkv_kernels.codec import quantize, to_code_space
 from pqkv_kernels.tables import CodecTables
 
 SCALE = 16.0
-COLLECT = CollectSettings("0" * 64, num_samples=20, seq_len=64, batch_size=4, queries_per_window=8)
+COLLECT = CollectSettings("0" * 64, num_samples=20, seq_len=64, batch_size=4, queries_per_window=8, fisher_draws=1)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,14 @@ def _codes(x: torch.Tensor, tables: CodecTables) -> torch.Tensor:
     return quantize(to_code_space(x, tables, rotated=False), tables.layout, tables.codebooks)[0]
 
 
-@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize(("bits", "weighting"), [(4, "sqrt"), (4, "fisher"), (2, "sqrt")])
 def test_codebooks_and_codes_fitted_with_outliers_are_the_same_bit_for_bit(
-    bits: int, calibrated: tuple[Any, CalibrationStore, CalibrationStore]
+    bits: int, weighting: Weighting, calibrated: tuple[Any, CalibrationStore, CalibrationStore]
 ) -> None:
     model, plain, loud = calibrated
     shape = geometry(model.config)
-    plan, settings = uniform_plan(shape, bits, CacheSpec()), FitSettings(iterations=5)
+    plan = uniform_plan(shape, bits, CacheSpec())
+    settings = FitSettings(iterations=5, key_weighting=weighting, value_weighting=weighting)
     gauges = outlier_gauges(model, SCALE)
     source = GaugedSource(plain, gauges, shape.layers)
     for index in range(2):
