@@ -134,8 +134,20 @@ def _cost(groups: Sequence[Group]) -> dict[str, Any]:
         "ms_per_token": {side: _quantiles([ms for c in own for ms in c["step_ms"]]) for side, own in costs.items()},
         "peak_bytes": {side: max(own) if own else None for side, own in peaks.items()},
         "seconds": {side: sum(c["seconds"] for c in own) for side, own in costs.items()},
+        "energy": {side: _energy([c.get("energy", {}) for c in own]) for side, own in costs.items()},
         "batch_size": max((group.facts["batch"] for group in groups), default=0),
     }
+
+
+def _energy(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return joules until the first token of a batch and per further token, or None with the reason of the first without."""
+    missing = [str(batch.get("reason")) for batch in batches if batch.get("decode") is None]
+    num_tokens = sum(batch.get("num_tokens", 0) for batch in batches)
+    if missing or not num_tokens:
+        reason = missing[0] if missing else "no further tokens were answered"
+        return {"prefill_joules": None, "joules_per_token": None, "reason": reason}
+    prefill, decode = (sum(batch[part] for batch in batches) for part in ("prefill", "decode"))
+    return {"prefill_joules": prefill / len(batches), "joules_per_token": decode / num_tokens, "reason": None}
 
 
 def _quantiles(values: list[float]) -> dict[str, float | None]:

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from pqkv_cli.evaluation.energy import Energy, EnergyMeter, energy_meter
 from pqkv_cli.evaluation.memory import peak_memory
 
 
@@ -59,6 +60,7 @@ class Replies:
     step_ms: list[float]
     peak_bytes: int | None
     seconds: float
+    energy: Energy
 
     def cost(self) -> dict[str, Any]:
         """Return all but the texts, as plain data."""
@@ -67,6 +69,7 @@ class Replies:
             "step_ms": [round(ms, 3) for ms in self.step_ms],
             "peak_bytes": self.peak_bytes,
             "seconds": self.seconds,
+            "energy": asdict(self.energy),
         }
 
 
@@ -83,17 +86,29 @@ class _Watch(LogitsProcessor):
 
 
 class _Clock(StoppingCriteria):
-    """Notes when each token was there; stops nothing."""
+    """Notes when each token was there, and the energy of the first and the last; stops nothing."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, meter: EnergyMeter | str) -> None:
+        self.device, self._meter = device, meter
+        self.joules = [] if isinstance(meter, str) else [meter.joules()]
         self.ticks = [time.perf_counter()]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.ticks.append(time.perf_counter())
+        if not isinstance(self._meter, str):
+            self.joules = [*self.joules[:2], self._meter.joules()]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def energy(self, num_rows: int) -> Energy:
+        """Return what answering `num_rows` prompts took."""
+        if isinstance(self._meter, str):
+            return Energy(reason=self._meter)
+        if len(self.joules) < 2:
+            return Energy(reason="nothing was answered")
+        start, first, last = self.joules[0], self.joules[1], self.joules[-1]
+        return Energy(first - start, last - first, num_rows * (len(self.ticks) - 2))
 
 
 @torch.no_grad()
@@ -103,8 +118,9 @@ def reply(model: Any, tokenizer: Any, questions: Sequence[Question], cache: Any)
     assert all(question.decoding == first.decoding for question in questions)
     stops = _stop_ids(model, first)
     ids, mask = _padded([question.ids for question in questions], _pad_id(tokenizer, stops), model.device)
-    watch, clock = _Watch(len(questions), model.device), _Clock(model.device)
-    with peak_memory(model.device) as peak:
+    watch = _Watch(len(questions), model.device)
+    with energy_meter(model.device) as meter, peak_memory(model.device) as peak:
+        clock = _Clock(model.device, meter)
         output = model.generate(
             ids,
             attention_mask=mask,
@@ -126,6 +142,7 @@ def reply(model: Any, tokenizer: Any, questions: Sequence[Question], cache: Any)
         step_ms=steps[1:],
         peak_bytes=peak.num_bytes,
         seconds=time.perf_counter() - clock.ticks[0],
+        energy=clock.energy(len(questions)),
     )
 
 

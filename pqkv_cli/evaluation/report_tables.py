@@ -89,9 +89,10 @@ def cost_table(records: Sequence[Record]) -> str:
         for side, label in (("baseline", "uncompressed"), ("quantized", "compressed")):
             steps, first = cost["ms_per_token"][side], cost["prefill_ms"][side]
             peak = cost["peak_bytes"][side]
-            cells = [number(first["p50"]), number(steps["p20"]), number(steps["p50"]), number(steps["p90"])]
+            joules = cost.get("energy", {}).get(side, {}).get("joules_per_token")
+            cells = [number(first["p50"]), number(steps["p20"]), number(steps["p50"]), number(steps["p90"]), number(joules)]
             rows.append([f"{record['task']}, {label}", record["mode"], *cells, "–" if peak is None else size(peak)])
-    columns = ("task", "mode", "first token, ms", "next, p20 ms", "next, p50 ms", "next, p90 ms", "peak memory")
+    columns = ("task", "mode", "first token, ms", "next, p20 ms", "next, p50 ms", "next, p90 ms", "J per token", "peak memory")
     return table("Time and memory while answering, per batch", columns, rows) if rows else ""
 
 
