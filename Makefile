@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 # The oldest transformers that pyproject.toml allows, in an environment of its own that borrows all else from the first.
 OLDEST_TRANSFORMERS := 5.17
 OLDEST_VENV ?= .venv-oldest
+WHEEL_VENV ?= .venv-wheel
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: help demo test test-oldest crash-study mutation-study check format clean
+.PHONY: help demo test test-oldest test-wheel crash-study mutation-study coverage docs check format clean
 
 help:
 	@echo "make demo    install into $(VENV), then run the whole chain on the embedded reference model"
@@ -15,6 +16,9 @@ help:
 	@echo "make test-oldest  the tests of models, cache and runtime with transformers $(OLDEST_TRANSFORMERS), in $(OLDEST_VENV)"
 	@echo "make crash-study     kill pqkv run at 50 seeded points and go on; writes docs/crash-study.md"
 	@echo "make mutation-study  open 10,000 cut or changed artifacts and run files; writes docs/mutation-study.md"
+	@echo "make test-wheel  build sdist and wheel, install the wheel into $(WHEEL_VENV), run the chain with it (BORROW=1: without downloads)"
+	@echo "make coverage  all tests, and which lines they never ran"
+	@echo "make docs    write the pages that repeat what the code says"
 	@echo "make check   ruff and mypy only"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove $(VENV) and caches"
@@ -32,6 +36,29 @@ test-oldest: $(VENV)/.installed-dev
 	else \
 		echo "NOT TESTED with transformers $(OLDEST_TRANSFORMERS): it could not be installed into $(OLDEST_VENV) (see above)" >&2; \
 	fi
+
+# sdist and wheel as they would be published, and the wheel in an environment that has nothing else of ours. With BORROW=1 it
+# takes all other packages from the first environment, so that nothing is downloaded.
+test-wheel: $(VENV)/.installed-dev
+	rm -rf build dist $(WHEEL_VENV)
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(BORROW),--no-deps) dist/*.whl
+	$(if $(BORROW),$(BIN)/python -c '$(SITE_PACKAGES)' > "$$($(WHEEL_VENV)/bin/python -c '$(SITE_PACKAGES)')/first_environment.pth")
+	cd $(WHEEL_VENV) && bin/python -c 'import pqkv_cli, sys; assert pqkv_cli.__file__.startswith(sys.prefix), pqkv_cli.__file__'
+	cd $(WHEEL_VENV) && bin/pqkv --version && bin/pqkv recipes --quiet && bin/pqkv inspect demo --quiet
+	cd $(WHEEL_VENV) && bin/pqkv calibrate demo --samples 8 --seq-len 256 -o run
+	cd $(WHEEL_VENV) && bin/pqkv fit-codebooks run --bits 4 --iterations 2 && bin/pqkv export run && bin/pqkv verify run --against demo
+	cd $(WHEEL_VENV) && bin/pqkv generate run "Return a new" --max-new-tokens 8
+
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py
 
 # Studies of hostile conditions, of which `make test` does a share (docs/hostile-conditions.md). One thread: they fork.
 STUDY := OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/artifact $(BIN)/python tests/studies
@@ -52,7 +79,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) $(WHEEL_VENV) build dist .coverage* .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
