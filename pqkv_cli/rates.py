@@ -1,22 +1,17 @@
 """Code layouts of the rates that `--bits` names. Integers only: knows no torch, no data and no files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from pqkv_cli.errors import UsageError
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import SUPPORTED_NBITS, CodeGroup, CodeLayout
+from pqkv_kernels.layout import CodeGroup, CodeLayout
 
-# --bits N: (channels per subspace, bits per code), DESIGN rates of 256-entry tables.
-RATES: Mapping[float, tuple[int, int]] = {
-    4: (2, 8),
-    3.5: (2, 7),
-    3: (2, 6),
-    2.5: (2, 5),
-    2: (4, 8),
-    1.5: (4, 6),
-    1: (8, 8),
-}
+# --bits N: channels per subspace. Tables of 64 to 1,024 entries where that can be: more need more calibration vectors than
+# are kept, fewer leave out what the channels of a wider subspace have in common.
+RATES: Mapping[float, int] = {5: 2, 4.5: 2, 4: 2, 3.5: 2, 3: 2, 2.5: 4, 2: 4, 1.5: 4, 1.25: 8, 1: 8, 0.75: 16, 0.5: 16}
+
+MOST_NBITS: Final = 10
 
 # Bits of the code of a whole vector. More entries than 1,024 would need more calibration vectors than are kept by default.
 PROTOTYPE_NBITS = (0, 8, 10)
@@ -26,8 +21,8 @@ USUAL_PROTOTYPE_NBITS: Final = 10
 def key_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
     """Return the code layout of ``--bits`` for keys before rotary embedding.
 
-    Where a code covers one rotary pair, no grouping can balance the pairs' energies, so the bits are spread instead: about a
-    quarter of the pairs, those with most energy, get two bits more and those with least two fewer.
+    Where a code covers one rotary pair, no grouping can balance the pairs' energies, so the bits are spread instead: codes of
+    three neighbouring sizes, for pairs with much, usual and little energy.
 
     Raises
     ------
@@ -35,16 +30,16 @@ def key_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayou
         As `rate_layout`.
     """
     layout = rate_layout(bits, head_dim, prototype_bits)
-    subspace_dim, nbits = RATES[bits]
-    num_codes = head_dim // subspace_dim
-    quarter, rest = divmod(num_codes, 4)
-    missing, odd = divmod(prototype_nbits(bits, head_dim, prototype_bits), 2)
-    most, least = quarter - missing // 2, quarter + missing - missing // 2
-    if subspace_dim != 2 or rest or odd or most < 0 or nbits + 2 not in SUPPORTED_NBITS:
+    count = head_dim // 2
+    lower, more = divmod(sum(group.num_subspaces * group.nbits for group in layout.stages[-1]), count)
+    if RATES[bits] != 2 or lower + 2 > MOST_NBITS:
         return layout
-    spread = ((most, nbits + 2), (num_codes - most - least, nbits), (least, nbits - 2))
-    groups = tuple(CodeGroup(count, n, subspace_dim) for count, n in spread if count)
-    return CodeLayout((*layout.stages[:-1], groups))
+    some = round(count * 3 / 16)
+    if 2 * more >= count:
+        spread = ((some, lower + 2), (more - 2 * some, lower + 1), (count - more + some, lower))
+    else:
+        spread = ((more + some, lower + 1), (count - more - 2 * some, lower), (some, lower - 1))
+    return CodeLayout((*layout.stages[:-1], tuple(CodeGroup(codes, nbits, 2) for codes, nbits in spread if codes)))
 
 
 def rate_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
@@ -59,8 +54,8 @@ def rate_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayo
         If the rate is unknown or its subspaces do not divide `head_dim`.
     """
     if bits not in RATES:
-        raise UsageError(f"--bits is {bits:g}; expected one of {', '.join(f'{rate:g}' for rate in RATES)}")
-    subspace_dim, _ = RATES[bits]
+        raise UsageError(f"--bits is {bits:g}; expected one of {rate_names(RATES)}, or --budget {bits:g} for a mean of them")
+    subspace_dim = RATES[bits]
     try:
         if head_dim % subspace_dim:
             raise KernelError(f"subspaces of {subspace_dim} channels")
@@ -70,8 +65,8 @@ def rate_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayo
         parts = tuple(CodeGroup(count, nbits, subspace_dim) for count, nbits in shares if count)
         return CodeLayout((((CodeGroup(1, first, head_dim),),) if first else ()) + (parts,))
     except KernelError as error:
-        fitting = [b for b, (dim, _) in RATES.items() if head_dim % dim == 0]
-        hint = f"choose --bits {' or '.join(f'{rate:g}' for rate in fitting)}" if fitting else "no rate fits this model"
+        fitting = [rate for rate, dim in RATES.items() if head_dim % dim == 0]
+        hint = f"choose --bits {rate_names(fitting, ' or ')}" if fitting else "no rate fits this model"
         raise UsageError(
             f"head_dim {head_dim} is not divisible by the {subspace_dim} channels a code covers at --bits {bits:g}; {hint}"
         ) from error
@@ -80,3 +75,8 @@ def rate_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayo
 def prototype_nbits(bits: float, head_dim: int, most: int) -> int:
     """Return the bits of the prototype code: of `PROTOTYPE_NBITS` the largest up to `most` and half of a vector's bits."""
     return max((nbits for nbits in PROTOTYPE_NBITS if nbits <= most and 2 * nbits <= bits * head_dim), default=0)
+
+
+def rate_names(rates: Mapping[float, int] | Sequence[float], joint: str = ", ") -> str:
+    """Return rates as people write them, joined."""
+    return joint.join(f"{rate:g}" for rate in rates)

@@ -38,7 +38,11 @@ def test_defaults() -> None:
             "calibration: {smaples: 3}",
             ["calibration.smaples: unknown key (did you mean 'samples'?)", "known are data"],
         ),
-        ("codebooks: {bits: 5}", ["codebooks.bits: found 5", "expected one of 4, 3.5, 3"]),
+        ("codebooks: {bits: 6}", ["codebooks.bits: found 6; expected 0.5 to 5"]),
+        (
+            "codebooks: {allocation: uniform, bits: 2.2}",
+            ["codebooks.bits: found 2.2; expected one of 5, 4.5, 4", "where the allocation is uniform"],
+        ),
         ("codebooks: {bits: '4'}", ["codebooks.bits: found '4'"]),
         ("dtype: flaot16", ["dtype: found 'flaot16' (did you mean 'float16'?)"]),
         ("device: gpu", ["device: found 'gpu'"]),

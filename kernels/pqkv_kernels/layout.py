@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pqkv_kernels.errors import KernelError
 
 PAGE_TOKENS = 64
-SUPPORTED_NBITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
+SUPPORTED_NBITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 
 
 def code_parts(nbits: int) -> tuple[tuple[int, int], ...]:

@@ -2,6 +2,7 @@
 
 from pqkv_cli.cli.options import (
     BitsOption,
+    BudgetOption,
     DebugOption,
     DeviceOption,
     IterationsOption,
@@ -17,6 +18,7 @@ def fit_codebooks(
     target: TargetArgument = None,
     run: RunOption = None,
     bits: BitsOption = None,
+    budget: BudgetOption = None,
     prototype_bits: PrototypeBitsOption = None,
     iterations: IterationsOption = None,
     seed: SeedOption = None,
@@ -26,17 +28,17 @@ def fit_codebooks(
 ) -> None:
     """Learn the codebooks of a calibrated run.
 
-    Example: pqkv fit-codebooks my-run --bits 4
+    Example: pqkv fit-codebooks my-run --budget 2.5
     """
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.cli.stage_table import show_stage
-    from pqkv_cli.cli.words import checked, target_of
+    from pqkv_cli.cli.words import checked, rate_changes, target_of
     from pqkv_cli.pipeline.start import continue_run
 
     output, reporter = Output(json_target), TerminalReporter()
     changes = checked(
         {
-            "codebooks.bits": bits,
+            **rate_changes(bits, budget),
             "codebooks.prototype_bits": prototype_bits,
             "codebooks.iterations": iterations,
             "seed": seed,

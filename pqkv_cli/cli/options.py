@@ -54,7 +54,13 @@ FisherOption = Annotated[
     bool | None,
     typer.Option("--fisher/--no-fisher", help="Measure by a backward pass what errors of keys and values cost."),
 ]
-BitsOption = Annotated[float | None, typer.Option("--bits", metavar="N", help="Bits of code per channel: 4, 3.5, 3, ... 1.")]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option("--budget", metavar="N", help="Mean bits of code per channel; each layer's keys and values get their share."),
+]
+BitsOption = Annotated[
+    float | None, typer.Option("--bits", metavar="N", help="The same bits of code per channel everywhere: 4, 3.5, 3, ... 0.5.")
+]
 PrototypeBitsOption = Annotated[
     int | None,
     typer.Option("--prototype-bits", metavar="N", help="Bits of the code of the whole vector: 10, 8 or 0."),

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pqkv_cli.cli.options import (
     BitsOption,
+    BudgetOption,
     CalibrationDataOption,
     DebugOption,
     DeviceOption,
@@ -24,6 +25,7 @@ def run(
     run: RunOption = None,
     out: OutOption = None,
     bits: BitsOption = None,
+    budget: BudgetOption = None,
     data: CalibrationDataOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
@@ -41,12 +43,18 @@ def run(
 
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.cli.result_table import raise_on_bad, show_records, verdict
-    from pqkv_cli.cli.words import checked, path_or_none, target_of
+    from pqkv_cli.cli.words import checked, path_or_none, rate_changes, target_of
     from pqkv_cli.pipeline.start import file_reference, start_run
 
     output, reporter = Output(json_target), TerminalReporter()
     changes = checked(
-        {"codebooks.bits": bits, "calibration.data": file_reference(data), "seed": seed, "device": device, "dtype": dtype}
+        {
+            **rate_changes(bits, budget),
+            "calibration.data": file_reference(data),
+            "seed": seed,
+            "device": device,
+            "dtype": dtype,
+        }
     )
     started, recipe = start_run(target_of(target, run, reporter), path_or_none(out), changes)
 

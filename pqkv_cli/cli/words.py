@@ -63,6 +63,23 @@ def task_words(
     return ["kld_generated" if task == "kld" else task for task in named], list(modes or ["cache"])
 
 
+def rate_changes(bits: float | None, budget: float | None) -> "dict[str, object]":
+    """Return what ``--bits`` or ``--budget`` changes in a recipe.
+
+    Raises
+    ------
+    UsageError
+        If both are given.
+    """
+    if bits is not None and budget is not None:
+        raise UsageError(
+            f"both --bits {bits:g} and --budget {budget:g} are given; expected one: one rate everywhere, or a mean of rates"
+        )
+    if bits is not None:
+        return {"codebooks.allocation": "uniform", "codebooks.bits": bits}
+    return {} if budget is None else {"codebooks.allocation": "measured", "codebooks.bits": budget}
+
+
 def checked(changes: "Mapping[str, object]") -> "Mapping[str, object]":
     """Return `changes` of a recipe, all found to be allowed before anything is opened.
 

@@ -1,6 +1,7 @@
 """Codec tables of one layer from its calibration samples. Knows what a layer allows; nothing of files or other layers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,13 +66,26 @@ def fit_layer(
     errors: dict[Side, tuple[float, ...]] = {}
     for side in SIDES:
         _check_spec(specs[side], layer, index, side)
-        try:
-            _check_finite(samples.keys if side == "keys" else samples.values)
+        with checked_side(samples, index, side):
             tables[side], error = fit_side(samples, layer, specs[side], side, index, settings)
-        except DataError as cause:
-            raise DataError(f"layer {index}, {side}: {cause}") from cause
         errors[side] = tuple(error.tolist())
     return FittedLayer(tables, errors)
+
+
+@contextmanager
+def checked_side(samples: LayerSamples, index: int, side: Side) -> Iterator[None]:
+    """Refuse activations that are not finite, and name layer and side in every error of the samples.
+
+    Raises
+    ------
+    DataError
+        If the samples are at fault.
+    """
+    try:
+        _check_finite(samples.keys if side == "keys" else samples.values)
+        yield
+    except DataError as cause:
+        raise DataError(f"layer {index}, {side}: {cause}") from cause
 
 
 def _check_finite(vectors: torch.Tensor) -> None:

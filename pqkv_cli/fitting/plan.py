@@ -1,8 +1,11 @@
-"""Plans made without looking at data: the same rate everywhere. Knows geometry and rates; no torch, no files."""
+"""Plans: which format codes which side of which layer, at what rate. Knows geometry and rates; no data, no torch, no files."""
+
+from collections.abc import Callable, Mapping
 
 from pqkv_cli.errors import UsageError
-from pqkv_cli.rates import USUAL_PROTOTYPE_NBITS, key_layout, rate_layout
+from pqkv_cli.rates import RATES, USUAL_PROTOTYPE_NBITS, key_layout, rate_layout
 from pqkv_cli.specs import (
+    SIDES,
     CacheSpec,
     CodecSpec,
     CompressionPlan,
@@ -10,13 +13,30 @@ from pqkv_cli.specs import (
     LayerPlan,
     MapKind,
     ModelGeometry,
+    Side,
 )
 
 
 def uniform_plan(
     geometry: ModelGeometry, bits: float, cache: CacheSpec, prototype_bits: int = USUAL_PROTOTYPE_NBITS
 ) -> CompressionPlan:
-    """Return a plan that codes every layer that can be at `bits` per channel.
+    """Return a plan that codes every layer that can be at `bits` per channel; see `rated_plan`.
+
+    Raises
+    ------
+    UsageError
+        If the rate is unknown, does not fit a head_dim, or no layer can be coded.
+    """
+    return rated_plan(geometry, lambda index, side: bits, cache, prototype_bits)
+
+
+def rated_plan(
+    geometry: ModelGeometry,
+    rate: Callable[[int, Side], float],
+    cache: CacheSpec,
+    prototype_bits: int = USUAL_PROTOTYPE_NBITS,
+) -> CompressionPlan:
+    """Return a plan that codes every layer that can be, each side at its own of the known rates.
 
     Keys of rotary layers are coded before rotary embedding in the metric of each pair, other keys as they are; values in
     the metric of the output projection. A code of `prototype_bits` for the whole vector comes first (0: none) where vectors
@@ -25,40 +45,89 @@ def uniform_plan(
     Raises
     ------
     UsageError
-        If the rate is unknown, does not fit a head_dim, or no layer can be coded.
+        If a rate is unknown or does not fit a head_dim, or no layer can be coded.
     """
     codecs: dict[str, CodecSpec] = {}
     layers = []
-    kinds = [(layer.head_dim, layer.rotary is not None) for layer in geometry.layers if not layer.dense_reason]
-    if not kinds:
-        reasons = sorted({layer.dense_reason for layer in geometry.layers})
-        raise UsageError(
-            f"none of the {len(geometry.layers)} layers of this {geometry.model_type} model can be quantized "
-            f"({'; '.join(reasons)}); expected at least one with a plain key/value cache; choose another model"
-        )
-    for layer in geometry.layers:
+    check_codable(geometry)
+    for index, layer in enumerate(geometry.layers):
         if layer.dense_reason:
             layers.append(LayerPlan(dense_reason=layer.dense_reason))
             continue
-        layout = rate_layout(bits, layer.head_dim, prototype_bits)
-        keys, values = _names(layer, bits, kinds)
-        if layer.rotary is not None:
-            codecs.setdefault(keys, CodecSpec(key_layout(bits, layer.head_dim, prototype_bits), _key_map(layer), "pre_rope"))
-        else:
-            codecs.setdefault(keys, CodecSpec(layout, "identity", "post_rope"))
-        codecs.setdefault(values, CodecSpec(layout, "matrix"))
-        layers.append(LayerPlan(keys, values))
+        names: dict[Side, str] = {}
+        for side in SIDES:
+            bits = rate(index, side)
+            names[side] = codec_name(geometry, index, side, bits)
+            codecs.setdefault(names[side], side_spec(layer, side, bits, prototype_bits))
+        layers.append(LayerPlan(names["keys"], names["values"]))
     return CompressionPlan(codecs, tuple(layers), cache)
+
+
+def check_codable(geometry: ModelGeometry) -> None:
+    """Refuse a model of which nothing can be quantized.
+
+    Raises
+    ------
+    UsageError
+        With the reasons why.
+    """
+    reasons = [layer.dense_reason for layer in geometry.layers]
+    if all(reasons):
+        raise UsageError(
+            f"none of the {len(reasons)} layers of this {geometry.model_type} model can be quantized "
+            f"({'; '.join(sorted(set(reasons)))}); expected at least one with a plain key/value cache; choose another model"
+        )
+
+
+def side_spec(layer: LayerGeometry, side: Side, bits: float, prototype_bits: int) -> CodecSpec:
+    """Return the format of one side of a layer at `bits` per channel.
+
+    Raises
+    ------
+    UsageError
+        If the rate is unknown or does not fit the head_dim.
+    """
+    if side == "values":
+        return CodecSpec(rate_layout(bits, layer.head_dim, prototype_bits), "matrix")
+    if layer.rotary is None:
+        return CodecSpec(rate_layout(bits, layer.head_dim, prototype_bits), "identity", "post_rope")
+    return CodecSpec(key_layout(bits, layer.head_dim, prototype_bits), _key_map(layer), "pre_rope")
+
+
+def rated_specs(layer: LayerGeometry, side: Side, prototype_bits: int) -> Mapping[float, CodecSpec]:
+    """Return the format of one side of a layer at every rate that fits it, from the lowest."""
+    specs = {}
+    for bits in sorted(RATES):
+        try:
+            specs[bits] = side_spec(layer, side, bits, prototype_bits)
+        except UsageError:
+            continue
+    return specs
+
+
+def codec_name(geometry: ModelGeometry, index: int, side: Side, bits: float) -> str:
+    """Return the name of a layer's codec; suffixes appear only where layers of the model differ."""
+    layer = geometry.layers[index]
+    coded = [other for other in geometry.layers if not other.dense_reason]
+    rate = f"{bits:g}".replace(".", "_")
+    width = f"_d{layer.head_dim}" if len({other.head_dim for other in coded}) > 1 else ""
+    if side == "values":
+        return f"v{rate}{width}"
+    unrotated = "_nope" if layer.rotary is None and any(other.rotary is not None for other in coded) else ""
+    return f"k{rate}{width}{unrotated}"
+
+
+def mean_bits(geometry: ModelGeometry, plan: CompressionPlan) -> float:
+    """Return the bits of code per channel and token over all layers that `plan` codes."""
+    bits, channels = 0.0, 0
+    for index, layer in enumerate(geometry.layers):
+        for side in SIDES:
+            if (spec := plan.codec(index, side)) is not None:
+                count = layer.num_kv_heads * layer.head_dim
+                bits, channels = bits + count * spec.layout.bits_per_channel, channels + count
+    return bits / channels
 
 
 def _key_map(layer: LayerGeometry) -> MapKind:
     # Blocks cover all channels in twos; one channel left over outside the rotary pairs leaves only a scale.
     return "scale" if layer.head_dim % 2 else "blocks"
-
-
-def _names(layer: LayerGeometry, bits: float, kinds: list[tuple[int, bool]]) -> tuple[str, str]:
-    """Return the codec names of a layer; suffixes appear only where layers of the model differ."""
-    width = f"_d{layer.head_dim}" if len({dim for dim, _ in kinds}) > 1 else ""
-    unrotated = "_nope" if layer.rotary is None and any(rotary for _, rotary in kinds) else ""
-    rate = f"{bits:g}".replace(".", "_")
-    return f"k{rate}{width}{unrotated}", f"v{rate}{width}"

@@ -15,7 +15,7 @@ from pqkv_cli.fitting.fit import FittedLayer, fit_layer
 from pqkv_cli.fitting.layer_file import LayerStamp, layer_path, load_layer, save_layer, tensors_sha256
 from pqkv_cli.fitting.record import RECORD_NAME, FitRecord, digest, load_record
 from pqkv_cli.fitting.settings import FitSettings
-from pqkv_cli.specs import SIDES, CodecSpec, CompressionPlan, ModelGeometry, Side
+from pqkv_cli.specs import SIDES, CodecSpec, CompressionPlan, LayerGeometry, ModelGeometry, Side
 
 # Raised whenever the same request would give other bytes: layers fitted by older code are then fitted again.
 METHOD_VERSION = 3
@@ -120,6 +120,23 @@ def layer_specs(plan: CompressionPlan, index: int) -> dict[Side, CodecSpec]:
     return {side: spec for side, spec in specs.items() if spec is not None}
 
 
+def layer_request(
+    index: int, layer: LayerGeometry, codecs: Mapping[Side, object], settings: FitSettings, samples: LayerSamples | None
+) -> str:
+    """Return the hash of everything that the codecs of a layer depend on; `codecs` is what is asked for, as in JSON."""
+    return digest(
+        {
+            "method": METHOD_VERSION,
+            "torch": torch.__version__,
+            "layer": index,
+            "geometry": asdict(layer),
+            "codecs": codecs,
+            "settings": asdict(settings),
+            "samples": None if samples is None else tensors_sha256(_sample_tensors(samples)),
+        }
+    )
+
+
 def _layer(
     store: SampleStore,
     geometry: ModelGeometry,
@@ -131,17 +148,7 @@ def _layer(
     """Return layer `index` from its file if that answers the same request, else fit and write it."""
     specs, layer, path = layer_specs(plan, index), geometry.layers[index], layer_path(directory, index)
     samples = store.layer(index) if specs else None
-    request = digest(
-        {
-            "method": METHOD_VERSION,
-            "torch": torch.__version__,
-            "layer": index,
-            "geometry": asdict(layer),
-            "codecs": {side: asdict(spec) for side, spec in specs.items()},
-            "settings": asdict(settings),
-            "samples": None if samples is None else tensors_sha256(_sample_tensors(samples)),
-        }
-    )
+    request = layer_request(index, layer, {side: asdict(spec) for side, spec in specs.items()}, settings, samples)
     with contextlib.suppress(RunError):  # missing or damaged: fitted below
         fitted, stamp = load_layer(path, specs)
         if stamp.request_sha256 == request:

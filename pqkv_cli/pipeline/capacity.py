@@ -14,11 +14,12 @@ from transformers import PretrainedConfig
 from pqkv_cli.errors import UsageError
 from pqkv_cli.models.footprint import LayerFootprint, layer_footprints, weights
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.rates import RATES, USUAL_PROTOTYPE_NBITS, key_layout, rate_layout
+from pqkv_cli.rates import USUAL_PROTOTYPE_NBITS, key_layout, rate_layout
 from pqkv_cli.specs import CacheSpec, LayerGeometry
 from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout
 
 BATCHES = (1, 2, 4, 8, 16, 32)
+SHOWN_RATES = (4, 3.5, 3, 2.5, 2, 1.5, 1)
 RESERVED_SHARE = 0.08
 _BF16_BYTES = 2
 _POSITION_BYTES = 4
@@ -86,7 +87,7 @@ def capacity(config: PretrainedConfig, device_bytes: int, cache: CacheSpec | Non
     held = weights(config).num_bytes
     reserved = int(device_bytes * RESERVED_SHARE)
     rows = []
-    for bits in (16, *sorted(RATES, reverse=True)):
+    for bits in (16, *SHOWN_RATES):
         layouts = _layouts(layers, bits)
         if layouts is None:
             continue

@@ -4,18 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from pqkv_cli.calibration.store import CalibrationStore
-from pqkv_cli.fitting.plan import uniform_plan
+from pqkv_cli.fitting.plan import mean_bits, uniform_plan
 from pqkv_cli.fitting.run import fit_codebooks
-from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.fitting.settings import FitSettings, Weighting
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
+from pqkv_cli.pipeline.allocation import Allocation
+from pqkv_cli.pipeline.loading import open_model
 from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.state import stage_inputs
 from pqkv_cli.recipe import Recipe
-from pqkv_cli.specs import CacheSpec, Side
+from pqkv_cli.specs import CacheSpec, CompressionPlan, ModelGeometry, Side
 
 
 def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
@@ -32,15 +34,17 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
 
     def prepare() -> Callable[[], Facts]:
         shape = geometry(load_config(resolve_model(recipe.model)))
-        plan = uniform_plan(shape, recipe.codebooks.bits, cache_spec(recipe), recipe.codebooks.prototype_bits)
+        settings = fit_settings(recipe)
+        planned = _planned(run, recipe, shape, settings, reporter)
         store = CalibrationStore(run.calibration)
-        settings = FitSettings(seed=recipe.seed, iterations=recipe.codebooks.iterations)
 
         def act() -> Facts:
+            plan = planned()
             with reporter.progress("fit-codebooks") as advance:
                 record = fit_codebooks(store, shape, plan, run.codebooks, settings, advance)
             return {
-                "bits": recipe.codebooks.bits,
+                "allocation": recipe.codebooks.allocation,
+                "bits": round(mean_bits(shape, plan), 4),
                 "layers_fitted": sum(map(bool, record.relative_error)),
                 "layers_dense": sum(not errors for errors in record.relative_error),
                 "relative_error_keys": _mean(record.relative_error, "keys"),
@@ -50,6 +54,25 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
         return act
 
     return do_stage(run, recipe, StageWork("fit-codebooks", inputs, run.codebooks, prepare), reporter)
+
+
+def _planned(
+    run: Run, recipe: Recipe, shape: ModelGeometry, settings: FitSettings, reporter: Reporter
+) -> Callable[[], CompressionPlan]:
+    """Return what makes the plan, after everything that can be wrong with the request has been found."""
+    wanted = recipe.codebooks
+    if wanted.allocation == "uniform":
+        plan = uniform_plan(shape, wanted.bits, cache_spec(recipe), wanted.prototype_bits)
+        return lambda: plan
+    allocation = Allocation(run, shape, wanted.bits, wanted.prototype_bits, settings)
+    model, _ = open_model(recipe)
+    return lambda: allocation.plan(model, cache_spec(recipe), reporter)
+
+
+def fit_settings(recipe: Recipe) -> FitSettings:
+    """Return how the recipe fits; vectors count by gradients where its calibration measures them."""
+    weighting: Weighting = "fisher" if recipe.calibration.fisher else FitSettings().key_weighting
+    return FitSettings(recipe.seed, recipe.codebooks.iterations, weighting, weighting)
 
 
 def cache_spec(recipe: Recipe) -> CacheSpec:

@@ -142,6 +142,10 @@ def test_settings_are_checked() -> None:
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("bits", list(RATES))
 def test_layouts_have_exactly_their_rate(bits: float, head_dim: int, prototype_bits: int) -> None:
+    if head_dim % RATES[bits]:
+        with pytest.raises(UsageError, match="not divisible .*; choose --bits 5 or"):
+            rate_layout(bits, head_dim, prototype_bits)
+        return
     for layout in (rate_layout(bits, head_dim, prototype_bits), key_layout(bits, head_dim, prototype_bits)):
         assert layout.bits_per_channel == bits and layout.head_dim == head_dim
         assert all(len(stage) <= 3 for stage in layout.stages)

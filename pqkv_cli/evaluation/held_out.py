@@ -1,0 +1,53 @@
+"""What a choice of codecs costs on held-out windows, for whoever chooses between them. Knows codecs, no artifacts or tasks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pqkv_cli.evaluation.divergence import diverge
+from pqkv_cli.quantizers.codec import VectorCodec
+from pqkv_cli.runtime.attach import simulate
+from pqkv_cli.specs import Side
+
+Codecs = Sequence[dict[Side, VectorCodec] | None]
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: Any, windows: torch.Tensor, choices: Sequence[Codecs], on_progress: Callable[[int, int], None] | None = None
+) -> torch.Tensor:
+    """Return the mean KL divergence of each window and choice from the uncompressed model, mode `all`.
+
+    Parameters
+    ----------
+    model
+        A transformers causal language model.
+    windows
+        [N, T] int64 token ids.
+    choices
+        Codecs of all layers, once per choice.
+    on_progress
+        Called with (windows done, N).
+
+    Returns
+    -------
+    torch.Tensor
+        [N, len(choices)] fp64, bits per token.
+
+    Raises
+    ------
+    DataError
+        If logits are not finite.
+    """
+    losses = torch.zeros(len(windows), len(choices), dtype=torch.float64)
+    for row, window in enumerate(windows.to(model.device)):
+        ids, targets = window[None], window[1:]
+        baseline = model(ids, use_cache=False).logits[0, :-1]
+        for column, codecs in enumerate(choices):
+            with simulate(model, codecs) as simulation:
+                quantized = model(ids, past_key_values=simulation.new_cache(), use_cache=True).logits[0, :-1]
+            losses[row, column] = diverge(baseline, quantized, targets).kl_bits.mean()
+        if on_progress is not None:
+            on_progress(row + 1, len(windows))
+    return losses

@@ -1,0 +1,107 @@
+"""What each rate would leave over of a layer's keys and values, from a short fit. Knows samples, formats and its own files."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pqkv_cli.calibration.store import LayerSamples
+from pqkv_cli.errors import RunError
+from pqkv_cli.files import write_text
+from pqkv_cli.fitting.fit import FittedLayer, checked_side
+from pqkv_cli.fitting.layer_file import load_layer, save_layer
+from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.fitting.side import SideFit, fitted_vectors
+from pqkv_cli.specs import SIDES, CodecSpec, LayerGeometry, Side
+from pqkv_kernels.tables import CodecTables
+
+# A trial tells rates apart; it takes a part of the vectors and of the rounds that a fit takes.
+TRIAL_VECTORS = 8192
+TRIAL_SHARE = 4
+SCHEMA = "pqkv.trial/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A layer tried at several rates.
+
+    Attributes
+    ----------
+    errors
+        By side and rate: the relative error in code space, mean over KV heads, on vectors not fitted.
+    tables
+        The codec of each side at the rate where its cost is measured.
+    """
+
+    errors: Mapping[Side, Mapping[float, float]]
+    tables: Mapping[Side, CodecTables]
+
+
+def try_layer(
+    samples: LayerSamples,
+    layer: LayerGeometry,
+    specs: Mapping[Side, Mapping[float, CodecSpec]],
+    base: Mapping[Side, float],
+    *,
+    index: int,
+    settings: FitSettings,
+) -> Trial:
+    """Fit a layer shortly at every rate of `specs`; keep the codecs at the rates `base`.
+
+    Raises
+    ------
+    DataError
+        If samples are degenerate or fewer than centroids.
+    """
+    short = replace(settings, iterations=max(1, settings.iterations // TRIAL_SHARE))
+    errors: dict[Side, dict[float, float]] = {}
+    tables: dict[Side, CodecTables] = {}
+    for side in SIDES:
+        first, errors[side] = next(iter(specs[side].values())), {}
+        with checked_side(samples, index, side):
+            fit = SideFit(samples, layer, first, side, index, short)
+            for bits, spec in specs[side].items():
+                fitted, error = fit.fit(spec.layout, short.iterations, TRIAL_VECTORS)
+                errors[side][bits] = float(error.mean())
+                if bits == base[side]:
+                    tables[side] = fitted
+    return Trial(errors, tables)
+
+
+def num_trial_vectors(samples: LayerSamples) -> int:
+    """Return how many vectors the codebooks of a trial are fitted to."""
+    return fitted_vectors(samples.keys.shape[1], TRIAL_VECTORS)
+
+
+def save_trial(directory: Path, index: int, trial: Trial, request_sha256: str) -> None:
+    """Write a layer's trial; the small JSON file is the commit point.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
+    mean = {side: tuple(errors.values()) for side, errors in trial.errors.items()}
+    save_layer(_tables_path(directory, index), FittedLayer(trial.tables, mean), request_sha256)
+    errors = {side: [[bits, error] for bits, error in rates.items()] for side, rates in trial.errors.items()}
+    document = {"schema": SCHEMA, "request_sha256": request_sha256, "errors": errors}
+    write_text(_errors_path(directory, index), json.dumps(document, sort_keys=True) + "\n", RunError)
+
+
+def load_trial(directory: Path, index: int, base: Mapping[Side, CodecSpec], request_sha256: str) -> Trial | None:
+    """Return the trial that answers this request, None where there is none or it is damaged; `base` are its codecs' formats."""
+    with contextlib.suppress(RunError, OSError, ValueError, KeyError, TypeError):
+        document = json.loads(_errors_path(directory, index).read_text(encoding="utf-8"))
+        fitted, stamp = load_layer(_tables_path(directory, index), base)
+        if document["schema"] == SCHEMA and document["request_sha256"] == stamp.request_sha256 == request_sha256:
+            return Trial({side: {bits: error for bits, error in document["errors"][side]} for side in SIDES}, fitted.tables)
+    return None
+
+
+def _tables_path(directory: Path, index: int) -> Path:
+    return directory / f"trial_{index:03d}.safetensors"
+
+
+def _errors_path(directory: Path, index: int) -> Path:
+    return directory / f"trial_{index:03d}.json"

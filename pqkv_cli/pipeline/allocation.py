@@ -1,0 +1,197 @@
+"""Where the bits of a budget go: short fits at every rate, the cost of each side on held-out text, the best choice."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from pqkv_cli.calibration.store import CalibrationStore
+from pqkv_cli.errors import UsageError
+from pqkv_cli.evaluation.held_out import held_out_losses
+from pqkv_cli.files import write_text
+from pqkv_cli.fitting.allocation import Candidate, allocate
+from pqkv_cli.fitting.plan import check_codable, codec_name, rated_plan, rated_specs
+from pqkv_cli.fitting.run import layer_request
+from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.fitting.trial import Trial, load_trial, num_trial_vectors, save_trial, try_layer
+from pqkv_cli.pipeline.reporter import Reporter
+from pqkv_cli.pipeline.rundir import Run
+from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec, VectorCodec
+from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry, Side
+from pqkv_kernels.layout import PAGE_TOKENS
+
+SCHEMA = "pqkv.allocation/1"
+ALLOCATION_FILE = "allocation.json"
+
+# One side of one layer.
+Place = tuple[int, Side]
+
+
+class Allocation:
+    """Finds the plan of the least loss whose codes take `bits` per channel and token on average.
+
+    Each side of each layer is fitted shortly at every rate. What its errors cost is measured once, as the KL divergence on the
+    calibration's held-out windows with only that side quantized, at the rate nearest to `bits`; at other rates it is taken to
+    grow with the squared error, as it does in the metric space. Trials of finished layers are kept.
+
+    Raises
+    ------
+    UsageError
+        If no choice of rates has this mean; with the range that can be had.
+    """
+
+    def __init__(self, run: Run, geometry: ModelGeometry, bits: float, prototype_bits: int, settings: FitSettings) -> None:
+        check_codable(geometry)
+        self._run, self._geometry, self._settings = run, geometry, settings
+        self._bits, self._prototype_bits = bits, prototype_bits
+        self._store = CalibrationStore(run.calibration)
+        self._menus = _menus(geometry, bits, prototype_bits, _least_vectors(geometry, self._store))
+
+    def plan(self, model: Any, cache: CacheSpec, reporter: Reporter) -> CompressionPlan:
+        """Return the plan, and write down how it came about.
+
+        Raises
+        ------
+        DataError
+            If samples cannot be fitted.
+        RunError
+            If files cannot be written.
+        """
+        trials = self._trials(reporter)
+        losses = _losses(model, self._store, len(self._geometry.layers), trials, reporter)
+        bases = {place: _error(trials, place, _nearest(menu, self._bits)) for place, menu in self._menus.items()}
+        slopes = _slopes(bases, losses)
+        candidates = [self._candidates(place, trials, slopes[place]) for place in self._menus]
+        channels = sum(self._heads(place) * self._geometry.layers[place[0]].head_dim for place in self._menus)
+        found = allocate(candidates, self._bits * channels * PAGE_TOKENS / 8)
+        chosen = dict(zip(self._menus, found, strict=True))
+        _write(self._run, self._bits, {place: (losses[place], chosen[place]) for place in self._menus})
+        return rated_plan(self._geometry, lambda *place: chosen[place].bits, cache, self._prototype_bits)
+
+    def _heads(self, place: Place) -> int:
+        return self._geometry.layers[place[0]].num_kv_heads
+
+    def _candidates(self, place: Place, trials: Mapping[int, Trial], slope: float) -> list[Candidate]:
+        return [
+            Candidate(
+                codec_name(self._geometry, *place, rate),
+                rate,
+                self._heads(place) * spec.layout.page_bytes,
+                slope * _error(trials, place, rate),
+            )
+            for rate, spec in self._menus[place].items()
+        ]
+
+    def _trials(self, reporter: Reporter) -> dict[int, Trial]:
+        """Return the trials of all coded layers; those found on disk are not made again."""
+        coded, directory = sorted({index for index, _ in self._menus}), self._run.codebooks
+        trials = {}
+        directory.mkdir(parents=True, exist_ok=True)
+        with reporter.progress("try rates") as advance:
+            advance(0, len(coded))
+            for done, index in enumerate(coded, 1):
+                specs = {side: self._menus[index, side] for side in SIDES}
+                base = {side: _nearest(specs[side], self._bits) for side in SIDES}
+                samples, layer = self._store.layer(index), self._geometry.layers[index]
+                asked = {side: [[*map(asdict, specs[side].values())], base[side]] for side in SIDES}
+                request = layer_request(index, layer, asked, self._settings, samples)
+                trial = load_trial(directory, index, {side: specs[side][base[side]] for side in SIDES}, request)
+                if trial is None:
+                    trial = try_layer(samples, layer, specs, base, index=index, settings=self._settings)
+                    save_trial(directory, index, trial, request)
+                trials[index] = trial
+                advance(done, len(coded))
+        return trials
+
+
+def _least_vectors(geometry: ModelGeometry, store: CalibrationStore) -> int:
+    """Return the fewest vectors that a layer has for the trial of its codecs."""
+    coded = [index for index, layer in enumerate(geometry.layers) if not layer.dense_reason]
+    return min(num_trial_vectors(store.layer(index)) for index in coded)
+
+
+def _menus(
+    geometry: ModelGeometry, bits: float, prototype_bits: int, num_vectors: int
+) -> dict[Place, Mapping[float, CodecSpec]]:
+    """Return the formats of every side that is coded, by rate: those whose tables have no more entries than there are vectors.
+
+    Raises
+    ------
+    UsageError
+        If `bits` is out of their range.
+    """
+    menus: dict[Place, Mapping[float, CodecSpec]] = {
+        (index, side): {
+            rate: spec for rate, spec in rated_specs(layer, side, prototype_bits).items() if _entries(spec) <= num_vectors
+        }
+        for index, layer in enumerate(geometry.layers)
+        if not layer.dense_reason
+        for side in SIDES
+    }
+    if not all(menus.values()):
+        widths = sorted({layer.head_dim for layer in geometry.layers if not layer.dense_reason})
+        raise UsageError(
+            f"no rate fits heads of {widths} channels and {num_vectors} calibration vectors; expected an even number, and at "
+            "least a vector per table entry; calibrate on more text, or choose another model"
+        )
+    least, most = max(min(menu) for menu in menus.values()), min(max(menu) for menu in menus.values())
+    if not least <= bits <= most:
+        raise UsageError(
+            f"--budget is {bits:g}; expected {least:g} to {most:g} bits per channel, what this model's heads and {num_vectors} "
+            "calibration vectors allow; choose another budget, or calibrate on more text"
+        )
+    return menus
+
+
+def _losses(
+    model: Any, store: CalibrationStore, num_layers: int, trials: Mapping[int, Trial], reporter: Reporter
+) -> dict[Place, float]:
+    """Return the mean KL divergence in bits with one side alone quantized, for each."""
+    places = [(index, side) for index in trials for side in SIDES]
+
+    def choice(place: Place) -> list[dict[Side, VectorCodec] | None]:
+        codecs: list[dict[Side, VectorCodec] | None] = [None] * num_layers
+        index, side = place
+        codecs[index] = {other: ExactCodec() for other in SIDES} | {side: ProductCodec(trials[index].tables[side])}
+        return codecs
+
+    with reporter.progress("measure costs") as advance:
+        losses = held_out_losses(model, store.held_out(), [choice(place) for place in places], advance).mean(dim=0)
+    return dict(zip(places, losses.tolist(), strict=True))
+
+
+def _slopes(errors: Mapping[Place, float], losses: Mapping[Place, float]) -> dict[Place, float]:
+    """Return what a relative error of one would cost each side; the usual price where a side was coded without any error."""
+    known = {place: losses[place] / error for place, error in errors.items() if error > 0}
+    usual = median(known.values()) if known else 1.0
+    return {place: known.get(place, usual) for place in errors}
+
+
+def _entries(spec: CodecSpec) -> int:
+    return max(group.num_centroids for stage in spec.layout.stages for group in stage)
+
+
+def _nearest(menu: Mapping[float, CodecSpec], bits: float) -> float:
+    return min(menu, key=lambda rate: (abs(rate - bits), rate))
+
+
+def _error(trials: Mapping[int, Trial], place: Place, rate: float) -> float:
+    index, side = place
+    return trials[index].errors[side][rate]
+
+
+def _write(run: Run, bits: float, rows: Mapping[Place, tuple[float, Candidate]]) -> None:
+    places = [
+        {
+            "layer": index,
+            "side": side,
+            "kl_bits_alone": loss,
+            "codec": chosen.codec,
+            "bits": chosen.bits,
+            "predicted_kl_bits": chosen.loss,
+        }
+        for (index, side), (loss, chosen) in rows.items()
+    ]
+    document = {"schema": SCHEMA, "budget": bits, "places": places}
+    write_text(run.codebooks / ALLOCATION_FILE, json.dumps(document, indent=1) + "\n")
