@@ -22,7 +22,7 @@ def write_derived(directory: Path | str, header: Header, rows: Sequence[Mapping[
         If one cannot be written.
     """
     texts = {
-        HEADER_FILE: json.dumps(header_document(header), indent=1, sort_keys=True) + "\n",
+        HEADER_FILE: header_text(header),
         CARD_FILE: model_card(header, rows),
     }
     paths = []
@@ -30,3 +30,8 @@ def write_derived(directory: Path | str, header: Header, rows: Sequence[Mapping[
         paths.append(Path(directory) / name)
         write_text(paths[-1], text, ArtifactError)
     return tuple(paths)
+
+
+def header_text(header: Header) -> str:
+    """Return the text of ``pqkv.json``."""
+    return json.dumps(header_document(header), indent=1, sort_keys=True) + "\n"

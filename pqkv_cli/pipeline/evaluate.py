@@ -121,7 +121,8 @@ def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Recor
             log.finish()
             if records[-1]["mode"] != mode:
                 break  # the task has one mode only, and this was it
-    _renew_card(source, subject.artifact)
+    if not source.is_fetched:
+        _renew_card(source, subject.artifact)
     return records
 
 

@@ -12,6 +12,7 @@ from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.capacity import Capacity, capacity
+from pqkv_cli.pipeline.hub import located
 from pqkv_cli.pipeline.rundir import Run, kind_of
 from pqkv_cli.pipeline.state import STAGES, read_records, require_done
 from pqkv_cli.pipeline.target import Target
@@ -67,8 +68,9 @@ def inspect_target(target: Target, device_bytes: int | None = None) -> Inspectio
     ModelError, UnsupportedModelError
         If a model cannot be read or its cache cannot be quantized.
     ArtifactError
-        If an artifact is damaged.
+        If an artifact is damaged, or the hub does not give it.
     """
+    target = located(target)
     is_model = target.kind == "model" or (target.kind != "artifact" and kind_of(target.run.path) != "run")
     if device_bytes is not None and not is_model:
         found = "an artifact" if target.kind == "artifact" else "a run"

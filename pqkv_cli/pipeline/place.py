@@ -1,8 +1,9 @@
-"""Where the artifact of a target lies. Opens nothing."""
+"""Where the artifact of a target lies. Opens nothing, and fetches what lies on the hub."""
 
 from pathlib import Path
 
 from pqkv_cli.errors import RunError
+from pqkv_cli.pipeline.hub import located
 from pqkv_cli.pipeline.start import started_run
 from pqkv_cli.pipeline.target import Target
 
@@ -14,7 +15,10 @@ def artifact_place(target: Target) -> Path:
     ------
     RunError
         If there is no run, or it has no artifact yet.
+    ArtifactError
+        If the hub does not give it.
     """
+    target = located(target)
     if target.kind == "artifact" and target.path is not None:
         return target.path
     run = started_run(target)

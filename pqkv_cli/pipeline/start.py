@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.files import is_temporary
+from pqkv_cli.pipeline.hub import located, results_place
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run, kind_of
 from pqkv_cli.pipeline.state import require_done
 from pqkv_cli.pipeline.target import Target
@@ -65,12 +66,16 @@ def started_run(target: Target) -> Run:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An artifact to use: its file, the model it belongs to, the settings to use it with, and where results go."""
+    """An artifact to use: its file, the model it belongs to, the settings to use it with, and where results go.
+
+    `is_fetched` says that it lies in the hub's cache, beside which nothing may be written.
+    """
 
     artifact: Path
     recipe: Recipe
     results: Path
     run: Run | None = None
+    is_fetched: bool = False
 
 
 def artifact_source(target: Target, model: str | None, changes: Changes) -> Source:
@@ -80,22 +85,27 @@ def artifact_source(target: Target, model: str | None, changes: Changes) -> Sour
     ------
     RunError
         If the run has no artifact or an outdated one.
+    ArtifactError
+        If the hub does not give it.
     UsageError
         If nothing says where the model of a lone artifact lies.
     """
     changes = {**changes, "model": None if model is None else _model_reference(model)}
+    target = located(target)
     if target.kind != "artifact" or target.path is None:
         run, recipe = continue_run(target, changes)
         require_done(run, run.recipe(), "export")
         return Source(run.artifact_file, recipe, run.results, run)
     directory = target.path if target.path.is_dir() else target.path.parent
-    beside = directory / RECIPE_FILE
+    beside, fetched_results = directory / RECIPE_FILE, results_place(target)
+    results = fetched_results or directory / "results"
     if beside.is_file():
-        return Source(target.path, override(load_recipe(beside), changes), directory / "results")
+        recipe = override(load_recipe(beside), changes)
+        return Source(target.path, recipe, results, is_fetched=fetched_results is not None)
     if model is None:
         raise UsageError(f"there is no {RECIPE_FILE} beside {target.path} to say which model it is for; give it with --model")
     recipe = override(Recipe(name="artifact", model=_model_reference(model)), changes)
-    return Source(target.path, recipe, directory / "results")
+    return Source(target.path, recipe, results, is_fetched=fetched_results is not None)
 
 
 def file_reference(source: str | None) -> str | None:

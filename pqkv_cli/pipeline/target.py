@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pqkv_cli.errors import ModelError, RunError, UsageError, did_you_mean
+from pqkv_cli.pipeline.hub_name import HubName, parse_hub_name
 from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, MODEL_FILE, RECIPE_FILE, PathKind, Run, kind_of, runs_under
 from pqkv_cli.recipe import Recipe, load_recipe, named_recipe, recipe_names
 
 RUNS = Path("runs")
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _EXPECTED = f"a model ({MODEL_FILE}), a run ({RECIPE_FILE}) or an artifact ({ARTIFACT_FILE})"
 
 
@@ -17,7 +17,8 @@ _EXPECTED = f"a model ({MODEL_FILE}), a run ({RECIPE_FILE}) or an artifact ({ART
 class Target:
     """A resolved reference: `path` for what lies on disk, `recipe` for what a pipeline can start from.
 
-    `has_default_recipe` is set for a bare model, which brings no settings of its own.
+    `has_default_recipe` is set for a bare model, which brings no settings of its own. `hub` is the name of what lies on the
+    hub; once it has been fetched (`pqkv_cli.pipeline.place.located`), `path` is where the hub's cache holds it.
     """
 
     reference: str
@@ -25,6 +26,7 @@ class Target:
     path: Path | None
     recipe: Recipe | None
     has_default_recipe: bool = False
+    hub: HubName | None = None
 
     @property
     def run(self) -> Run:
@@ -53,14 +55,17 @@ def resolve_target(reference: str) -> Target:
         return _existing(reference, path)
     if reference in recipe_names():
         return Target(reference, None, None, named_recipe(reference))
-    if _HUB_ID.match(reference):
-        return Target(reference, None, None, _default_recipe(reference.split("/")[-1], reference), True)
+    hub = parse_hub_name(reference)
+    if hub is not None and hub.revision is not None:
+        return Target(reference, None, None, None, hub=hub)  # pipelines start from models, of which no revision is kept
+    if hub is not None:
+        return Target(reference, None, None, _default_recipe(reference.split("/")[-1], reference), True, hub)
     if "/" in reference or reference.startswith(("~", ".")):
         raise ModelError(f"{reference} does not exist; expected a directory that holds {_EXPECTED}")
     names = [*recipe_names(), *(run.name for run in runs_under(RUNS))]
     raise UsageError(
         f"{reference!r} is neither an existing path nor a recipe{did_you_mean(reference, names)}; give a directory, "
-        f"an org/name hub id, or one of {', '.join(recipe_names())}"
+        f"an org/name hub id (of an artifact also org/name@revision), or one of {', '.join(recipe_names())}"
     )
 
 
