@@ -27,16 +27,35 @@ class Ended:
     log: str
 
 
-def in_child(action: Callable[[], int], log: Path, kill_after_s: float | None = None) -> Ended:
+@dataclass(frozen=True)
+class Child:
+    """A process at work."""
+
+    pid: int
+    log: Path
+
+    def ended(self) -> Ended:
+        """Wait for its end."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return Ended(code, self.log.read_text(encoding="utf-8", errors="replace"))
+
+
+def start_child(action: Callable[[], int], log: Path) -> Child:
     """Do `action` in a child whose output goes to `log`; its result is the exit code."""
     torch.set_num_threads(1)
     pid = os.fork()
     if pid == 0:
         _be_child(action, log)
+    return Child(pid, log)
+
+
+def in_child(action: Callable[[], int], log: Path, kill_after_s: float | None = None) -> Ended:
+    """Do `action` in a child, kill it after some time if asked to, and return how it ended."""
+    child = start_child(action, log)
     if kill_after_s is not None:
         time.sleep(kill_after_s)
-        os.kill(pid, signal.SIGKILL)
-    return Ended(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), log.read_text(encoding="utf-8", errors="replace"))
+        os.kill(child.pid, signal.SIGKILL)
+    return child.ended()
 
 
 def pqkv(*words: object) -> Callable[[], int]:
