@@ -90,7 +90,7 @@ def side_spec(layer: LayerGeometry, side: Side, bits: float, prototype_bits: int
     if side == "values":
         return CodecSpec(rate_layout(bits, layer.head_dim, prototype_bits), "matrix")
     if layer.rotary is None:
-        return CodecSpec(rate_layout(bits, layer.head_dim, prototype_bits), "identity", "post_rope")
+        return CodecSpec(rate_layout(bits, layer.head_dim, prototype_bits), "matrix", "post_rope")
     return CodecSpec(key_layout(bits, layer.head_dim, prototype_bits), _key_map(layer), "pre_rope")
 
 

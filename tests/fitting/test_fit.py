@@ -10,7 +10,7 @@ from pqkv_cli.fitting.plan import uniform_plan
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side import sample_weights
 from pqkv_cli.rates import RATES, key_layout, rate_layout
-from pqkv_cli.specs import SIDES, CacheSpec, LayerGeometry, ModelGeometry
+from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, LayerGeometry, ModelGeometry
 from pqkv_kernels.codec import quantize, round_trip, to_code_space
 from pqkv_kernels.layout import CodeLayout, RotaryLayout
 
@@ -103,6 +103,24 @@ def test_layers_without_rotary_and_partial_rotary_fit() -> None:
     assert fit_layer(samples, partial, support.SPECS, settings=FAST).tables["keys"].rotary == RotaryLayout(4)
 
 
+def test_keys_without_rotary_are_coded_in_the_metric_of_their_queries() -> None:
+    unrotated = replace(support.LAYER, rotary=None)
+    samples = support.samples(5)
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(5))).Q.double()
+    moment = (turn @ torch.diag(torch.logspace(-2, 2, 8).double()) @ turn.mT).expand(support.HEADS, 8, 8)
+    samples = replace(samples, query_moment=moment.contiguous())
+    plan = uniform_plan(ModelGeometry("x", (unrotated,), 512), 2, CacheSpec(), prototype_bits=0)
+    spec = plan.codec(0, "keys")
+    assert spec is not None and (spec.map, spec.key_space) == ("matrix", "post_rope")
+
+    def logit_error(key_spec: CodecSpec) -> float:
+        tables = fit_layer(samples, unrotated, {**support.SPECS, "keys": key_spec}, settings=FAST).tables["keys"]
+        error = (samples.keys.float() - round_trip(samples.keys[None], tables, rotated=False)[0]).double()
+        return float(torch.einsum("hni,hij,hnj->", error, moment, error))
+
+    assert logit_error(spec) < 0.5 * logit_error(replace(spec, map="identity"))
+
+
 def test_degenerate_heads_are_named() -> None:
     samples = support.samples(6)
     samples.values[1, 3, 2] = torch.inf
@@ -175,7 +193,7 @@ def test_uniform_plan_tells_layers_apart() -> None:
     geometry = ModelGeometry("x", (layer, replace(layer, head_dim=128), replace(layer, rotary=None)), 4096)
     plan = uniform_plan(geometry, 2, CacheSpec())
     assert set(plan.codecs) == {"k2_d64", "v2_d64", "k2_d128", "v2_d128", "k2_d64_nope"}
-    assert plan.codecs["k2_d64_nope"].map == "identity"
+    assert plan.codecs["k2_d64_nope"].map == "matrix"
 
 
 def test_uniform_plan_refuses_what_does_not_fit() -> None:
