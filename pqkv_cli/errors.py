@@ -58,6 +58,17 @@ class GateError(PqkvError):
     exit_code = 3
 
 
+# Of the allocators of a CPU, a Mac and other devices.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` says that memory has run out, of this machine or of a device, in whatever way torch says it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` with the nearest of `known`, or an empty string."""
     nearest = difflib.get_close_matches(found, list(known), n=1, cutoff=0.5)

@@ -6,8 +6,9 @@ import traceback
 from collections.abc import Sequence
 
 from pqkv_cli.cli.voice import Voice
-from pqkv_cli.errors import PqkvError, UsageError
+from pqkv_cli.errors import PqkvError, UsageError, is_out_of_memory
 
+_LESS = "a smaller --batch-size, --seq-len or --context, or another --device"
 INTERRUPTED, TERMINATED = 130, 143
 
 
@@ -30,8 +31,8 @@ def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
         return f"error: {error.format_message()}; see: pqkv {verb + ' ' if verb else ''}--help", 2
     if _is_disk_full(error):
         return f"error: the disk is full ({error}); temporary files were removed; free some space, then: {again}", 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"error: out of memory ({_one_line(error)}); ask for less: a smaller --batch-size, --seq-len or --device cpu", 1
+    if is_out_of_memory(error):
+        return f"error: out of memory ({_one_line(error)}); ask for less: {_LESS}", 1
     if isinstance(error, OSError):
         return f"error: {error}", 1
     return f"error: unexpected {type(error).__name__}: {_one_line(error)}; run again with --debug for the traceback", 1

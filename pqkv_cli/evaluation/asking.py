@@ -1,6 +1,8 @@
 """Asks both models the same questions in the same batches and keeps every answer. Knows logs and caches, no task's meaning."""
 
 import hashlib
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from pqkv_cli.cache.cache import QuantizedCache
+from pqkv_cli.errors import is_out_of_memory
 from pqkv_cli.evaluation.bits import cache_bits, fullest_bits
 from pqkv_cli.evaluation.contender import CacheFactory, contender
 from pqkv_cli.evaluation.outcome import BitsPerChannel
 from pqkv_cli.evaluation.replies import Question, Replies, reply
 from pqkv_cli.evaluation.samples import Group, Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.models.memory import free_memory
 
 Score = Callable[[Question, str], float]
 SIDES = ("baseline", "quantized")
@@ -57,13 +61,22 @@ def ask(
     score: Score,
     on_progress: Callable[[int, int], None],
 ) -> Answers:
-    """Ask every question with and without compression; batches that the subject's log holds already are not asked again."""
-    groups, done = [], 0
+    """Ask every question with and without compression; batches that the subject's log holds already are not asked again.
+
+    A batch for which memory does not suffice is halved, with a warning, and so are those after it that are as large.
+    """
+    groups, done, waiting = [], 0, list(reversed([batch for _, batch in _batches(questions, settings.batch_tokens)]))
+    too_large = math.inf  # padded tokens
     with contender(subject, settings.mode) as new_cache:
-        for name, batch in _batches(questions, settings.batch_tokens):
-            group = subject.log.get(name)
+        while waiting:
+            batch = waiting.pop()
+            group = subject.log.get(_name(batch))
+            if group is None and (_padded_tokens(batch) < too_large or len(batch) == 1):
+                group = _asked(subject, batch, new_cache, score)
             if group is None:
-                group = subject.log.add(name, *_ask_batch(subject, batch, new_cache, score))
+                half, too_large = len(batch) // 2, min(too_large, _padded_tokens(batch))
+                waiting += [batch[half:], batch[:half]]
+                continue
             groups.append(group)
             done += len(batch)
             on_progress(done, len(questions))
@@ -77,11 +90,19 @@ def _batches(questions: Sequence[Question], budget: int) -> Iterator[tuple[str, 
     batch: list[Question] = []
     for question in questions:
         if batch and not _belongs(question, batch, budget):
-            yield f"{batch[0].name}+{len(batch)}", batch
+            yield _name(batch), batch
             batch = []
         batch.append(question)
     if batch:
-        yield f"{batch[0].name}+{len(batch)}", batch
+        yield _name(batch), batch
+
+
+def _name(batch: Sequence[Question]) -> str:
+    return f"{batch[0].name}+{len(batch)}"
+
+
+def _padded_tokens(batch: Sequence[Question]) -> int:
+    return len(batch) * (max(len(question.ids) for question in batch) + batch[0].max_new_tokens)
 
 
 def _belongs(question: Question, batch: Sequence[Question], budget: int) -> bool:
@@ -92,6 +113,20 @@ def _belongs(question: Question, batch: Sequence[Question], budget: int) -> bool
         return False
     square = longest**2
     return min(lengths) == longest or (square <= _PADDED_SQUARE * question.max_new_tokens and rows * square <= _MASK_ENTRIES)
+
+
+def _asked(subject: Subject, batch: list[Question], new_cache: CacheFactory, score: Score) -> Group | None:
+    """Return the answers to `batch`, None where memory does not suffice for all its questions at once."""
+    try:
+        return subject.log.add(_name(batch), *_ask_batch(subject, batch, new_cache, score))
+    except Exception as error:
+        if not is_out_of_memory(error) or len(batch) == 1:
+            raise
+    # Behind the clause: until its end the error holds on to all that was allocated.
+    free_memory()
+    rows = len(batch)
+    warnings.warn(f"out of memory with {rows} prompts at once; going on with {rows - rows // 2}", stacklevel=2)
+    return None
 
 
 def _ask_batch(

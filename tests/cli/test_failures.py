@@ -109,6 +109,7 @@ class OutOfMemoryError(RuntimeError):
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "'/x/y'"),
         (MemoryError(), 1, "out of memory"),
         (OutOfMemoryError("CUDA out of memory. Tried"), 1, "out of memory (CUDA"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory (DefaultCPUAllocator"),
         (ZeroDivisionError("division by zero"), 1, "unexpected ZeroDivisionError: division by zero; run again with --debug"),
     ],
 )

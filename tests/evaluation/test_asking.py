@@ -164,3 +164,51 @@ def test_the_uncompressed_model_answers_once_for_both_modes(subject: Maker, monk
     other = [replace(q, max_new_tokens=6) for q in questions()]
     answers(made, asked=other)
     assert [cache is None for cache in caches[3:]] == [True, False]
+
+
+@pytest.mark.parametrize("mode", ["all", "cache"])
+def test_a_batch_too_large_for_memory_is_halved(mode: str, subject: Maker, tmp_path: Path, monkeypatch: Any) -> None:
+    made = subject()
+    whole = answers(made, mode, batch_tokens=100_000)
+    sizes: list[int] = []
+
+    def small_machine(model: Any, tokenizer: Any, batch: Any, cache: Any) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+        return reply(model, tokenizer, batch, cache)
+
+    monkeypatch.setattr("pqkv_cli.evaluation.asking.reply", small_machine)
+    logged = replace(made, log=SampleLog(tmp_path / "t.jsonl", {"task": "t"}), baseline={})
+    with pytest.warns(UserWarning, match="out of memory with 5 prompts at once; going on with 3"):
+        halved = answers(logged, mode, batch_tokens=100_000)
+    assert halved.samples == whole.samples
+    assert sizes == [5, 2, 2, 3, 1, 1, 2, 2] and halved.cost["batch_size"] == 2
+    assert SampleLog(tmp_path / "t.jsonl", {"task": "t"}).num_found == len(LENGTHS)
+
+
+def test_batches_as_large_as_one_that_failed_are_not_tried(subject: Maker, monkeypatch: Any) -> None:
+    tried: list[int] = []
+
+    def small_machine(model: Any, tokenizer: Any, batch: Any, cache: Any) -> Any:
+        tried.append(len(batch))
+        if len(batch) > 1:
+            raise MemoryError
+        return reply(model, tokenizer, batch, cache)
+
+    monkeypatch.setattr("pqkv_cli.evaluation.asking.reply", small_machine)
+    asked = [Question(f"q{i}", tokens(40, seed=i), 5) for i in range(6)]
+    with pytest.warns(UserWarning, match="out of memory with 2 prompts"):
+        answers(subject(), batch_tokens=90, asked=asked)
+    assert tried == [2, *[1] * 12]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("shapes do not fit")])
+def test_what_halving_does_not_help_is_raised(error: Exception, subject: Maker, monkeypatch: Any) -> None:
+    def fails(*words: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("pqkv_cli.evaluation.asking.reply", fails)
+    monkeypatch.setattr("warnings.warn", lambda *words, **options: None)
+    with pytest.raises(type(error)):
+        answers(subject(), batch_tokens=100_000)
