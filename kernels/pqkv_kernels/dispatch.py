@@ -1,7 +1,8 @@
 """Which implementation of the operations runs, and why. The only place that chooses.
 
 A backend that is asked for by name runs or raises: nothing falls back silently. ``auto`` takes the best that can run and says
-which and why.
+which and why. ``native`` is C++ for the few queries of a decode step on a CPU; longer chunks, gradients and keys turned token
+by token are torch's there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,14 @@ from pqkv_kernels.checks import check_attention
 from pqkv_kernels.codec import encode
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.native_attention import can_attend, native_attention
+from pqkv_kernels.native_build import native_obstacle
 from pqkv_kernels.planes import planes_of
 from pqkv_kernels.tables import CodecTables
 from pqkv_kernels.torch_attention import plane_attention
 
-Backend = Literal["torch", "triton"]
-BackendRequest = Literal["auto", "torch", "triton"]
+Backend = Literal["torch", "native", "triton"]
+BackendRequest = Literal["auto", "torch", "native", "triton"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +52,38 @@ def choose_backend(
         raise KernelError(f"backend is {requested!r}; expected one of {', '.join(get_args(BackendRequest))}")
     if requested == "torch":
         return Choice("torch", "asked for by name")
-    if requested == "auto" and device.type != "cuda":
-        return Choice("torch", f"the device is {device.type} and Triton's kernels need a CUDA GPU")
-    obstacle = _obstacle(device, codecs)
-    if requested == "triton":
+    if requested == "native" or (requested == "auto" and device.type == "cpu"):
+        obstacle = _native_obstacle(device, codecs)
+    else:
+        obstacle = _triton_obstacle(device, codecs)
+    if requested != "auto":
         if obstacle is not None:
-            raise KernelError(f"the triton backend was asked for, but {obstacle}; choose torch or auto")
-        return Choice("triton", "asked for by name")
+            raise KernelError(f"the {requested} backend was asked for, but {obstacle}; choose torch or auto")
+        return Choice(requested, "asked for by name")
     if obstacle is not None:
         return Choice("torch", obstacle)
+    if device.type == "cpu":
+        return Choice("native", "the device is cpu and a C++ compiler has built the kernel for it")
     return Choice("triton", f"the device is {device.type} and Triton is installed")
 
 
-def _obstacle(device: torch.device, codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
+def _native_obstacle(device: torch.device, codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
+    """Return why the C++ kernel cannot run, or None."""
+    if device.type != "cpu":
+        return f"the device is {device.type} and the native backend runs on CPUs"
+    return native_obstacle() or _cut_pairs(codecs)
+
+
+def _triton_obstacle(device: torch.device, codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
     """Return why the Triton kernels cannot run, or None."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install 'pqkv[gpu]')"
     if device.type != "cuda" and not _triton_attention().is_interpreted():
         return f"the device is {device.type} and Triton's kernels need a CUDA GPU"
+    return _cut_pairs(codecs)
+
+
+def _cut_pairs(codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
     for layer, tables in enumerate(codecs):
         for side, side_tables in zip(("keys", "values"), tables, strict=True):
             if planes_of(side_tables) is None:
@@ -123,7 +140,10 @@ def attend_codes(
         output, lse = attend(coded, key_pages, value_pages, key_tables, value_tables, first_token, scaling, angles, softcap)
         return leave_code_space(output, value_tables), lse.flatten(1, 2)
     keys, values = planes_of(key_tables), planes_of(value_tables)
-    if keys is not None and values is not None:
+    if backend == "native" and keys is not None and values is not None and can_attend(coded, angles):
+        assert not isinstance(angles, tuple)  # or `can_attend` would refuse
+        output, lse = native_attention(coded, key_pages, value_pages, keys, values, first_token, scaling, angles, softcap)
+    elif keys is not None and values is not None:
         output, lse = plane_attention(coded, key_pages, value_pages, keys, values, first_token, scaling, angles, softcap)
     else:
         parts = [
@@ -142,7 +162,7 @@ def encode_pages(backend: Backend, x: torch.Tensor, tables: CodecTables, angles:
     KernelError
         If shapes do not fit or angles are missing.
     """
-    if backend == "torch":
+    if backend != "triton":
         return encode(x, tables, angles)
     module = import_module("pqkv_kernels.triton_encode")
     module.check_encode(x, tables, angles)

@@ -55,12 +55,15 @@ class Planes:
         are coded as the cache is given them.
     steps
         What a reader keeps of the angles inside a page, which are the same for all pages.
+    derived
+        Other forms of the tables that a reader has made and keeps with them.
     """
 
     stages: tuple[PlaneStage, ...]
     channels: torch.Tensor
     pairs: torch.Tensor | None
     steps: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    derived: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_planes(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from pqkv_kernels.angles import Angles, PageAngles, page_range
 from pqkv_kernels.attention import Part, merge, softmax_parts
 from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.plane_angles import plane_factors, step_factors
 from pqkv_kernels.planes import Planes, read_planes
 
 TILE_ENTRIES = 1 << 17  # decoded pairs of channels at a time: 1 MiB
@@ -70,8 +71,8 @@ class _Reader:
         self._few = rows.shape[2] <= FEW_QUERIES
         self._step = self._base = None
         if isinstance(angles, PageAngles):
-            self._step = _step_factors(angles, keys)
-            self._base = _plane_factors(angles.base, keys).permute(2, 0, 1, 3)  # [P, B, Hkv, D / 2]
+            self._step = step_factors(angles, keys)
+            self._base = plane_factors(angles.base, keys).permute(2, 0, 1, 3)  # [P, B, Hkv, D / 2]
 
     def scores(self, tiles: list[_Tile]) -> torch.Tensor:
         """Return the products [B, Hkv, N, T] of the queries with the keys of `tiles`."""
@@ -119,7 +120,7 @@ class _Reader:
         elif self._angles is not None:
             angles = page_range(self._angles, tile.start, tile.stop)
             assert isinstance(angles, tuple)  # or there would be a step
-            factors = _plane_factors(angles, self._keys)  # [B, Hkv, T, D / 2]
+            factors = plane_factors(angles, self._keys)  # [B, Hkv, T, D / 2]
             decoded *= factors.unflatten(2, (-1, PAGE_TOKENS)).permute(2, 0, 1, 4, 3)
         return decoded
 
@@ -186,23 +187,3 @@ def _blocks(tiles: Iterator[_Tile], block_pages: int) -> Iterator[list[_Tile]]:
         block.append(tile)
     if block:
         yield block
-
-
-def _step_factors(angles: PageAngles, planes: Planes) -> torch.Tensor:
-    """Return the factors [Hkv, D / 2, 64] inside a page, kept with the planes as long as the angles are the same."""
-    cos, factors = planes.steps.get("kept", (None, None))
-    if cos is not angles.step[0] or factors is None:
-        factors = _plane_factors(angles.step, planes).mT.contiguous()
-        planes.steps["kept"] = (angles.step[0], factors)
-    return factors
-
-
-def _plane_factors(angles: Angles, planes: Planes) -> torch.Tensor:
-    """Return complex factors [..., Hkv, N, D / 2] of `angles` [..., N, R / 2]: one where a plane is not rotated."""
-    assert planes.pairs is not None  # angles are given only for keys coded before rotary embedding
-    factors = torch.nn.functional.pad(torch.complex(*angles), (0, 1), value=1.0)
-    return (
-        factors[..., None, :, :]
-        .expand(*factors.shape[:-2], len(planes.pairs), -1, -1)
-        .gather(-1, planes.pairs[:, None].expand(*factors.shape[:-2], -1, factors.shape[-2], -1))
-    )

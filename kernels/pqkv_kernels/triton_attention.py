@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
+from pqkv_kernels.addresses import page_addresses, whole_slabs
 from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.attention import Part
 from pqkv_kernels.device_tables import PART_WIDTHS, DeviceTables, device_tables
@@ -36,7 +37,7 @@ def triton_attention(
     if num_pages == 0 or num_queries == 0 or batch == 0:
         return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
     config = config or _config(query.device, dim)
-    key_pages, value_pages = _whole(key_pages), _whole(value_pages)  # alive until the kernel is launched
+    key_pages, value_pages = whole_slabs(key_pages), whole_slabs(value_pages)  # alive until the kernel is launched
     keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
     split_pages = config.split_pages(num_pages, batch * heads, _num_processors(query.device))
     num_splits = triton.cdiv(num_pages, split_pages)
@@ -45,7 +46,7 @@ def triton_attention(
     shape = {"D2": dim // 2, "BP": max(16, triton.next_power_of_2(dim // 2))}
     turn, turning = _turning(keys, angles, query)
     split_kernel[(batch * heads, num_splits, triton.cdiv(num_queries, block))](
-        *(_plane_queries(query, keys, scaling), _addresses(key_pages), _addresses(value_pages), first_token),
+        *(_plane_queries(query, keys, scaling), page_addresses(key_pages), page_addresses(value_pages), first_token),
         *(keys.part_bytes, keys.first_row, keys.entries, values.part_bytes, values.first_row, values.entries),
         *(*turning, parts, part_lse),
         *(heads, num_queries, num_pages, split_pages, key_tables.layout.page_bytes, value_tables.layout.page_bytes),
@@ -73,20 +74,6 @@ def _plane_queries(query: torch.Tensor, keys: DeviceTables, scaling: float) -> t
 def is_interpreted() -> bool:
     """Return whether the kernels run in Triton's interpreter, on any device; decided when this module is first imported."""
     return not isinstance(split_kernel, triton.runtime.JITFunction)
-
-
-def _whole(slabs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return `slabs`, copied where the bytes of a page do not lie together: kernels address whole pages."""
-    return [slab if slab[:1, :1].is_contiguous() else slab.contiguous() for slab in slabs]
-
-
-def _addresses(slabs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the address of every page of every row, [B, P] int64: slabs need not lie together."""
-    found = []
-    for slab in slabs:
-        rows = slab.data_ptr() + torch.arange(slab.shape[0], device=slab.device)[:, None] * slab.stride(0)
-        found.append(rows + torch.arange(slab.shape[1], device=slab.device) * slab.stride(1))
-    return torch.cat(found, dim=1) if len(found) > 1 else found[0]
 
 
 def _turning(

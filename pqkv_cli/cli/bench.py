@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pqkv_cli.pipeline.target import Target
     from pqkv_kernels.bench import AttentionTimes, Quantiles
 
-_BACKENDS = ("auto", "torch", "triton")
+_BACKENDS = ("auto", "torch", "native", "triton")
 
 
 def bench(
@@ -34,7 +34,7 @@ def bench(
     context: Annotated[list[int] | None, typer.Option("--context", help="Cached tokens; may be repeated.")] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="Rows, for attention alone; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed repetitions.")] = 20,
-    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, torch or triton.")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, torch, native or triton.")] = "auto",
     kmeans: Annotated[
         bool, typer.Option("--kmeans", help="Compare our k-means with that of faiss on a run's calibration instead.")
     ] = False,

@@ -24,7 +24,7 @@ def test_it_measures_beside_dense_caches(exported: Path, pqkv: Callable) -> None
 
 def test_inspect_says_what_attends(exported: Path, pqkv: Callable) -> None:
     backend = pqkv("inspect", exported, "--json", "-").json["backend"]
-    assert backend["name"] in ("torch", "triton") and backend["reason"]
+    assert backend["name"] in ("torch", "native", "triton") and backend["reason"]
 
 
 def test_the_tables_are_for_people(exported: Path, pqkv: Callable) -> None:

@@ -22,7 +22,7 @@ def test_this_machine(pqkv: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     assert document["schema"] == "pqkv.doctor/1"
     for name in ("python", "torch", "transformers", "safetensors", "devices", "triton", "backend", "reference model"):
         assert found[name]
-    assert found["backend"].split(",")[0] in ("torch", "triton")
+    assert found["backend"].split(",")[0] in ("torch", "native", "triton")
 
 
 def test_people_see_a_table_and_the_artifact_is_asked(pqkv: Callable, exported: Path) -> None:

@@ -98,7 +98,7 @@ TABLE = [
     ("eval {unfitted}", 1, "run it with: pqkv export"),
     ("eval {flipped} --task perplexity", 1, "hash"),
     ("generate {run}", 1, "no run was named"),
-    ("bench {run} --backend cuda", 2, "--backend is 'cuda'; expected one of auto, torch, triton"),
+    ("bench {run} --backend cuda", 2, "--backend is 'cuda'; expected one of auto, torch, native, triton"),
     ("bench {run} --context 0 --repeats 0", 2, "--context is 0; expected at least 1; --repeats is 0"),
     ("generate", 2, "there is no prompt"),
     ("generate {run} once upon", 2, "put the prompt in quotes"),

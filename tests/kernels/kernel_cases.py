@@ -31,7 +31,7 @@ class Case:
 
 
 FACTORS = (
-    ("1", "2", "3", "4", "5", "6", "7", "8", "10", "12", "8+6+4", "4,4"),
+    ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "8+6+4", "4,4", "w8,4", "w10,8+6"),
     (64, 80, 96, 128, 256),
     (0, 1, 63, 257),
     (1, 4, 7),
@@ -67,9 +67,12 @@ def _pair(i, a, j, b):
 
 
 def layout_of(nbits: str, dim: int) -> CodeLayout:
-    """Pairs of channels, or four for the narrowest codes; "a+b" are groups of one stage, "a,b" stages."""
+    """Pairs of channels, or four for the narrowest codes; "a+b" are groups of one stage, "a,b" stages, "w" one code."""
     stages = []
     for stage in nbits.split(","):
+        if stage.startswith("w"):
+            stages.append((CodeGroup(1, int(stage[1:]), dim),))
+            continue
         widths = [int(n) for n in stage.split("+")]
         pairs = [dim // 2 // len(widths)] * len(widths)
         pairs[0] += dim // 2 - sum(pairs)

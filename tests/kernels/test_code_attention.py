@@ -6,14 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, Case, Inputs, inputs, pairwise_cases
 
+from pqkv_kernels import native_attention
 from pqkv_kernels.angles import token_angles
 from pqkv_kernels.attention import code_attention, code_queries, leave_code_space
 from pqkv_kernels.codec import decode
 from pqkv_kernels.dispatch import attend_codes
 from pqkv_kernels.kernel_config import EXACT, DecodeConfig
+from pqkv_kernels.native_build import find_compiler
 
 CASES = pairwise_cases()
+needs_compiler = pytest.mark.skipif(find_compiler() is None or DEVICE.type != "cpu", reason="needs a CPU and a C++ compiler")
 SCALING = 0.11
+NBITS = ("2", "4", "7", "10", "8+6+4", "4,4", "w8,4")
 
 
 def reference(given: Inputs, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +35,7 @@ def close(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor
 
 
 def test_cases_cover_every_pair() -> None:
-    assert 55 <= len(CASES) <= 90 and len(set(CASES)) == len(CASES)
+    assert 55 <= len(CASES) <= 100 and len(set(CASES)) == len(CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -43,6 +47,28 @@ def test_torch_equals_the_reference(case: Case) -> None:
         *(SCALING, given.angles, case.softcap),
     )
     close(found, reference(given, case.softcap), 2e-4)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_native_equals_the_reference(case: Case, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_attention.torch, "get_num_threads", lambda: threads)
+    given = inputs(case, heads=2)
+    found = attend_codes(
+        "native",
+        *(given.query, given.key_pages, given.value_pages, given.keys, given.values, given.first),
+        *(SCALING, given.angles, case.softcap),
+    )
+    close(found, reference(given, case.softcap), 2e-4)
+
+
+@needs_compiler
+def test_native_serves_decode_steps_and_leaves_the_rest_to_torch() -> None:
+    for num_queries, turn, is_served in ((1, "pages", True), (4, "post", True), (30, "pages", False), (1, "tokens", False)):
+        given = inputs(Case("8", 64, 100, 4, turn, True, None, "exact", num_queries, torch.float32), heads=2)
+        assert native_attention.can_attend(code_queries(given.query, given.keys), given.angles) == is_served
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -65,7 +91,9 @@ def test_triton_equals_the_reference(case: Case) -> None:
     )
 
 
-@given(seed=st.integers(0, 2**31), slot=st.integers(0, 63), nbits=st.sampled_from(["2", "4", "7", "10", "8+6+4", "4,4"]))
+@given(
+    seed=st.integers(0, 2**31), slot=st.integers(0, 63), nbits=st.sampled_from(["2", "4", "7", "10", "8+6+4", "4,4", "w8,4"])
+)
 @settings(max_examples=25, deadline=None)
 def test_one_token_s_log_sum_exp_is_its_score(seed: int, slot: int, nbits: str) -> None:
     """The score read from tables and codes is the product of the query with the decoded key."""
@@ -83,15 +111,16 @@ def test_one_token_s_log_sum_exp_is_its_score(seed: int, slot: int, nbits: str) 
     torch.testing.assert_close(out, expected, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_compiler)])
 @pytest.mark.parametrize("num_queries", [1, 30])
-def test_a_gradient_of_the_queries_is_that_of_the_reference(num_queries: int) -> None:
+def test_a_gradient_of_the_queries_is_that_of_the_reference(num_queries: int, backend: str) -> None:
     case = Case("8", 64, 300, 2, "pages", True, None, "exact", num_queries, torch.float32)
     gradients = []
-    for function in ("torch", "reference"):
+    for function in (backend, "reference"):
         given = inputs(case, heads=2)
         query = given.query.requires_grad_()
         args = (given.key_pages, given.value_pages, given.keys, given.values, given.first)
-        found = attend_codes("torch", query, *args, SCALING, given.angles) if function == "torch" else reference(given, None)
+        found = attend_codes(backend, query, *args, SCALING, given.angles) if function == backend else reference(given, None)
         found[0].square().sum().backward()
         gradients.append(query.grad)
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
@@ -103,6 +132,6 @@ def test_pages_need_not_lie_together_and_queries_may_be_views() -> None:
     expected = reference(given, None)
     spread = [[slab.repeat_interleave(2, 1)[:, ::2] for slab in side] for side in (given.key_pages, given.value_pages)]
     query = given.query.transpose(1, 2).contiguous().transpose(1, 2)
-    for backend in ("torch", "triton"):
+    for backend in ("torch", "triton", *(["native"] if find_compiler() and DEVICE.type == "cpu" else [])):
         found = attend_codes(backend, query, *spread, given.keys, given.values, given.first, SCALING, given.angles)
         close(found, expected, 2e-2 if backend == "triton" and DEVICE.type == "cuda" else 2e-4)

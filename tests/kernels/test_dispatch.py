@@ -1,13 +1,14 @@
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from kernel_cases import DEVICE, Case, inputs
 from tests_support import key_tables, random_codebooks, value_tables
 
-from pqkv_kernels import dispatch
+from pqkv_kernels import dispatch, native_build
 from pqkv_kernels.angles import PageAngles
-from pqkv_kernels.dispatch import attend_codes, choose_backend, encode_pages
+from pqkv_kernels.dispatch import Choice, attend_codes, choose_backend, encode_pages
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.kernel_config import TABLE, DecodeConfig, decode_config
 from pqkv_kernels.layout import CodeLayout
@@ -24,14 +25,16 @@ def call(backend: str = "torch", **changes):
     return attend_codes(backend, *(arguments[name] for name in names), 0.1, arguments["angles"])
 
 
-def test_auto_says_what_it_chose_and_why() -> None:
-    assert choose_backend("auto", CPU).name == "torch"
-    assert choose_backend("auto", CPU).reason == "the device is cpu and Triton's kernels need a CUDA GPU"
+def test_auto_says_what_it_chose_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "native_obstacle", lambda: None)
+    assert choose_backend("auto", CPU) == Choice("native", "the device is cpu and a C++ compiler has built the kernel for it")
+    monkeypatch.setattr(dispatch, "native_obstacle", lambda: "no C++ compiler was found")
+    assert choose_backend("auto", CPU) == Choice("torch", "no C++ compiler was found")
     assert choose_backend("torch", CPU).reason == "asked for by name"
 
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch, generator) -> None:
-    with pytest.raises(KernelError, match="backend is 'cuda'; expected one of auto, torch, triton"):
+    with pytest.raises(KernelError, match="backend is 'cuda'; expected one of auto, torch, native, triton"):
         choose_backend("cuda", CPU)
     layout = CodeLayout.uniform(16, 16, 4)  # one channel per code: no pairs
     cut = CodecTables(layout, random_codebooks(layout, 2, generator))
@@ -40,6 +43,30 @@ def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.Monkey
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     with pytest.raises(KernelError, match="Triton is not installed"):
         choose_backend("triton", DEVICE)
+    with pytest.raises(KernelError, match="the device is meta and the native backend runs on CPUs; choose torch"):
+        choose_backend("native", torch.device("meta"))
+    monkeypatch.setattr(native_build.shutil, "which", lambda name: None)
+    native_build.native_library.cache_clear()
+    with pytest.raises(KernelError, match=r"no C\+\+ compiler was found .*; install one; choose torch"):
+        choose_backend("native", CPU)
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native_build, "CACHE", tmp_path)
+    if native_build.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    wrong = tmp_path / "wrong.cpp"
+    wrong.write_text("int f() { return nonsense; }")
+    with pytest.raises(KernelError, match=r"(?s)cannot compile wrong\.cpp: .*nonsense"):
+        native_build.native_library(wrong)
+    wrong.write_text('extern "C" int f() { return 7; }')
+    assert native_build.native_library(wrong).f() == 7
+    built = list(tmp_path.glob("wrong-*.so"))
+    assert len(built) == 1 and [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+    stamp = built[0].stat().st_mtime_ns
+    native_build.native_library.cache_clear()
+    native_build.native_library(wrong)
+    assert built[0].stat().st_mtime_ns == stamp  # loaded, not built again
 
 
 def test_choosing_for_a_cpu_imports_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,20 @@ from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import PAGE_TOKENS, SUPPORTED_NBITS, CodeGroup, CodeLayout, RotaryLayout
 from pqkv_kernels.packing import pack_codes, unpack_codes
 
-PARTS = {1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8], 10: [8, 2], 12: [8, 4]}
+PARTS = {
+    1: [1],
+    2: [2],
+    3: [2, 1],
+    4: [4],
+    5: [4, 1],
+    6: [4, 2],
+    7: [4, 2, 1],
+    8: [8],
+    9: [8, 1],
+    10: [8, 2],
+    11: [8, 2, 1],
+    12: [8, 4],
+}
 
 
 def dull_pack(codes: list[int], nbits: int) -> bytes:
@@ -45,10 +58,10 @@ def test_extreme_codes_survive(nbits: int) -> None:
         (lambda: pack_codes(torch.full((64,), 16), 4), "codes range over 16..16; expected 0..15"),
         (lambda: pack_codes(torch.full((64,), -1), 4), "expected 0..15"),
         (lambda: pack_codes(torch.zeros(63, dtype=torch.long), 4), "63 tokens; expected 64"),
-        (lambda: pack_codes(torch.zeros(64, dtype=torch.long), 9), "nbits is 9"),
+        (lambda: pack_codes(torch.zeros(64, dtype=torch.long), 13), "nbits is 13"),
         (lambda: unpack_codes(torch.zeros(31, dtype=torch.uint8), 4), "31 bytes; expected 32"),
         (lambda: CodeGroup(0, 8, 2), "0 subspaces"),
-        (lambda: CodeGroup(2, 11, 2), "nbits is 11"),
+        (lambda: CodeGroup(2, 13, 2), "nbits is 13"),
         (lambda: CodeLayout.uniform(80, 32, 8), "80 is not divisible into 32"),
         (lambda: CodeLayout(()), "at least one stage"),
         (lambda: CodeLayout(((CodeGroup(2, 8, 2),), (CodeGroup(2, 8, 4),))), "cover [4, 8] channels"),

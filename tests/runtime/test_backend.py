@@ -7,12 +7,14 @@ from tiny_chain import tokens
 from pqkv_cli.errors import CacheError
 from pqkv_cli.runtime import Artifact, attach
 from pqkv_kernels import dispatch
+from pqkv_kernels.native_build import find_compiler
 
 
 def test_attach_says_what_attends_and_why(model: Any, artifact: Artifact) -> None:
     with attach(model, artifact) as attached:
-        expected = "triton" if torch.cuda.is_available() else "torch"
-        assert attached.backend.name == expected and "device is" in attached.backend.reason
+        on_cpu = "native" if find_compiler() else "torch"
+        expected = "triton" if torch.cuda.is_available() else on_cpu
+        assert attached.backend.name == expected and attached.backend.reason
         assert {layer.backend for layer in attached.new_cache().quantized_layers} == {expected}
     with attach(model, artifact, backend="torch") as attached:
         assert attached.backend.reason == "asked for by name"
@@ -23,7 +25,7 @@ def test_a_backend_that_cannot_run_is_an_error(model: Any, artifact: Artifact, m
     with pytest.raises(CacheError, match="the triton backend was asked for, but Triton is not installed"):
         attach(model, artifact, backend="triton")
     assert model.config._attn_implementation != "pqkv"
-    with pytest.raises(CacheError, match="backend is 'fast'; expected one of auto, torch, triton"):
+    with pytest.raises(CacheError, match="backend is 'fast'; expected one of auto, torch, native, triton"):
         attach(model, artifact, backend="fast")
 
 

@@ -1,0 +1,198 @@
+"""Lays out the arguments of the C++ kernel, shares its work among threads and merges the parts. CPU tensors only.
+
+The meaning is that of `pqkv_kernels.attention.code_attention`. Nothing decoded outlives a block of eight pages in a vector
+register or first-level cache.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from pqkv_kernels.addresses import page_addresses, whole_slabs
+from pqkv_kernels.angles import Angles, PageAngles
+from pqkv_kernels.attention import Part, softmax_parts
+from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.native_build import native_library
+from pqkv_kernels.plane_angles import step_factors
+from pqkv_kernels.planes import PlaneGroup, Planes, PlaneStage
+
+MOST_QUERIES = 16  # per key/value head; more are served better by matrix products
+_CHUNK_PAGES = 64
+_WIDE_PLANES = 8  # codes of so many planes are read row by row
+
+
+class _Side(ctypes.Structure):
+    _fields_ = [
+        ("groups", ctypes.c_void_p),
+        ("num_groups", ctypes.c_int64),
+        ("pages", ctypes.c_void_p),
+        ("page_bytes", ctypes.c_int64),
+    ]
+
+
+_POINTERS = ("query", "first_token", "pair", "base_cos", "base_sin", "step_real", "step_imag", "row_real", "row_imag")
+_NUMBERS = ("batch", "heads", "query_blocks", "chunks", "chunk_pages", "num_pages", "planes", "num_pairs", "base_row")
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        ("keys", _Side),
+        ("values", _Side),
+        *((name, ctypes.c_void_p) for name in (*_POINTERS, "out", "lse")),
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _NativeTables:
+    """Groups of one codec as the kernel reads them, [G, 8] int64, and the tensors whose addresses they hold."""
+
+    groups: torch.Tensor
+    held: tuple[torch.Tensor, ...]
+
+
+def can_attend(query: torch.Tensor, angles: Angles | PageAngles | None) -> bool:
+    """Return whether the kernel serves `query` [B, Hkv, G, Tq, D]: few, without gradient, and keys turned page by page."""
+    few = query.shape[2] * query.shape[3] <= MOST_QUERIES
+    turned_by_page = angles is None or isinstance(angles, PageAngles)
+    return few and turned_by_page and not (query.requires_grad and torch.is_grad_enabled())
+
+
+def native_attention(
+    query: torch.Tensor,
+    key_pages: Sequence[torch.Tensor],
+    value_pages: Sequence[torch.Tensor],
+    keys: Planes,
+    values: Planes,
+    first_token: torch.Tensor,
+    scaling: float,
+    angles: PageAngles | None = None,
+    softcap: float | None = None,
+) -> Part:
+    """Attend as `pqkv_kernels.torch_attention.plane_attention` does, where `can_attend`; arguments are checked already."""
+    batch, heads, group, num_queries, dim = query.shape
+    rows = _blocks(query, keys, scaling)
+    blocks, block = rows.shape[2:4]
+    key_pages, value_pages = whole_slabs(key_pages), whole_slabs(value_pages)
+    addresses = [page_addresses(slabs) for slabs in (key_pages, value_pages)]
+    num_pages = addresses[0].shape[1]
+    chunk_pages = _chunk_pages(num_pages, batch * heads * blocks)
+    chunks = -(-num_pages // chunk_pages)
+    out, lse = rows.new_empty(batch, heads, blocks, chunks, block, dim), rows.new_empty(batch, heads, blocks, chunks, block)
+    tables = [_tables(planes) for planes in (keys, values)]
+    held = {"query": rows, "first_token": first_token.contiguous(), "out": out, "lse": lse}
+    numbers = dict(batch=batch, heads=heads, query_blocks=blocks, chunks=chunks, chunk_pages=chunk_pages, num_pages=num_pages)
+    numbers |= {"planes": dim // 2, "num_pairs": 0, "base_row": 0}
+    if angles is not None and keys.pairs is not None:
+        held |= _turning(keys, angles)
+        base = angles.base[0]
+        numbers |= {"num_pairs": base.shape[2], "base_row": base.shape[1] if base.shape[0] > 1 else 0}
+    sides = [
+        _Side(t.groups.data_ptr(), len(t.groups), where.data_ptr(), slabs[0].shape[3])
+        for t, where, slabs in zip(tables, addresses, (key_pages, value_pages), strict=True)
+    ]
+    job = _Job(*sides, softcap=softcap or 0.0, **{name: t.data_ptr() for name, t in held.items()}, **numbers)
+    _run(job, block, batch * heads * blocks * chunks)
+    return _merged(out, lse, group, num_queries)
+
+
+def _blocks(query: torch.Tensor, keys: Planes, scaling: float) -> torch.Tensor:
+    """Return scaled queries [B, Hkv, Q, N, D] fp32 in the planes' order: N of 1, 2 or 4, filled up with zeros."""
+    batch, heads, group, num_queries, dim = query.shape
+    channels = keys.channels[None, :, None].flatten(3).expand(batch, -1, group * num_queries, -1)
+    rows = query.flatten(2, 3).gather(3, channels) * scaling
+    count = rows.shape[2]
+    block = count if count <= 2 else 4
+    if missing := -count % block:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+    blocks: torch.Tensor = rows.unflatten(2, (-1, block)).contiguous()
+    return blocks
+
+
+def _chunk_pages(num_pages: int, num_rows: int) -> int:
+    """Return the pages of one part: all threads get work, and a part is no longer than its scores fit into a cache."""
+    shares = max(1, torch.get_num_threads() // max(num_rows, 1))
+    return max(1, min(_CHUNK_PAGES, -(-num_pages // shares)))
+
+
+def _turning(keys: Planes, angles: PageAngles) -> dict[str, torch.Tensor]:
+    assert keys.pairs is not None  # asked only of keys that are turned
+    base_cos, base_sin = (t.contiguous() for t in angles.base)
+    names = ("step_real", "step_imag", "row_real", "row_imag")
+    step = step_factors(angles, keys)
+    if keys.steps.get("native.of", (None,))[0] is not step:
+        rows = step.mT.contiguous()
+        keys.steps["native.step"], keys.steps["native.row"] = _doubled(step), _doubled(rows)
+        keys.steps["native.of"] = (step, step)
+    kept = dict(zip(names, (*keys.steps["native.step"], *keys.steps["native.row"]), strict=True))
+    return {"pair": keys.pairs.contiguous(), "base_cos": base_cos, "base_sin": base_sin, **kept}
+
+
+def _doubled(factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(cos, cos)`` and ``(-sin, sin)`` of complex `factors`, each [..., 2] fp32."""
+    real, imag = factors.real, factors.imag
+    return torch.stack((real, real), -1).contiguous(), torch.stack((-imag, imag), -1).contiguous()
+
+
+def _tables(planes: Planes) -> _NativeTables:
+    found = planes.derived.get("native")
+    if not isinstance(found, _NativeTables):
+        rows, held = [], []
+        for stage in planes.stages:
+            table = stage.entries.view(torch.float32).view(planes.channels.shape[0], -1, 2)
+            held.append(table)
+            rows += [_group_row(stage, part, table, held) for part in stage.groups]
+        found = planes.derived["native"] = _NativeTables(torch.tensor(rows), tuple(held))
+    return found
+
+
+def _group_row(stage: PlaneStage, part: PlaneGroup, table: torch.Tensor, held: list[torch.Tensor]) -> list[int]:
+    """Return a row of `Group` of the C++ source; `held` gets what the addresses point into."""
+    group, width = part.group, part.planes_per_code
+    first = stage.first_row[0, part.first_plane, 0].item()
+    planes = table[:, int(first) : int(first) + group.num_subspaces * width * group.num_centroids]
+    is_wide = width >= _WIDE_PLANES and width % 8 == 0
+    if is_wide:  # [Hkv, M, K, planes, 2]
+        shape = (group.num_subspaces, width, group.num_centroids)
+        planes = planes.unflatten(1, shape).transpose(2, 3).contiguous()
+        held.append(planes)
+    place = [part.byte_offset, group.num_subspaces, group.nbits, width, part.first_plane]
+    return [*place, planes.data_ptr(), planes.stride(0), int(is_wide)]
+
+
+def _run(job: _Job, block: int, num_units: int) -> None:
+    attend = native_library().pqkv_attend
+    threads = min(torch.get_num_threads(), num_units)
+    cuts = [num_units * i // threads for i in range(threads + 1)]
+    calls = [
+        (ctypes.byref(job), ctypes.c_int64(block), ctypes.c_int64(begin), ctypes.c_int64(end))
+        for begin, end in zip(cuts, cuts[1:], strict=False)
+    ]
+    if threads == 1:
+        failed = [attend(*calls[0])]
+    else:
+        others = _pool(threads - 1).map(lambda call: attend(*call), calls[1:])  # started before this thread does its share
+        failed = [attend(*calls[0]), *others]
+    assert not any(failed)  # the kernel knows every block that `_blocks` makes
+
+
+@lru_cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="pqkv")
+
+
+def _merged(out: torch.Tensor, lse: torch.Tensor, group: int, num_queries: int) -> Part:
+    """Merge parts [B, Hkv, Q, C, N, D] over C and return [B, Hkv, G, Tq, D] and its log-sum-exp."""
+    weights, total, merged = softmax_parts(lse.transpose(3, 4))  # [B, Hkv, Q, N, C]
+    output = ((weights / total).transpose(3, 4)[..., None] * out).sum(3) if lse.shape[3] > 1 else out[:, :, :, 0]
+    count = group * num_queries
+    merged = merged.flatten(2)[:, :, :count].unflatten(2, (group, num_queries))
+    return output.flatten(2, 3)[:, :, :count].unflatten(2, (group, num_queries)), merged
+
+
+assert PAGE_TOKENS == 64  # the C++ source says so, too
