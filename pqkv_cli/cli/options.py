@@ -4,10 +4,16 @@ from typing import Annotated
 
 import typer
 
+from pqkv_cli.cli import completion
+
 # What a verb works on.
 TargetArgument = Annotated[
     str | None,
-    typer.Argument(metavar="TARGET", help="A model, run or artifact directory, a recipe, or an org/name hub id."),
+    typer.Argument(
+        metavar="TARGET",
+        help="A model, run or artifact directory, a recipe, or an org/name hub id.",
+        autocompletion=completion.targets,
+    ),
 ]
 RunOption = Annotated[
     str | None, typer.Option("-r", "--run", metavar="RUN", help="The same as TARGET. Without both, the only run under runs/.")
@@ -61,6 +67,9 @@ BudgetOption = Annotated[
 BitsOption = Annotated[
     float | None, typer.Option("--bits", metavar="N", help="The same bits of code per channel everywhere: 4, 3.5, 3, ... 0.5.")
 ]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", metavar="NAME", help="quality, or speed: tables of 16 entries, at 4, 3 or 2 bits.")
+]
 PrototypeBitsOption = Annotated[
     int | None,
     typer.Option("--prototype-bits", metavar="N", help="Bits of the code of the whole vector: 10, 8 or 0."),
@@ -74,6 +83,7 @@ TaskOption = Annotated[
         "--task",
         metavar="NAME",
         help="perplexity, kld, passkey, needle, lines, longbench, or any task of lm-evaluation-harness; may be repeated.",
+        autocompletion=completion.tasks,
     ),
 ]
 ModeOption = Annotated[

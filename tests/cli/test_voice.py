@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pqkv_cli.cli import voice
+from pqkv_cli.cli import completion, voice
 from pqkv_cli.cli.output import TerminalReporter
 from pqkv_cli.cli.voice import Heartbeat, Voice, speaking, wanted_voice
 
@@ -168,6 +168,17 @@ def test_completion_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | words, check=False)
     assert "--seed" in done.stdout
     assert {"torch", "transformers", "yaml"} & set(done.stderr.splitlines()[-1].split()) == set()
+
+
+def test_completion_offers_recipes_runs_and_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "recipe.yaml").write_text("name: mine\nmodel: demo\n")
+    monkeypatch.chdir(tmp_path)
+    assert completion.targets("qwen3") == ["qwen3-32b", "qwen3-8b"]
+    assert completion.targets("run") == ["runs/mine"]
+    assert completion.tasks("ne") == ["needle"]
+    words = {"COMP_WORDS": "pqkv run dem", "COMP_CWORD": "2", "_PQKV_COMPLETE": "complete_bash"}
+    assert command([], **words).stdout.split() == ["demo"]
 
 
 def test_the_seconds_are_documented() -> None:
