@@ -34,7 +34,7 @@ def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
     if is_out_of_memory(error):
         return f"error: out of memory ({_one_line(error)}); ask for less: {_LESS}", 1
     if isinstance(error, OSError):
-        return f"error: {error}", 1
+        return f"error: {error}; see that it can be read and written, then: {again}", 1
     return f"error: unexpected {type(error).__name__}: {_one_line(error)}; run again with --debug for the traceback", 1
 
 

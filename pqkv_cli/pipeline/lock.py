@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from pqkv_cli.errors import RunError
 from pqkv_cli.pipeline.rundir import Run
@@ -17,11 +18,10 @@ def locked(run: Run) -> Iterator[None]:
     Raises
     ------
     RunError
-        If another process holds it.
+        If another process holds it, or nothing can be written there.
     """
     made = [path for path in (run.path, *run.path.parents) if not path.exists()]
-    run.path.mkdir(parents=True, exist_ok=True)
-    with open(run.lock_file, "a+", encoding="ascii") as file:
+    with _opened(run) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -37,6 +37,17 @@ def locked(run: Run) -> Iterator[None]:
             yield
         finally:
             _remove_what_stayed_empty(run, made)
+
+
+def _opened(run: Run) -> IO[str]:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        return open(run.lock_file, "a+", encoding="ascii")  # noqa: SIM115 (the caller closes it)
+    except OSError as error:
+        raise RunError(
+            f"{run.path} cannot be worked in ({error.strerror or error}): a run writes its files there; "
+            "choose another directory with -o, or fix the rights"
+        ) from error
 
 
 def _remove_what_stayed_empty(run: Run, made: list[Path]) -> None:

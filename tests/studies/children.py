@@ -81,9 +81,9 @@ def with_other_clock(action: Callable[[], int], run: Path, rng: random.Random) -
 def _be_child(action: Callable[[], int], log: Path) -> None:
     code = 99
     try:
-        with log.open("w") as file:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
+        sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
+        for stream in (1, 2):
+            os.dup2(sys.stderr.fileno(), stream)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         code = action()
     except BaseException:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from children import Ended, in_child, pqkv, with_other_clock
-from fatal import Operation, Watch
+from fatal import Operation, Watch, killing
 from tiny_run import contents, make_recipe
 
 STAGES = ("calibrate", "fit-codebooks", "export", "eval")
@@ -127,7 +127,7 @@ class Study:
 
     def _fatal(self, name: str, index: int, number: signal.Signals) -> Callable[[], int]:
         def act() -> int:
-            Watch(self.directory / name, index, number)
+            Watch(self.directory / name, index, killing(number))
             return self._command(name)()
 
         return act
