@@ -4,16 +4,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.fitting.refine_codec import Mode, WatchedCodec
-from pqkv_cli.fitting.refine_sums import CodecSums, moved
+from pqkv_cli.fitting.refine_sums import CodecSums, Weighting, moved
 from pqkv_kernels.tables import CodecTables
 
-Weighting = Literal["equal", "root", "fisher"]
 _LN2 = 0.6931471805599453
 
 
@@ -36,8 +35,7 @@ class RefineSettings:
     rounds
         Most passes over the training windows.
     weightings
-        What a vector may count for, of which the first round chooses one: all the same, the Fisher information of the vector
-        (what a small error of it costs), or its root.
+        What the parts of vectors may count for; the first round chooses one.
     selection_share
         Share of the training windows that judge each round, at least one window.
     least_held_out, least_errors
@@ -113,16 +111,15 @@ class RefineWork:
         What a vector should be is what the uncompressed model has in its place, so errors of the layers before are taken out
         again as far as codes tell them.
         """
-        sums = {name: [CodecSums(codec.tables) for codec in self.codecs] for name in weightings}
+        sums = {name: [CodecSums(codec.tables, name) for codec in self.codecs] for name in weightings}
         for index, window in enumerate(windows):
             with torch.no_grad():
                 self.logits(window, "exact")
             for number, (codec, score) in enumerate(zip(self.codecs, self._scores(window), strict=True)):
                 assert codec.trace is not None and codec.exact is not None  # both passes went through every codec
-                information = score.float().square().mean(dim=-1)
                 error = codec.exact - codec.trace.decoded
                 for name in weightings:
-                    sums[name][number].add(index % 2, codec.trace.codes, error, _weight(information, name))
+                    sums[name][number].add(index % 2, codec.trace.codes, error, score)
                 codec.trace = codec.exact = None
             self.counter.step()
         return sums
@@ -167,12 +164,6 @@ class PassCounter:
         """Say that all is done, though it may have taken fewer windows."""
         self.done = self.total - 1
         self.step()
-
-
-def _weight(information: torch.Tensor, weighting: Weighting) -> torch.Tensor:
-    if weighting == "equal":
-        return torch.ones_like(information)
-    return information.sqrt() if weighting == "root" else information
 
 
 @contextmanager

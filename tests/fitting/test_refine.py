@@ -14,7 +14,7 @@ from pqkv_cli.fitting.record import FitRecord, load_record
 from pqkv_cli.fitting.refine import Refinement, frozen, is_better, refine
 from pqkv_cli.fitting.refine_codec import WatchedCodec
 from pqkv_cli.fitting.refine_files import final_directory, load_outcome, refine_request, save_refinement
-from pqkv_cli.fitting.refine_sums import CodecSums, moved
+from pqkv_cli.fitting.refine_sums import CodecSums, Weighting, moved
 from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork
 from pqkv_cli.fitting.run import load_fitted
 from pqkv_cli.quantizers.codec import ProductCodec
@@ -135,12 +135,12 @@ def planted(agree: bool) -> tuple[CodecSums, torch.Tensor]:
     """Return sums whose halves want every centroid at one place, or at opposite ones, and those places [1, 1, 4, 2]."""
     generator = torch.Generator().manual_seed(0)
     tables = CodecTables(CodeLayout.uniform(2, 1, 2), ((torch.zeros(1, 1, 4, 2, dtype=torch.float16),),))
-    sums, places = CodecSums(tables), torch.randn(4, 2, generator=generator)
+    sums, places = CodecSums(tables, "fisher"), torch.randn(4, 2, generator=generator)
     for half in (0, 1):
         codes = torch.randint(4, (1, 1, 1, 4000), generator=generator)
         error = places[codes[0, 0]][None] * (1 if agree or half else -1)
-        weight = torch.rand(1, 1, 4000, generator=generator)
-        sums.add(half, [codes], error + torch.randn(error.shape, generator=generator), weight)
+        score = torch.rand(1, 1, 4000, 2, generator=generator)
+        sums.add(half, [codes], error + torch.randn(error.shape, generator=generator), score)
     return sums, places.view(1, 1, 4, 2)
 
 
@@ -155,18 +155,23 @@ def test_nothing_moves_where_halves_disagree() -> None:
 
 def test_nothing_moves_without_weight() -> None:
     tables = CodecTables(CodeLayout.uniform(2, 1, 2), ((torch.zeros(1, 1, 4, 2, dtype=torch.float16),),))
-    sums = CodecSums(tables)
-    sums.add(0, [torch.zeros(1, 1, 1, 5, dtype=torch.int64)], torch.ones(1, 1, 5, 2), torch.zeros(1, 1, 5))
+    sums = CodecSums(tables, "root")
+    sums.add(0, [torch.zeros(1, 1, 1, 5, dtype=torch.int64)], torch.ones(1, 1, 5, 2), torch.zeros(1, 1, 5, 2))
     assert not sums.steps()[0].any()
 
 
-def test_weights_count() -> None:
-    tables = CodecTables(CodeLayout.uniform(1, 1, 1), ((torch.zeros(1, 1, 2, 1, dtype=torch.float16),),))
-    sums, codes = CodecSums(tables), torch.tensor([[[[0, 0, 1, 1]]]])
+@pytest.mark.parametrize(("weighting", "weights"), [("equal", (1, 1)), ("root", (3, 1)), ("fisher", (9, 1))])
+def test_parts_are_weighted_by_what_they_cost(weighting: Weighting, weights: tuple[float, float]) -> None:
+    # Two subspaces of two channels; in the first the earlier vector matters more, in the second both do alike.
+    tables = CodecTables(CodeLayout.uniform(4, 2, 1), ((torch.zeros(1, 2, 2, 2, dtype=torch.float16),),))
+    sums = CodecSums(tables, weighting)
+    error = torch.tensor([[[[2.0, 2.0, 2.0, 2.0], [5.0, 5.0, 5.0, 5.0]]]])
+    score = torch.tensor([[[[3.0, -3.0, 1.0, 1.0], [1.0, 1.0, 1.0, -1.0]]]])
     for half in (0, 1):
-        sums.add(half, [codes], torch.tensor([[[[2.0], [5.0], [1.0], [1.0]]]]), torch.tensor([[[3.0, 1.0, 2.0, 2.0]]]))
-    # Every cell weighs 4 in either half; the least damping is 0.03 of that.
-    assert sums.steps()[0].flatten().tolist() == pytest.approx([22 / 8.12, 8 / 8.12])
+        sums.add(half, [torch.zeros(1, 1, 2, 2, dtype=torch.int64)], error, score)
+    mean = (sum(weights) + 2) / 4  # over the four cells, two of them empty
+    first, second = (2 * (2 * w + 5 * v) / (2 * (w + v) + 0.03 * mean) for w, v in (weights, (1, 1)))
+    assert sums.steps()[0].flatten().tolist() == pytest.approx([first, first, 0, 0, second, second, 0, 0])
 
 
 def test_no_step_changes_no_byte(directory: Path) -> None:
