@@ -11,7 +11,7 @@ from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
 from pqkv_cli.evaluation.report_tables import headline_metrics
-from pqkv_cli.evaluation.settings import Subject
+from pqkv_cli.evaluation.settings import Mode, Subject
 from pqkv_cli.evaluation.tasks import reads_text, require_tasks, run_task
 from pqkv_cli.files import write_text
 from pqkv_cli.gates import Gate, judge, parse_gates, split_gates
@@ -19,6 +19,7 @@ from pqkv_cli.pipeline.content import text_identity
 from pqkv_cli.pipeline.evaluation_settings import modes_of, open_log, rows_path, task_settings
 from pqkv_cli.pipeline.honesty import overlaps
 from pqkv_cli.pipeline.loading import device_of, open_model
+from pqkv_cli.pipeline.lock import locked_task
 from pqkv_cli.pipeline.outcome import Facts, StageWork, do_stage
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
@@ -110,20 +111,26 @@ def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Recor
     shared = overlaps(source.recipe, subject, reporter)
     for task in wanted.tasks:
         for mode in modes_of(task, wanted.modes):
-            settings = task_settings(task, mode, source.recipe, subject)
-            log = open_log(source, task, settings, subject)
-            if log.num_found:
-                reporter.note(f"{task}, mode {mode}: going on after {log.num_found} samples")
-            with reporter.progress(f"{task}, mode {mode}") as advance:
-                records.append(run_task(task, replace(subject, log=log), settings, advance))
-            records[-1] |= {"calibration_overlap": shared["text" if reads_text(task) else "rows"]}
-            _keep(source, records[-1])
-            log.finish()
+            with locked_task(source.results, task, mode):
+                overlap = {"calibration_overlap": shared["text" if reads_text(task) else "rows"]}
+                records.append(_measure_task(source, subject, task, mode, overlap, reporter))
             if records[-1]["mode"] != mode:
                 break  # the task has one mode only, and this was it
     if not source.is_fetched:
         _renew_card(source, subject.artifact)
     return records
+
+
+def _measure_task(source: Source, subject: Subject, task: str, mode: Mode, facts: Facts, reporter: Reporter) -> Record:
+    settings = task_settings(task, mode, source.recipe, subject)
+    log = open_log(source, task, settings, subject)
+    if log.num_found:
+        reporter.note(f"{task}, mode {mode}: going on after {log.num_found} samples")
+    with reporter.progress(f"{task}, mode {mode}") as advance:
+        record = run_task(task, replace(subject, log=log), settings, advance) | dict(facts)
+    _keep(source, record)
+    log.finish()  # from now on the next evaluation measures again
+    return record
 
 
 def _renew_card(source: Source, artifact: Artifact) -> None:

@@ -1,4 +1,4 @@
-"""One process at a time works on a run. Knows file locks only."""
+"""One process at a time works on a run, and measures one task into the same files. Knows file locks only."""
 
 import fcntl
 import os
@@ -21,33 +21,56 @@ def locked(run: Run) -> Iterator[None]:
         If another process holds it, or nothing can be written there.
     """
     made = [path for path in (run.path, *run.path.parents) if not path.exists()]
-    with _opened(run) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise RunError(
-                f"{run.path} is in use by process {owner}; wait until it has ended, or work in another run with -o"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    with _held(run.lock_file, "a run writes its files there; choose another directory with -o, or fix the rights") as owner:
+        if owner:
+            raise RunError(f"{run.path} is in use by process {owner}; wait until it has ended, or work in another run with -o")
         try:
             yield
         finally:
             _remove_what_stayed_empty(run, made)
 
 
-def _opened(run: Run) -> IO[str]:
+@contextmanager
+def locked_task(results: Path, task: str, mode: str) -> Iterator[None]:
+    """Hold the results of one task in one mode, so that no two processes measure it into the same files.
+
+    Raises
+    ------
+    RunError
+        If another process holds it, or nothing can be written there.
+    """
+    remedy = "results are written there; fix the rights, or evaluate a copy of the artifact"
+    with _held(results / f".{task}-{mode}.lock", remedy) as owner:
+        if owner:
+            raise RunError(
+                f"{task}, mode {mode}, is being measured into {results} by process {owner}; wait until it has ended, or "
+                "evaluate a copy of the artifact"
+            )
+        yield
+
+
+@contextmanager
+def _held(path: Path, remedy: str) -> Iterator[str]:
+    """Hold the lock file `path`; yield nothing, or who holds it already."""
+    with _opened(path, remedy) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            yield file.read().strip() or "unknown"
+            return
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield ""
+
+
+def _opened(path: Path, remedy: str) -> IO[str]:
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        return open(run.lock_file, "a+", encoding="ascii")  # noqa: SIM115 (the caller closes it)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+", encoding="ascii")  # noqa: SIM115 (the caller closes it)
     except OSError as error:
-        raise RunError(
-            f"{run.path} cannot be worked in ({error.strerror or error}): a run writes its files there; "
-            "choose another directory with -o, or fix the rights"
-        ) from error
+        raise RunError(f"{path.parent} cannot be worked in ({error.strerror or error}): {remedy}") from error
 
 
 def _remove_what_stayed_empty(run: Run, made: list[Path]) -> None:

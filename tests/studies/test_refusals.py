@@ -14,6 +14,9 @@ from children import Ended, in_child, pqkv
 from fatal import Operation, Watch, make_unreadable, refusing
 from tiny_run import contents, make_recipe
 
+from pqkv_cli.pipeline.lock import locked, locked_task
+from pqkv_cli.pipeline.rundir import Run
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -125,3 +128,21 @@ def test_the_texts_that_cannot_be_read(whole: Path, recipe: Path, tmp_path: Path
         assert (ended.code, "Traceback" in ended.log, "unexpected" in ended.log) == (1, False, False), ended.log
         assert text in ended.log
     assert not (tmp_path / "run").exists()
+
+
+def test_two_evaluations_of_one_task_at_once(whole: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    before = contents(run)
+    with locked_task(run / "results", "perplexity", "all"):
+        busy = in_child(pqkv("eval", run, "--limit", 1, "--mode", "all"), tmp_path / "log")
+        other = in_child(pqkv("eval", run, "--limit", 1, "--mode", "cache"), tmp_path / "log")
+        assert contents(run)["results/perplexity-all.json"] == before["results/perplexity-all.json"]
+    assert (busy.code, f"being measured into {run / 'results'} by process {os.getpid()}" in busy.log) == (1, True), busy.log
+    assert other.code == 0, other.log
+    assert in_child(pqkv("eval", run, "--limit", 1, "--mode", "all"), tmp_path / "log").code == 0
+
+
+def test_two_runs_in_one_directory_at_once(whole: Path, recipe: Path, tmp_path: Path) -> None:
+    with locked(Run(whole)):
+        ended = in_child(pqkv("run", recipe, "-o", whole), tmp_path / "log")
+    assert (ended.code, f"{whole} is in use by process {os.getpid()}; wait until it has ended" in ended.log) == (1, True)

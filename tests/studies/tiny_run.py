@@ -37,7 +37,7 @@ def make_recipe(directory: Path) -> Path:
 
 def contents(run: Path) -> dict[str, bytes]:
     """Return what the run at `run` holds: every file's bytes, those of JSON without what was measured of time and memory."""
-    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [path for path in run.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     return {str(path.relative_to(run)): _content(path) for path in sorted(files)}
 
 
