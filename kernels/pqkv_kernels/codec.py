@@ -7,7 +7,7 @@ from pqkv_kernels.angles import Angles
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout, RotaryLayout
 from pqkv_kernels.nearest import nearest_centroids
-from pqkv_kernels.packing import pack_codes, unpack_codes
+from pqkv_kernels.packing import pack_known, unpack_codes
 from pqkv_kernels.rope import rotate, unrotate
 from pqkv_kernels.tables import CodecTables
 
@@ -41,7 +41,7 @@ def encode(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -
     codes = quantize(to_code_space(x, tables, angles), tables.layout, tables.codebooks)
     packed = []
     for (_, _, group, _, _), group_codes in zip(tables.layout.spans(), codes, strict=True):
-        pages = pack_codes(
+        pages = pack_known(
             group_codes.unflatten(-1, (x.shape[2] // PAGE_TOKENS, PAGE_TOKENS)), group.nbits
         )  # [B, Hkv, M, P, bytes]
         packed.append(pages.permute(0, 3, 1, 2, 4).flatten(3))

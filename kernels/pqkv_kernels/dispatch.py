@@ -96,6 +96,14 @@ def _triton_attention() -> ModuleType:
     return import_module("pqkv_kernels.triton_attention")
 
 
+def prepare_tables(backend: Backend, tables: CodecTables) -> None:
+    """Make what `backend` reads of `tables`, once; a step that finds it made waits for nothing."""
+    if backend == "triton":
+        _triton_attention().prepare(tables)
+    else:
+        planes_of(tables)
+
+
 def attend_codes(
     backend: Backend,
     query: torch.Tensor,

@@ -18,7 +18,7 @@ from pqkv_kernels.attention import Part, softmax_parts
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.native_build import native_library
 from pqkv_kernels.plane_angles import step_factors
-from pqkv_kernels.planes import PlaneGroup, Planes, PlaneStage
+from pqkv_kernels.planes import PlaneGroup, Planes
 
 MOST_QUERIES = 16  # per key/value head; more are served better by matrix products
 _CHUNK_PAGES = 64
@@ -146,16 +146,18 @@ def _tables(planes: Planes) -> _NativeTables:
         for stage in planes.stages:
             table = stage.entries.view(torch.float32).view(planes.channels.shape[0], -1, 2)
             held.append(table)
-            rows += [_group_row(stage, part, table, held) for part in stage.groups]
+            first = 0
+            for part in stage.groups:
+                count = part.group.num_subspaces * part.planes_per_code * part.group.num_centroids
+                rows.append(_group_row(part, table[:, first : first + count], held))
+                first += count
         found = planes.derived["native"] = _NativeTables(torch.tensor(rows), tuple(held))
     return found
 
 
-def _group_row(stage: PlaneStage, part: PlaneGroup, table: torch.Tensor, held: list[torch.Tensor]) -> list[int]:
-    """Return a row of `Group` of the C++ source; `held` gets what the addresses point into."""
+def _group_row(part: PlaneGroup, planes: torch.Tensor, held: list[torch.Tensor]) -> list[int]:
+    """Return a row of `Group` of the C++ source for the entries `planes`; `held` gets what the addresses point into."""
     group, width = part.group, part.planes_per_code
-    first = stage.first_row[0, part.first_plane, 0].item()
-    planes = table[:, int(first) : int(first) + group.num_subspaces * width * group.num_centroids]
     is_wide = width >= _WIDE_PLANES and width % 8 == 0
     if is_wide:  # [Hkv, M, K, planes, 2]
         shape = (group.num_subspaces, width, group.num_centroids)

@@ -20,6 +20,11 @@ def pack_codes(codes: torch.Tensor, nbits: int) -> torch.Tensor:
     if codes.numel() and not bool(((codes >= 0) & (codes < 1 << nbits)).all()):
         found = f"{int(codes.min())}..{int(codes.max())}"
         raise KernelError(f"codes range over {found}; expected 0..{(1 << nbits) - 1} for nbits {nbits}")
+    return pack_known(codes, nbits)
+
+
+def pack_known(codes: torch.Tensor, nbits: int) -> torch.Tensor:
+    """Pack as `pack_codes` does, without looking at the codes, which would make a GPU wait."""
     packed = []
     for width, low in code_parts(nbits):
         part = ((codes >> low) & ((1 << width) - 1)).to(torch.uint8).unflatten(-1, (8 * width, 8 // width))

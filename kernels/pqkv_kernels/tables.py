@@ -87,9 +87,15 @@ class CodecTables:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def to(self, device: torch.device) -> "CodecTables":
-        """Return the same tables on `device`; themselves, if they lie there already."""
+        """Return the same tables on `device`, moved once; themselves, if they lie there already."""
         if self.codebooks[0][0].to(device) is self.codebooks[0][0]:
             return self
+        if f"on {device}" not in self.derived:
+            self.derived[f"on {device}"] = self._moved(device)
+        moved: CodecTables = self.derived[f"on {device}"]
+        return moved
+
+    def _moved(self, device: torch.device) -> "CodecTables":
         return CodecTables(
             self.layout,
             tuple(tuple(t.to(device) for t in stage) for stage in self.codebooks),

@@ -62,6 +62,11 @@ def triton_attention(
     return out, lse
 
 
+def prepare(tables: CodecTables) -> None:
+    """Make the tables that `triton_attention` reads, once."""
+    device_tables(tables, _config(tables.codebooks[0][0].device, tables.layout.head_dim).tables)
+
+
 def _plane_queries(query: torch.Tensor, keys: DeviceTables, scaling: float) -> torch.Tensor:
     """Return the queries [B, Hkv, N, 2, D / 2] in the planes' order, with the planes' scales and `scaling` in them."""
     batch, heads, group, tokens, dim = query.shape

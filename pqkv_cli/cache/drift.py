@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from pqkv_cli.cache.host_copy import HostCopy
 from pqkv_cli.cache.notices import Notices
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.angles import Angles
@@ -33,6 +34,7 @@ class DriftMeter:
         self._expected, self._notices = expected, notices
         self._last = max((index for index, errors in enumerate(expected) if errors), default=-1)
         self._found: dict[Side, list[torch.Tensor]] = {side: [] for side in SIDES}
+        self._unread: HostCopy | None = None
 
     def layer(self, index: int) -> "LayerDrift":
         """Return the part of the meter that layer `index` feeds."""
@@ -40,12 +42,22 @@ class DriftMeter:
 
     def add(self, index: int, side: Side, error: torch.Tensor) -> None:
         """Take the error of one page, a scalar; with the last layer's values all layers are compared and forgotten."""
+        self._judge()
         self._found[side].append(error)
         if (index, side) != (self._last, "values"):
             return
-        for kind in SIDES:
+        self._unread = HostCopy(torch.stack([torch.stack(self._found[kind]).nanmean() for kind in SIDES]))
+        for found in self._found.values():
+            found.clear()
+        if not error.is_cuda:  # a GPU's answer is read with the next sample: nothing waits for it
+            self._judge()
+
+    def _judge(self) -> None:
+        if self._unread is None:
+            return
+        for kind, live in zip(SIDES, self._unread.read().tolist(), strict=True):
             known = [errors[kind] for errors in self._expected if errors]
-            live, calibrated = float(torch.stack(self._found[kind]).nanmean()), sum(known) / len(known)
+            calibrated = sum(known) / len(known)
             if live > RATIO * calibrated:
                 self._notices.once(
                     "drift",
@@ -53,7 +65,7 @@ class DriftMeter:
                     f"(relative squared error {live:.3g}, then {calibrated:.3g}); answers may be worse than measured: "
                     "calibrate on text like this one",
                 )
-            self._found[kind].clear()
+        self._unread = None
 
 
 class LayerDrift:

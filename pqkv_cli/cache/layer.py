@@ -16,7 +16,7 @@ from pqkv_cli.cache.window import take_tokens, with_room
 from pqkv_cli.errors import CacheError
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.codec import decode
-from pqkv_kernels.dispatch import Backend, encode_pages
+from pqkv_kernels.dispatch import Backend, encode_pages, prepare_tables
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.tables import CodecTables
 
@@ -60,6 +60,7 @@ class QuantizedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         for side, states in zip(SIDES, (key_states, value_states), strict=True):
             self.tables[side] = self.tables[side].to(states.device)
+            prepare_tables(self.backend, self.tables[side])
             self.sinks[side] = self.window[side] = states.new_empty(*states.shape[:2], 0, states.shape[3])
         self.is_initialized = True
 

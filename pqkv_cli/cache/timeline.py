@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from pqkv_cli.cache.notices import Notices
+from pqkv_cli.cache.page_bases import PageBases
 from pqkv_cli.errors import CacheError
 from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.layout import PAGE_TOKENS
@@ -41,7 +42,8 @@ class Timeline:
         self.positions: torch.Tensor | None = None
         self.row_start: torch.Tensor | None = None
         self._angles: dict[tuple[int, int, int], Angles] = {}
-        self._page_angles: dict[tuple[int, int], Angles | PageAngles] = {}
+        self._bases = PageBases()
+        self._page_angles: dict[int, tuple[int, Angles | PageAngles]] = {}  # of the newest number of pages
         self._steps: dict[int, Angles] = {}  # angles inside a page, the same all along
 
     @property
@@ -53,7 +55,8 @@ class Timeline:
     def num_bytes(self) -> int:
         """Bytes of the tensors held between steps."""
         held = [t for t in (self.positions, self.row_start) if t is not None]
-        return sum(t.numel() * t.element_size() for t in held)
+        held += [t for _, angles in self._page_angles.values() if isinstance(angles, PageAngles) for t in angles.base]
+        return sum(t.numel() * t.element_size() for t in held) + self._bases.num_bytes
 
     def begin(self, num_past: int, positions: torch.Tensor, row_start: torch.Tensor | None) -> None:
         """Start a step that adds ``positions.shape[1]`` slots after the first `num_past`.
@@ -78,7 +81,9 @@ class Timeline:
                 "it was filled without `attach`: make a new cache with Attached.new_cache()"
             )
         self.step += 1
-        self._forget_angles()
+        self._angles.clear()
+        if num_past < self.num_slots:
+            self._forget_angles()
         new = positions.to(torch.int32)
         if self.positions is None or num_past == 0:
             self.positions = new.contiguous()
@@ -92,6 +97,7 @@ class Timeline:
             self.positions = torch.cat((self.positions[:, :num_past], new), dim=1)
         if row_start is not None:
             self.row_start = row_start
+        self._bases.extend(self.positions, self.starts())
 
     def starts(self) -> torch.Tensor:
         """Return `row_start`, [B] int64.
@@ -128,7 +134,7 @@ class Timeline:
         return self._angles[key]
 
     def page_angles(self, source: AngleSource, num_pages: int) -> Angles | PageAngles:
-        """Return the angles of the first `num_pages` pages, computed once per step for all layers.
+        """Return the angles of the first `num_pages` pages, computed for all layers when pages are added.
 
         Where the real tokens of each page stand at consecutive positions that is one angle per page and a constant table;
         else angles per token.
@@ -138,40 +144,32 @@ class Timeline:
         CacheError
             If positions of these slots are unknown.
         """
-        key = (id(source), num_pages)
-        if key not in self._page_angles:
-            stop = num_pages * PAGE_TOKENS
-            base = self._page_bases(stop)
-            if base is None:
-                per_token = self.angles(source, 0, stop)
-                assert per_token is not None  # there is a source
-                self._page_angles[key] = per_token
-            else:
-                if id(source) not in self._steps:
-                    cos, sin = source(torch.arange(PAGE_TOKENS, device=base.device)[None])
-                    self._steps[id(source)] = cos[0], sin[0]
-                self._page_angles[key] = PageAngles(source(base), self._steps[id(source)])
-        return self._page_angles[key]
+        known, angles = self._page_angles.get(id(source), (0, None))
+        if angles is None or known != num_pages or not isinstance(angles, PageAngles):
+            angles = self._angles_of_pages(source, num_pages)
+            self._page_angles[id(source)] = num_pages, angles
+        return angles
 
-    def _page_bases(self, stop: int) -> torch.Tensor | None:
-        """Return the position of the first slot of each page before slot `stop`, [B, P] int64, as its last slot implies.
-
-        None if positions inside a page are not consecutive from the row's first real token on. Slots of padding, whose
-        positions mean nothing, may get any angle.
-        """
-        starts = self.starts()
-        assert self.positions is not None  # known together with the row starts
+    def _angles_of_pages(self, source: AngleSource, num_pages: int) -> Angles | PageAngles:
+        stop = num_pages * PAGE_TOKENS
         if stop > self.num_slots:
             raise CacheError(f"positions are known for {self.num_slots} slots; {stop} are needed: attach the model first")
-        pages = self.positions[:, :stop].unflatten(1, (-1, PAGE_TOKENS))
-        base = pages[..., -1] - (PAGE_TOKENS - 1)
-        expected = base[..., None] + torch.arange(PAGE_TOKENS, dtype=torch.int32, device=pages.device)
-        padding = torch.arange(stop, device=pages.device).view(-1, PAGE_TOKENS) < starts[:, None, None]
-        return base.long() if bool(((pages == expected) | padding).all()) else None
+        assert self.positions is not None  # there are slots, or nothing to ask for
+        self._bases.extend(self.positions, self.starts())
+        base = self._bases.up_to(num_pages)
+        if base is None:
+            per_token = self.angles(source, 0, stop)
+            assert per_token is not None  # there is a source
+            return per_token
+        if id(source) not in self._steps:
+            cos, sin = source(torch.arange(PAGE_TOKENS, device=base.device)[None])
+            self._steps[id(source)] = cos[0], sin[0]
+        return PageAngles(source(base), self._steps[id(source)])
 
     def _forget_angles(self) -> None:
         self._angles.clear()
         self._page_angles.clear()
+        self._bases.clear()
 
     def crop(self, num_slots: int) -> None:
         """Forget the slots from `num_slots` on."""
