@@ -22,6 +22,7 @@ from pqkv_cli.calibration.fisher import (
 from pqkv_cli.calibration.formats import read_json, write_json, write_tensors
 from pqkv_cli.calibration.observer import BatchObserver, LayerBatch
 from pqkv_cli.calibration.parts import MOMENT_FIELDS, Moments, Parts, check_same, present
+from pqkv_cli.calibration.ranks import Ranks, current_ranks
 from pqkv_cli.calibration.sampling import draw_queries, draw_sample
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.store import SCHEMA, WINDOWS_FILE, layer_file
@@ -40,7 +41,9 @@ def collect(model: Any, windows: torch.Tensor, directory: Path, settings: Collec
     """Run `windows` [num_samples, seq_len] int64 through `model` and write the calibration to `directory`.
 
     May be killed at any moment and called again: it goes on behind the last finished part and ends with the same bytes.
-    A finished calibration with the same settings is left alone. ``on_progress(done, total)`` counts windows.
+    A finished calibration with the same settings is left alone. ``on_progress(done, total)`` counts windows. Called by all
+    processes of a process group, each runs its share and the first one writes: the same samples as one process gives, and the
+    same moments but for the order of additions.
 
     Raises
     ------
@@ -55,22 +58,33 @@ def collect(model: Any, windows: torch.Tensor, directory: Path, settings: Collec
     check_quantizable(shape)
     _check_windows(windows, settings, shape)
     identity = _identity(model, windows, settings)
-    parts = Parts(directory)
-    if (directory / "manifest.json").is_file():
-        manifest = read_json(directory / "manifest.json")
-        check_same({key: manifest.get(key) for key in identity}, identity, directory)
+    ranks = current_ranks()
+    parts = Parts(directory, ranks)
+    share = ranks.share(settings.num_windows, settings.batch_size)
+    if ranks.told(ranks.is_first and _is_finished(directory, identity)):
         parts.remove()  # A kill may have come between the manifest and the clean-up.
-        on_progress(settings.num_windows, settings.num_windows)
+        on_progress(len(share), len(share))
         return
     _prepare(directory)
     sample = draw_sample(settings.num_windows, settings.seq_len, settings.reservoir_size, settings.seed)
-    run = _Run(model, windows, directory, settings, shape, sample, parts)
+    run = _Run(model, windows, directory, settings, shape, sample, parts, ranks, share)
     moments = run.pass_windows(parts.open(identity), on_progress)
     run.merge(moments)
+    if not ranks.is_first:
+        parts.remove()
+        return
     dense = [layer.dense_reason for layer in shape.layers]
     counts = {"num_windows": settings.num_windows, "num_held_out": settings.num_held_out, "num_sampled": len(sample)}
     write_json(directory / "manifest.json", {"schema": SCHEMA, **identity, "layers": dense, **counts})
     parts.remove()
+
+
+def _is_finished(directory: Path, identity: dict[str, Any]) -> bool:
+    if not (directory / "manifest.json").is_file():
+        return False
+    manifest = read_json(directory / "manifest.json")
+    check_same({key: manifest.get(key) for key in identity}, identity, directory)
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +98,19 @@ class _Run:
     shape: ModelGeometry
     sample: torch.Tensor
     parts: Parts
+    ranks: Ranks
+    share: range
 
     def pass_windows(self, num_done: int, on_progress: Progress) -> Moments:
-        """Run the parts that are not on disk yet; return the sums over all."""
-        settings = self.settings
+        """Run the parts of this process's share that are not on disk yet; return the sums over all."""
+        settings, share = self.settings, self.share
         moments = self.parts.moments(num_done)
-        on_progress(min(num_done * settings.windows_per_part, settings.num_windows), settings.num_windows)
-        for part in range(num_done, settings.num_parts):
+        starts = share[:: settings.windows_per_part]
+        on_progress(min(num_done * settings.windows_per_part, len(share)), len(share))
+        for part, start in list(enumerate(starts))[num_done:]:
             batches: list[dict[int, LayerBatch]] = []
-            end = min((part + 1) * settings.windows_per_part, settings.num_windows)
-            for first in range(part * settings.windows_per_part, end, settings.batch_size):
+            end = min(start + settings.windows_per_part, share.stop)
+            for first in range(start, end, settings.batch_size):
                 last = min(first + settings.batch_size, end)
                 batches.append(self._observe(first, last))
                 # In window order, whatever the parts: resuming must not change a bit.
@@ -104,9 +121,9 @@ class _Run:
                 }
                 moments = {name: moments[name] + moment for name, moment in new.items()} if moments else new
                 if last < end:
-                    on_progress(last, settings.num_windows)
+                    on_progress(last - share.start, len(share))
             self.parts.add(part, batches, moments)
-            on_progress(end, settings.num_windows)
+            on_progress(end - share.start, len(share))
         return moments
 
     def _observe(self, first: int, last: int) -> dict[int, LayerBatch]:
@@ -151,12 +168,14 @@ class _Run:
         }
 
     def merge(self, moments: Moments) -> None:
-        """Write the store's tensors from the parts."""
-        settings = self.settings
+        """Bring the shares together; the first process writes the store's tensors from them."""
+        settings, moments = self.settings, self.ranks.total(moments)
         attention = attention_modules(self.model)
         num_tokens = settings.num_windows * settings.seq_len
         for i in (index for index, layer in enumerate(self.shape.layers) if not layer.dense_reason):
-            tensors = self.parts.samples(i, settings.num_parts)
+            tensors = self.ranks.joined(self.parts.samples(i), self._sample_counts())
+            if not self.ranks.is_first:
+                continue
             for field in (field for field in MOMENT_FIELDS if f"{i}.{field}" in moments):
                 count = settings.num_windows * settings.queries_per_window if field == "pair_moment" else num_tokens
                 tensors[field] = moments[f"{i}.{field}"] / count
@@ -165,9 +184,21 @@ class _Run:
             readers = [j for j in attention if self.shape.kv_source(j) == i]
             tensors["output_gram"] = torch.stack([output_gram(attention[j], self.shape.layers[i]) for j in readers]).sum(0)
             write_tensors(self.directory / layer_file(i), tensors)
+        if not self.ranks.is_first:
+            return
         held_out = self.windows[settings.num_windows :].to("cpu", torch.int64)
         positions = (self.sample % settings.seq_len).int()
         write_tensors(self.directory / WINDOWS_FILE, {"positions": positions, "held_out": held_out})
+
+    def _sample_counts(self) -> dict[int, int]:
+        """Return how many sampled tokens lie in the share of each process."""
+        counts = {}
+        for rank in range(self.ranks.size):
+            share = Ranks(rank, self.ranks.size).share(self.settings.num_windows, self.settings.batch_size)
+            ends = torch.tensor([share.start, share.stop]) * self.settings.seq_len
+            low, high = torch.searchsorted(self.sample, ends).tolist()
+            counts[rank] = high - low
+        return counts
 
 
 def _weigh(tensors: dict[str, torch.Tensor], rotary: RotaryLayout | None) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from pqkv_cli.calibration.formats import read_json, write_json, write_tensors
 from pqkv_cli.calibration.observer import LayerBatch
+from pqkv_cli.calibration.ranks import Ranks
 from pqkv_cli.errors import RunError
 
 # The last two of each are there only if gradients were asked for.
@@ -26,10 +27,11 @@ Moments = dict[str, torch.Tensor]
 
 
 class Parts:
-    """The part files under one calibration directory."""
+    """The part files under one calibration directory, of one process among `ranks`."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory / "parts"
+    def __init__(self, directory: Path, ranks: Ranks | None = None) -> None:
+        alone = ranks is None or ranks.size == 1
+        self._directory = directory / ("parts" if alone or ranks is None else f"parts-{ranks.rank}-of-{ranks.size}")
 
     def open(self, identity: dict[str, Any]) -> int:
         """Start or resume; return the number of finished parts.
@@ -45,6 +47,9 @@ class Parts:
         else:
             self._directory.mkdir(parents=True, exist_ok=True)
             write_json(settings, identity)
+        return self._num_done()
+
+    def _num_done(self) -> int:
         return len(list(self._directory.glob("samples-*.safetensors")))
 
     def moments(self, num_done: int) -> Moments:
@@ -63,8 +68,8 @@ class Parts:
         if part:
             self._moments(part - 1).unlink(missing_ok=True)
 
-    def samples(self, layer: int, num_parts: int) -> dict[str, torch.Tensor]:
-        """Return one layer's samples of all parts, in window order.
+    def samples(self, layer: int) -> dict[str, torch.Tensor]:
+        """Return one layer's samples of all parts on disk, in window order.
 
         Raises
         ------
@@ -72,7 +77,7 @@ class Parts:
             If a part is damaged.
         """
         pieces: dict[str, list[torch.Tensor]] = {}
-        for index in range(num_parts):
+        for index in range(self._num_done()):
             path = self._samples(index)
             try:
                 with safe_open(path, framework="pt") as part:

@@ -74,8 +74,3 @@ class CollectSettings:
     def windows_per_part(self) -> int:
         """Windows between two commits to disk: whole batches, at least `PART_TOKENS` tokens."""
         return self.batch_size * max(1, PART_TOKENS // (self.batch_size * self.seq_len))
-
-    @property
-    def num_parts(self) -> int:
-        """Commits of a whole run."""
-        return -(-self.num_windows // self.windows_per_part)

@@ -74,7 +74,7 @@ class CalibrationStore:
         self.directory = Path(directory)
         path = self.directory / "manifest.json"
         if not path.is_file():
-            state = "only a half-finished one" if (self.directory / "parts").is_dir() else "no such file"
+            state = "only a half-finished one" if any(self.directory.glob("parts*")) else "no such file"
             raise RunError(
                 f"no finished calibration in {self.directory} (looked for manifest.json: {state}). Run pqkv calibrate."
             )

@@ -24,6 +24,7 @@ from pqkv_cli.cli.fit_codebooks import fit_codebooks
 from pqkv_cli.cli.generate import generate
 from pqkv_cli.cli.inspect import inspect
 from pqkv_cli.cli.option_set import with_common_options
+from pqkv_cli.cli.processes import joined_processes
 from pqkv_cli.cli.recipes import recipes
 from pqkv_cli.cli.report import report
 from pqkv_cli.cli.run import run
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             with _sigterm_raises(), warnings.catch_warnings():
                 warnings.showwarning = _show_warning
-                return _dispatch(words)
+                with joined_processes(words) as own:
+                    return _dispatch(own)
         except BrokenPipeError:
             # The reader of stdout has gone (as in `pqkv recipes | head -1`); nothing may be flushed at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

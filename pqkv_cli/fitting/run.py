@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from pqkv_cli.calibration.ranks import Ranks
 from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
@@ -90,6 +91,26 @@ def fit_codebooks(
     )
     _commit(directory, record)
     return record
+
+
+def fit_share(
+    store: SampleStore, geometry: ModelGeometry, plan: CompressionPlan, directory: Path, settings: FitSettings, ranks: Ranks
+) -> None:
+    """Fit the layers of one process among several, each process every so-many-th, and wait for the others.
+
+    All of them see `directory`; where `fit_codebooks` looks for layers afterwards, it finds them. Alone there is no share.
+
+    Raises
+    ------
+    DataError, RunError, UsageError
+        As `fit_codebooks`.
+    """
+    if ranks.size == 1:
+        return
+    _prepare(directory)
+    for index in range(ranks.rank, len(plan.layers), ranks.size):
+        _layer(store, geometry, plan, directory, settings, index)
+    ranks.wait()
 
 
 def load_fitted(directory: Path) -> list[FittedLayer]:

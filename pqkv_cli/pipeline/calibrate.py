@@ -3,6 +3,7 @@
 import hashlib
 
 from pqkv_cli.calibration.collect import collect
+from pqkv_cli.calibration.ranks import current_ranks
 from pqkv_cli.calibration.recall import with_recall
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.text import load_text, token_windows
@@ -31,7 +32,15 @@ def calibrate(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
         return _Work(run, recipe, reporter)
 
     inputs = stage_inputs(run, recipe, "calibrate", content)
-    return do_stage(run, recipe, StageWork("calibrate", inputs, run.calibration, prepare), reporter)
+    outcome = do_stage(run, recipe, StageWork("calibrate", inputs, run.calibration, prepare), reporter)
+    if outcome.was_done:
+        current_ranks().told(True)  # what `collect` says where it finds everything finished
+    return outcome
+
+
+def assist_calibrate(run: Run, recipe: Recipe, reporter: Reporter) -> None:
+    """Run this process's share of the windows, for the first process to write."""
+    _Work(run, recipe, reporter).collect()
 
 
 class _Work:
@@ -55,9 +64,8 @@ class _Work:
         self.run, self.reporter = run, reporter
 
     def __call__(self) -> Facts:
-        """Run the windows through the model."""
-        with self.reporter.progress("calibrate") as advance:
-            collect(self.model, self.windows, self.run.calibration, self.settings, advance)
+        """Run the windows through the model and say what came of it."""
+        self.collect()
         settings = self.settings
         return {
             "windows": settings.num_samples,
@@ -66,3 +74,8 @@ class _Work:
             "vectors_kept_per_head": min(settings.reservoir_size, settings.num_windows * settings.seq_len),
             "bytes": sum(path.stat().st_size for path in self.run.calibration.glob("*.safetensors")),
         }
+
+    def collect(self) -> None:
+        """Run the windows through the model; of several processes each its share."""
+        with self.reporter.progress("calibrate") as advance:
+            collect(self.model, self.windows, self.run.calibration, self.settings, advance)

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+from pqkv_cli.calibration.ranks import current_ranks
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.fitting.plan import mean_bits, uniform_plan
-from pqkv_cli.fitting.run import fit_codebooks
+from pqkv_cli.fitting.run import fit_codebooks, fit_share
 from pqkv_cli.fitting.settings import FitSettings, Weighting
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
@@ -39,7 +40,9 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
         store = CalibrationStore(run.calibration)
 
         def act() -> Facts:
-            plan = planned()
+            ranks = current_ranks()
+            plan = ranks.told(planned())
+            fit_share(store, shape, plan, run.codebooks, settings, ranks)
             with reporter.progress("fit-codebooks") as advance:
                 record = fit_codebooks(store, shape, plan, run.codebooks, settings, advance)
             return {
@@ -53,7 +56,19 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
 
         return act
 
-    return do_stage(run, recipe, StageWork("fit-codebooks", inputs, run.codebooks, prepare), reporter)
+    outcome = do_stage(run, recipe, StageWork("fit-codebooks", inputs, run.codebooks, prepare), reporter)
+    if outcome.was_done:
+        current_ranks().told(None)
+    return outcome
+
+
+def assist_fit(run: Run, recipe: Recipe, reporter: Reporter) -> None:
+    """Fit this process's share of the layers, once the first process has planned them."""
+    ranks = current_ranks()
+    plan = ranks.told(None)
+    if plan is not None:
+        shape = geometry(load_config(resolve_model(recipe.model)))
+        fit_share(CalibrationStore(run.calibration), shape, plan, run.codebooks, fit_settings(recipe), ranks)
 
 
 def _planned(

@@ -1,9 +1,11 @@
-"""The stages by name, and all of them in a row. One process at a time."""
+"""The stages by name, and all of them in a row. One process at a time, or those that a launcher started together."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pqkv_cli.calibration.ranks import current_ranks
+from pqkv_cli.pipeline.assist import assist
 from pqkv_cli.pipeline.calibrate import calibrate
 from pqkv_cli.pipeline.evaluate import evaluate
 from pqkv_cli.pipeline.export import export
@@ -42,6 +44,8 @@ def run_stage(stage: Stage, run: Run, recipe: Recipe, reporter: Reporter) -> Sta
     PqkvError
         Whatever the stage raises; RunError if another process works on the run.
     """
+    if not current_ranks().is_first:
+        return assist(stage, run, recipe, reporter)
     with locked(run):
         return _STAGES[stage](run, recipe, reporter)
 

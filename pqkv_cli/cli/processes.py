@@ -1,0 +1,61 @@
+"""Brings together the processes of a launcher (``accelerate launch``, ``torchrun``) for verbs that can share their work."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+
+from pqkv_cli.cli.voice import Voice, speaking
+from pqkv_cli.errors import UsageError
+
+SHARED_VERBS = ("calibrate", "fit-codebooks")
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# The others may wait for the first process as long as one stage lasts.
+_PATIENCE = timedelta(days=7)
+
+
+@contextmanager
+def joined_processes(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> Iterator[list[str]]:
+    """Join the process group that a launcher has announced in `environment`, if any; yield the words to obey.
+
+    All processes but the first keep silent on stdout and write no ``--json`` file.
+
+    Raises
+    ------
+    UsageError
+        If the verb works in one process only.
+    """
+    size = int(environment["WORLD_SIZE"]) if all(environment.get(name) for name in _LAUNCHED) else 1
+    if size == 1:
+        yield list(words)
+        return
+    verb = words[0] if words else "pqkv"
+    if verb not in SHARED_VERBS:
+        raise UsageError(
+            f"{verb} was started in {size} processes; expected one: call it without a launcher ({' and '.join(SHARED_VERBS)} "
+            "are what several processes can share)"
+        )
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
+    # What meets are sums and samples on the CPU, so gloo serves every device.
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        if torch.distributed.get_rank() == 0:
+            yield list(words)
+            return
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), speaking(Voice(is_quiet=True)):
+            yield without_json(words)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def without_json(words: Sequence[str]) -> list[str]:
+    """Return `words` without the option ``--json`` and its value."""
+    kept: list[str] = []
+    for i, word in enumerate(words):
+        if word == "--json" or word.startswith("--json=") or (i and words[i - 1] == "--json"):
+            continue
+        kept.append(word)
+    return kept
