@@ -76,6 +76,7 @@ class CodebookRecipe(_Section):
     bits: Annotated[float, PlainSerializer(_written_rate)] = 4
     prototype_bits: Literal[0, 8, 10] = USUAL_PROTOTYPE_NBITS
     iterations: int = Field(25, ge=1)
+    refine: bool = False
 
     @field_validator("bits")
     @classmethod

@@ -8,6 +8,7 @@ from pqkv_cli.cli.options import (
     IterationsOption,
     JsonOption,
     PrototypeBitsOption,
+    RefineOption,
     RunOption,
     SeedOption,
     TargetArgument,
@@ -21,6 +22,7 @@ def fit_codebooks(
     budget: BudgetOption = None,
     prototype_bits: PrototypeBitsOption = None,
     iterations: IterationsOption = None,
+    refine: RefineOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
     json_target: JsonOption = None,
@@ -41,6 +43,7 @@ def fit_codebooks(
             **rate_changes(bits, budget),
             "codebooks.prototype_bits": prototype_bits,
             "codebooks.iterations": iterations,
+            "codebooks.refine": refine,
             "seed": seed,
             "device": device,
         }

@@ -75,6 +75,12 @@ PrototypeBitsOption = Annotated[
     typer.Option("--prototype-bits", metavar="N", help="Bits of the code of the whole vector: 10, 8 or 0."),
 ]
 IterationsOption = Annotated[int | None, typer.Option("--iterations", help="Most rounds of k-means.")]
+RefineOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--refine/--no-refine", help="Refine codebooks on all of the calibration text, if that brings the model closer."
+    ),
+]
 SinksOption = Annotated[int | None, typer.Option("--num-sinks", help="First tokens of a row that stay exact.")]
 WindowOption = Annotated[int | None, typer.Option("--window-tokens", help="Most recent tokens that stay exact.")]
 TaskOption = Annotated[

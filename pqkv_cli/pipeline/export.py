@@ -11,6 +11,7 @@ from pqkv_cli.artifact.summary import summarize_header
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.record import FitRecord, load_record
+from pqkv_cli.fitting.refine_files import final_directory
 from pqkv_cli.fitting.run import load_fitted
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
@@ -36,8 +37,9 @@ def export(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
     inputs = stage_inputs(run, recipe, "export", {})
 
     def prepare() -> Callable[[], Facts]:
-        header = _header(run, recipe, load_record(run.codebooks))
-        tables = [layer.tables or None for layer in load_fitted(run.codebooks)]
+        codebooks = final_directory(run.codebooks)
+        header = _header(run, recipe, load_record(codebooks))
+        tables = [layer.tables or None for layer in load_fitted(codebooks)]
 
         def act() -> Facts:
             with reporter.progress("export"):

@@ -1,6 +1,7 @@
 """The stage that learns codebooks from a calibration."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from statistics import fmean
 
 from pqkv_cli.calibration.ranks import current_ranks
@@ -14,6 +15,7 @@ from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.allocation import Allocation
 from pqkv_cli.pipeline.loading import open_model
 from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
+from pqkv_cli.pipeline.refine import OpenModel, RefineStage
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.state import stage_inputs
@@ -36,8 +38,10 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
     def prepare() -> Callable[[], Facts]:
         shape = geometry(load_config(resolve_model(recipe.model)))
         settings = fit_settings(recipe)
-        planned = _planned(run, recipe, shape, settings, reporter)
+        opened = cache(partial(open_model, recipe))
+        planned = _planned(run, recipe, shape, settings, reporter, opened)
         store = CalibrationStore(run.calibration)
+        refinement = RefineStage(run, recipe, reporter, opened) if recipe.codebooks.refine else None
 
         def act() -> Facts:
             ranks = current_ranks()
@@ -45,7 +49,7 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
             fit_share(store, shape, plan, run.codebooks, settings, ranks)
             with reporter.progress("fit-codebooks") as advance:
                 record = fit_codebooks(store, shape, plan, run.codebooks, settings, advance)
-            return {
+            facts = {
                 "allocation": recipe.codebooks.allocation,
                 "bits": round(mean_bits(shape, plan), 4),
                 "layers_fitted": sum(map(bool, record.relative_error)),
@@ -53,6 +57,7 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
                 "relative_error_keys": _mean(record.relative_error, "keys"),
                 "relative_error_values": _mean(record.relative_error, "values"),
             }
+            return facts if refinement is None else facts | dict(refinement(record))
 
         return act
 
@@ -72,7 +77,7 @@ def assist_fit(run: Run, recipe: Recipe, reporter: Reporter) -> None:
 
 
 def _planned(
-    run: Run, recipe: Recipe, shape: ModelGeometry, settings: FitSettings, reporter: Reporter
+    run: Run, recipe: Recipe, shape: ModelGeometry, settings: FitSettings, reporter: Reporter, opened: OpenModel
 ) -> Callable[[], CompressionPlan]:
     """Return what makes the plan, after everything that can be wrong with the request has been found."""
     wanted = recipe.codebooks
@@ -80,7 +85,7 @@ def _planned(
         plan = uniform_plan(shape, wanted.bits, cache_spec(recipe), wanted.prototype_bits)
         return lambda: plan
     allocation = Allocation(run, shape, wanted.bits, wanted.prototype_bits, settings)
-    model, _ = open_model(recipe)
+    model, _ = opened()
     return lambda: allocation.plan(model, cache_spec(recipe), reporter)
 
 

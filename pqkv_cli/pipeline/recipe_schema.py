@@ -26,6 +26,7 @@ MEANINGS: Mapping[str, str] = {
     "codebooks.bits": "Bits of code per channel; the mean over all layers where the allocation is measured.",
     "codebooks.prototype_bits": "Bits of the code of the whole vector, out of --bits.",
     "codebooks.iterations": "Most rounds of k-means.",
+    "codebooks.refine": "Refine codebooks on all of the calibration text, if held-out divergence falls by it.",
     "cache.num_sinks": "First tokens of a row that stay exact.",
     "cache.window_tokens": "Most recent tokens that stay exact.",
     "evaluation.tasks": "Tasks: perplexity, kld, passkey, needle, lines, longbench, or any of lm-evaluation-harness.",

@@ -1,5 +1,6 @@
 """Refining a run's codebooks on its calibration text, after the fit."""
 
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
@@ -14,7 +15,6 @@ from pqkv_cli.fitting.refine import refine
 from pqkv_cli.fitting.refine_files import forget_refinement, load_outcome, refine_request, save_refinement
 from pqkv_cli.fitting.refine_work import RefineSettings
 from pqkv_cli.fitting.run import load_fitted
-from pqkv_cli.pipeline.loading import open_model
 from pqkv_cli.pipeline.outcome import Facts
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
@@ -23,6 +23,10 @@ from pqkv_cli.runtime.attach import simulate
 
 # More text than was calibrated on, if there is more; so many windows at most.
 MOST_WINDOWS = 192
+
+
+# Returns the model and its tokenizer, the same ones each time.
+OpenModel = Callable[[], tuple[Any, Any]]
 
 
 class RefineStage:
@@ -34,10 +38,10 @@ class RefineStage:
         If the text is not the one that the run was calibrated on.
     """
 
-    def __init__(self, run: Run, recipe: Recipe, reporter: Reporter) -> None:
+    def __init__(self, run: Run, recipe: Recipe, reporter: Reporter, opened: OpenModel) -> None:
         self._run, self._reporter = run, reporter
         self._settings = RefineSettings(seed=recipe.seed)
-        self._model, tokenizer = open_model(recipe)
+        self._model, tokenizer = opened()
         self._held_out = CalibrationStore(run.calibration).held_out()
         self._windows = _windows(recipe, tokenizer, self._held_out)
 

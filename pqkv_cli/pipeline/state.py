@@ -41,6 +41,7 @@ STAGE_FIELDS: Mapping[Stage, tuple[str, ...]] = {
         "codebooks.bits",
         "codebooks.prototype_bits",
         "codebooks.iterations",
+        "codebooks.refine",
     ),
     "export": ("cache.num_sinks", "cache.window_tokens"),
     "eval": (
