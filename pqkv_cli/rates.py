@@ -1,7 +1,8 @@
 """Code layouts of the rates that `--bits` names. Integers only: knows no torch, no data and no files."""
 
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
 
 from pqkv_cli.errors import UsageError
 from pqkv_kernels.errors import KernelError
@@ -13,12 +14,41 @@ RATES: Mapping[float, int] = {5: 2, 4.5: 2, 4: 2, 3.5: 2, 3: 2, 2.5: 4, 2: 4, 1.
 
 MOST_NBITS: Final = 10
 
+# Profile speed, --bits N: bits of each additive stage of codes of two channels. Their tables of 16 entries can be read without
+# bank conflicts.
+SPEED_RATES: Mapping[float, tuple[int, ...]] = {4: (4, 4), 3: (4, 2), 2: (4,)}
+
 # Bits of the code of a whole vector. More entries than 1,024 would need more calibration vectors than are kept by default.
 PROTOTYPE_NBITS = (0, 8, 10)
 USUAL_PROTOTYPE_NBITS: Final = 10
 
+Profile = Literal["quality", "speed"]
 
-def key_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
+
+@dataclass(frozen=True, slots=True)
+class CodeStyle:
+    """What codes of a rate are made of: `profile`, and bits of the code of the whole vector (None: what the profile has)."""
+
+    profile: Profile = "quality"
+    prototype_bits: int | None = None
+
+    @property
+    def whole_vector_bits(self) -> int:
+        """Most bits of the code of the whole vector; a table of whole vectors is no small one, so ``speed`` has none."""
+        if self.prototype_bits is None:
+            return USUAL_PROTOTYPE_NBITS if self.profile == "quality" else 0
+        return self.prototype_bits
+
+    @property
+    def rates(self) -> Iterable[float]:
+        """The rates there are."""
+        return RATES if self.profile == "quality" else SPEED_RATES
+
+
+USUAL_STYLE: Final = CodeStyle()
+
+
+def key_layout(bits: float, head_dim: int, style: CodeStyle = USUAL_STYLE) -> CodeLayout:
     """Return the code layout of ``--bits`` for keys before rotary embedding.
 
     Where a code covers one rotary pair, no grouping can balance the pairs' energies, so the bits are spread instead: codes of
@@ -29,7 +59,9 @@ def key_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayou
     UsageError
         As `rate_layout`.
     """
-    layout = rate_layout(bits, head_dim, prototype_bits)
+    layout = rate_layout(bits, head_dim, style)
+    if style.profile == "speed":
+        return layout
     count = head_dim // 2
     lower, more = divmod(sum(group.num_subspaces * group.nbits for group in layout.stages[-1]), count)
     if RATES[bits] != 2 or lower + 2 > MOST_NBITS:
@@ -42,30 +74,34 @@ def key_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayou
     return CodeLayout((*layout.stages[:-1], tuple(CodeGroup(codes, nbits, 2) for codes, nbits in spread if codes)))
 
 
-def rate_layout(bits: float, head_dim: int, prototype_bits: int = 0) -> CodeLayout:
+def rate_layout(bits: float, head_dim: int, style: CodeStyle = USUAL_STYLE) -> CodeLayout:
     """Return the code layout of ``--bits`` for heads of `head_dim` channels, exactly at that rate.
 
-    With `prototype_bits` a code of the whole vector comes first (of fewer bits where vectors are short), and the codes of its
-    parts share what is left as evenly as whole bits allow.
+    With prototypes a code of the whole vector comes first (of fewer bits where vectors are short), and the codes of its parts
+    share what is left as evenly as whole bits allow; with profile ``speed`` those of the last stage do.
 
     Raises
     ------
     UsageError
         If the rate is unknown or its subspaces do not divide `head_dim`.
     """
-    if bits not in RATES:
-        raise UsageError(f"--bits is {bits:g}; expected one of {rate_names(RATES)}, or --budget {bits:g} for a mean of them")
-    subspace_dim = RATES[bits]
+    if bits not in style.rates:
+        raise UsageError(
+            f"--bits is {bits:g}; expected one of {rate_names(style.rates)} with profile {style.profile}, or --budget {bits:g} "
+            "for a mean of them"
+        )
+    subspace_dim, nbits = (RATES[bits], ()) if style.profile == "quality" else (2, SPEED_RATES[bits][:-1])
     try:
         if head_dim % subspace_dim:
             raise KernelError(f"subspaces of {subspace_dim} channels")
-        first = prototype_nbits(bits, head_dim, prototype_bits)
-        lower, more = divmod(round(bits * head_dim) - first, head_dim // subspace_dim)
-        shares = ((more, lower + 1), (head_dim // subspace_dim - more, lower))
-        parts = tuple(CodeGroup(count, nbits, subspace_dim) for count, nbits in shares if count)
-        return CodeLayout((((CodeGroup(1, first, head_dim),),) if first else ()) + (parts,))
+        first, count = prototype_nbits(bits, head_dim, style.whole_vector_bits), head_dim // subspace_dim
+        whole = ((CodeGroup(1, first, head_dim),),) if first else ()
+        stages = tuple((CodeGroup(count, size, subspace_dim),) for size in nbits)
+        lower, more = divmod(round(bits * head_dim) - first - count * sum(nbits), count)
+        shares = ((more, lower + 1), (count - more, lower))
+        return CodeLayout((*whole, *stages, tuple(CodeGroup(n, size, subspace_dim) for n, size in shares if n)))
     except KernelError as error:
-        fitting = [rate for rate, dim in RATES.items() if head_dim % dim == 0]
+        fitting = [rate for rate in style.rates if head_dim % (RATES[rate] if style.profile == "quality" else 2) == 0]
         hint = f"choose --bits {rate_names(fitting, ' or ')}" if fitting else "no rate fits this model"
         raise UsageError(
             f"head_dim {head_dim} is not divisible by the {subspace_dim} channels a code covers at --bits {bits:g}; {hint}"
@@ -77,6 +113,6 @@ def prototype_nbits(bits: float, head_dim: int, most: int) -> int:
     return max((nbits for nbits in PROTOTYPE_NBITS if nbits <= most and 2 * nbits <= bits * head_dim), default=0)
 
 
-def rate_names(rates: Mapping[float, int] | Sequence[float], joint: str = ", ") -> str:
+def rate_names(rates: Iterable[float], joint: str = ", ") -> str:
     """Return rates as people write them, joined."""
     return joint.join(f"{rate:g}" for rate in rates)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,8 +21,9 @@ from pydantic import (
 
 from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
 from pqkv_cli.gates import parse_gates
-from pqkv_cli.rates import RATES, USUAL_PROTOTYPE_NBITS, rate_names
+from pqkv_cli.rates import CodeStyle, Profile, rate_names
 from pqkv_cli.recipe_faults import describe_faults
+from pqkv_cli.strict_yaml import read_yaml
 
 TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated", "longbench"]
 ModeName = Literal["all", "cache"]
@@ -69,22 +70,24 @@ class CodebookRecipe(_Section):
     """The code rate (bits per channel), where its bits go, how many of a vector's go to its prototype, and the fit's effort.
 
     With `allocation` ``measured``, `bits` is the mean over all keys and values, and each layer's get the rate that helps most;
-    with ``uniform`` it is the rate of all of them.
+    with ``uniform`` it is the rate of all of them. Profile ``speed`` has tables of 16 entries, and no prototypes unless asked.
     """
 
     allocation: Literal["measured", "uniform"] = "measured"
+    profile: Profile = "quality"
     bits: Annotated[float, PlainSerializer(_written_rate)] = 4
-    prototype_bits: Literal[0, 8, 10] = USUAL_PROTOTYPE_NBITS
+    prototype_bits: Literal[0, 8, 10] | None = None
     iterations: int = Field(25, ge=1)
     refine: bool = False
 
     @field_validator("bits")
     @classmethod
     def _known_rate(cls, bits: float, info: ValidationInfo) -> float:
-        if info.data.get("allocation") == "uniform" and bits not in RATES:
-            raise ValueError(f"found {bits:g}; expected one of {rate_names(RATES)} where the allocation is uniform")
-        if not min(RATES) <= bits <= max(RATES):
-            raise ValueError(f"found {bits:g}; expected {min(RATES):g} to {max(RATES):g}")
+        rates = CodeStyle(info.data.get("profile", "quality")).rates
+        if info.data.get("allocation") == "uniform" and bits not in rates:
+            raise ValueError(f"found {bits:g}; expected one of {rate_names(rates)} where the allocation is uniform")
+        if not min(rates) <= bits <= max(rates):
+            raise ValueError(f"found {bits:g}; expected {min(rates):g} to {max(rates):g}")
         return bits
 
 
@@ -148,13 +151,12 @@ def parse_recipe(text: str, source: str) -> Recipe:
         With all faults of the text at once.
     """
     try:
-        loader = _StrictLoader(text)  # refuses characters that YAML does not have
-        data = loader.get_single_data()
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last: an impossible date such as 2001-99-99
-        raise RecipeError(source, [f"not readable as YAML: {' '.join(str(error).split())}"]) from error
+        data, duplicates = read_yaml(text)
+    except ValueError as error:
+        raise RecipeError(source, [f"not readable as YAML: {error}"]) from error
     if not isinstance(data, dict):
         raise RecipeError(source, [f"found {type(data).__name__}, expected keys with values such as 'model: ...'"])
-    return _validate(data, source, loader.duplicates)
+    return _validate(data, source, duplicates)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -241,20 +243,3 @@ def _validate(data: dict[str, Any], source: str, faults: tuple[str, ...] | list[
     if found:
         raise RecipeError(source, found)
     return recipe
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.1 without tags; remembers keys that occur twice in one mapping."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.duplicates: list[str] = []
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in seen:
-                self.duplicates.append(f"{name}: found twice, on lines {seen[name]} and {line}; expected once")
-            seen[name] = line
-        return super().construct_mapping(node, deep)

@@ -50,7 +50,7 @@ def test_the_recipe_fits_the_model(name: str) -> None:
     assert recipe.model == MODELS[name].model
     assert recipe.calibration.seq_len <= shape.max_positions
     cache = CacheSpec(recipe.cache.num_sinks, recipe.cache.window_tokens)
-    plan = uniform_plan(shape, recipe.codebooks.bits, cache, recipe.codebooks.prototype_bits)
+    plan = uniform_plan(shape, recipe.codebooks.bits, cache)
     assert [not layer.dense_reason for layer in plan.layers] == [not layer.dense_reason for layer in shape.layers]
 
 

@@ -7,6 +7,7 @@ from pqkv_cli.cli.options import (
     DeviceOption,
     IterationsOption,
     JsonOption,
+    ProfileOption,
     PrototypeBitsOption,
     RefineOption,
     RunOption,
@@ -20,6 +21,7 @@ def fit_codebooks(
     run: RunOption = None,
     bits: BitsOption = None,
     budget: BudgetOption = None,
+    profile: ProfileOption = None,
     prototype_bits: PrototypeBitsOption = None,
     iterations: IterationsOption = None,
     refine: RefineOption = None,
@@ -41,6 +43,7 @@ def fit_codebooks(
     changes = checked(
         {
             **rate_changes(bits, budget),
+            "codebooks.profile": profile,
             "codebooks.prototype_bits": prototype_bits,
             "codebooks.iterations": iterations,
             "codebooks.refine": refine,

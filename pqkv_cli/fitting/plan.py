@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from pqkv_cli.errors import UsageError
-from pqkv_cli.rates import RATES, USUAL_PROTOTYPE_NBITS, key_layout, rate_layout
+from pqkv_cli.rates import USUAL_STYLE, CodeStyle, key_layout, rate_layout
 from pqkv_cli.specs import (
     SIDES,
     CacheSpec,
@@ -17,9 +17,7 @@ from pqkv_cli.specs import (
 )
 
 
-def uniform_plan(
-    geometry: ModelGeometry, bits: float, cache: CacheSpec, prototype_bits: int = USUAL_PROTOTYPE_NBITS
-) -> CompressionPlan:
+def uniform_plan(geometry: ModelGeometry, bits: float, cache: CacheSpec, style: CodeStyle = USUAL_STYLE) -> CompressionPlan:
     """Return a plan that codes every layer that can be at `bits` per channel; see `rated_plan`.
 
     Raises
@@ -27,20 +25,19 @@ def uniform_plan(
     UsageError
         If the rate is unknown, does not fit a head_dim, or no layer can be coded.
     """
-    return rated_plan(geometry, lambda index, side: bits, cache, prototype_bits)
+    return rated_plan(geometry, lambda index, side: bits, cache, style)
 
 
 def rated_plan(
     geometry: ModelGeometry,
     rate: Callable[[int, Side], float],
     cache: CacheSpec,
-    prototype_bits: int = USUAL_PROTOTYPE_NBITS,
+    style: CodeStyle = USUAL_STYLE,
 ) -> CompressionPlan:
     """Return a plan that codes every layer that can be, each side at its own of the known rates.
 
     Keys of rotary layers are coded before rotary embedding in the metric of each pair, other keys as they are; values in
-    the metric of the output projection. A code of `prototype_bits` for the whole vector comes first (0: none) where vectors
-    are long enough for it. Codecs are named ``k4`` and ``v4``, and ``k4_d128`` where layers differ in width.
+    the metric of the output projection. Codecs are named ``k4`` and ``v4``, and ``k4_d128`` where layers differ in width.
 
     Raises
     ------
@@ -58,7 +55,7 @@ def rated_plan(
         for side in SIDES:
             bits = rate(index, side)
             names[side] = codec_name(geometry, index, side, bits)
-            codecs.setdefault(names[side], side_spec(layer, side, bits, prototype_bits))
+            codecs.setdefault(names[side], side_spec(layer, side, bits, style))
         layers.append(LayerPlan(names["keys"], names["values"]))
     return CompressionPlan(codecs, tuple(layers), cache)
 
@@ -79,7 +76,7 @@ def check_codable(geometry: ModelGeometry) -> None:
         )
 
 
-def side_spec(layer: LayerGeometry, side: Side, bits: float, prototype_bits: int) -> CodecSpec:
+def side_spec(layer: LayerGeometry, side: Side, bits: float, style: CodeStyle) -> CodecSpec:
     """Return the format of one side of a layer at `bits` per channel.
 
     Raises
@@ -88,18 +85,18 @@ def side_spec(layer: LayerGeometry, side: Side, bits: float, prototype_bits: int
         If the rate is unknown or does not fit the head_dim.
     """
     if side == "values":
-        return CodecSpec(rate_layout(bits, layer.head_dim, prototype_bits), "matrix")
+        return CodecSpec(rate_layout(bits, layer.head_dim, style), "matrix")
     if layer.rotary is None:
-        return CodecSpec(rate_layout(bits, layer.head_dim, prototype_bits), "matrix", "post_rope")
-    return CodecSpec(key_layout(bits, layer.head_dim, prototype_bits), _key_map(layer), "pre_rope")
+        return CodecSpec(rate_layout(bits, layer.head_dim, style), "matrix", "post_rope")
+    return CodecSpec(key_layout(bits, layer.head_dim, style), _key_map(layer), "pre_rope")
 
 
-def rated_specs(layer: LayerGeometry, side: Side, prototype_bits: int) -> Mapping[float, CodecSpec]:
+def rated_specs(layer: LayerGeometry, side: Side, style: CodeStyle) -> Mapping[float, CodecSpec]:
     """Return the format of one side of a layer at every rate that fits it, from the lowest."""
     specs = {}
-    for bits in sorted(RATES):
+    for bits in sorted(style.rates):
         try:
-            specs[bits] = side_spec(layer, side, bits, prototype_bits)
+            specs[bits] = side_spec(layer, side, bits, style)
         except UsageError:
             continue
     return specs

@@ -18,6 +18,7 @@ from pqkv_cli.fitting.trial import Trial, load_trial, num_trial_vectors, save_tr
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec, VectorCodec
+from pqkv_cli.rates import CodeStyle
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry, Side
 from pqkv_kernels.layout import PAGE_TOKENS
 
@@ -41,12 +42,12 @@ class Allocation:
         If no choice of rates has this mean; with the range that can be had.
     """
 
-    def __init__(self, run: Run, geometry: ModelGeometry, bits: float, prototype_bits: int, settings: FitSettings) -> None:
+    def __init__(self, run: Run, geometry: ModelGeometry, bits: float, style: CodeStyle, settings: FitSettings) -> None:
         check_codable(geometry)
         self._run, self._geometry, self._settings = run, geometry, settings
-        self._bits, self._prototype_bits = bits, prototype_bits
+        self._bits, self._style = bits, style
         self._store = CalibrationStore(run.calibration)
-        self._menus = _menus(geometry, bits, prototype_bits, _least_vectors(geometry, self._store))
+        self._menus = _menus(geometry, bits, style, _least_vectors(geometry, self._store))
 
     def plan(self, model: Any, cache: CacheSpec, reporter: Reporter) -> CompressionPlan:
         """Return the plan, and write down how it came about.
@@ -67,7 +68,7 @@ class Allocation:
         found = allocate(candidates, self._bits * channels * PAGE_TOKENS / 8)
         chosen = dict(zip(self._menus, found, strict=True))
         _write(self._run, self._bits, {place: (losses[place], chosen[place]) for place in self._menus})
-        return rated_plan(self._geometry, lambda *place: chosen[place].bits, cache, self._prototype_bits)
+        return rated_plan(self._geometry, lambda *place: chosen[place].bits, cache, self._style)
 
     def _heads(self, place: Place) -> int:
         return self._geometry.layers[place[0]].num_kv_heads
@@ -111,9 +112,7 @@ def _least_vectors(geometry: ModelGeometry, store: CalibrationStore) -> int:
     return min(num_trial_vectors(store.layer(index)) for index in coded)
 
 
-def _menus(
-    geometry: ModelGeometry, bits: float, prototype_bits: int, num_vectors: int
-) -> dict[Place, Mapping[float, CodecSpec]]:
+def _menus(geometry: ModelGeometry, bits: float, style: CodeStyle, num_vectors: int) -> dict[Place, Mapping[float, CodecSpec]]:
     """Return the formats of every side that is coded, by rate: those whose tables have no more entries than there are vectors.
 
     Raises
@@ -122,9 +121,7 @@ def _menus(
         If `bits` is out of their range.
     """
     menus: dict[Place, Mapping[float, CodecSpec]] = {
-        (index, side): {
-            rate: spec for rate, spec in rated_specs(layer, side, prototype_bits).items() if _entries(spec) <= num_vectors
-        }
+        (index, side): {rate: spec for rate, spec in rated_specs(layer, side, style).items() if _entries(spec) <= num_vectors}
         for index, layer in enumerate(geometry.layers)
         if not layer.dense_reason
         for side in SIDES

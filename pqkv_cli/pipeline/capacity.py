@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from pqkv_cli.errors import UsageError
 from pqkv_cli.models.footprint import LayerFootprint, layer_footprints, weights
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.rates import USUAL_PROTOTYPE_NBITS, key_layout, rate_layout
+from pqkv_cli.rates import key_layout, rate_layout
 from pqkv_cli.specs import CacheSpec, LayerGeometry
 from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout
 
@@ -150,8 +150,8 @@ def _layouts(layers: Sequence[LayerGeometry], bits: float) -> Layouts | None:
     try:
         for layer in layers:
             if not layer.dense_reason:
-                plain = rate_layout(bits, layer.head_dim, USUAL_PROTOTYPE_NBITS)
-                keys = plain if layer.rotary is None else key_layout(bits, layer.head_dim, USUAL_PROTOTYPE_NBITS)
+                plain = rate_layout(bits, layer.head_dim)
+                keys = plain if layer.rotary is None else key_layout(bits, layer.head_dim)
                 found.append((layer, (keys, plain)))
     except UsageError:
         return None

@@ -47,7 +47,7 @@ def draft_recipe(model: str) -> Draft:
     if longest and longest < recipe.calibration.seq_len:
         recipe = override(recipe, {"calibration.seq_len": longest})
     cache = CacheSpec(recipe.cache.num_sinks, recipe.cache.window_tokens)
-    uniform_plan(shape, recipe.codebooks.bits, cache, recipe.codebooks.prototype_bits)  # refuses a rate that does not fit
+    uniform_plan(shape, recipe.codebooks.bits, cache)  # refuses a rate that does not fit
     return Draft(recipe, _preface(recipe, shape) + dump_recipe(recipe))
 
 

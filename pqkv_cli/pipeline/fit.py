@@ -19,6 +19,7 @@ from pqkv_cli.pipeline.refine import OpenModel, RefineStage
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.state import stage_inputs
+from pqkv_cli.rates import CodeStyle
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.specs import CacheSpec, CompressionPlan, ModelGeometry, Side
 
@@ -82,9 +83,9 @@ def _planned(
     """Return what makes the plan, after everything that can be wrong with the request has been found."""
     wanted = recipe.codebooks
     if wanted.allocation == "uniform":
-        plan = uniform_plan(shape, wanted.bits, cache_spec(recipe), wanted.prototype_bits)
+        plan = uniform_plan(shape, wanted.bits, cache_spec(recipe), code_style(recipe))
         return lambda: plan
-    allocation = Allocation(run, shape, wanted.bits, wanted.prototype_bits, settings)
+    allocation = Allocation(run, shape, wanted.bits, code_style(recipe), settings)
     model, _ = opened()
     return lambda: allocation.plan(model, cache_spec(recipe), reporter)
 
@@ -93,6 +94,11 @@ def fit_settings(recipe: Recipe) -> FitSettings:
     """Return how the recipe fits; vectors count by gradients where its calibration measures them."""
     weighting: Weighting = "fisher" if recipe.calibration.fisher else FitSettings().key_weighting
     return FitSettings(recipe.seed, recipe.codebooks.iterations, weighting, weighting)
+
+
+def code_style(recipe: Recipe) -> CodeStyle:
+    """Return what the recipe's codes are made of."""
+    return CodeStyle(recipe.codebooks.profile, recipe.codebooks.prototype_bits)
 
 
 def cache_spec(recipe: Recipe) -> CacheSpec:

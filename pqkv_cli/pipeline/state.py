@@ -39,6 +39,7 @@ STAGE_FIELDS: Mapping[Stage, tuple[str, ...]] = {
         "seed",
         "codebooks.allocation",
         "codebooks.bits",
+        "codebooks.profile",
         "codebooks.prototype_bits",
         "codebooks.iterations",
         "codebooks.refine",

@@ -9,7 +9,7 @@ from pqkv_cli.fitting.fit import fit_layer
 from pqkv_cli.fitting.plan import uniform_plan
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side import sample_weights
-from pqkv_cli.rates import RATES, key_layout, rate_layout
+from pqkv_cli.rates import RATES, SPEED_RATES, CodeStyle, key_layout, rate_layout
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, LayerGeometry, ModelGeometry
 from pqkv_kernels.codec import quantize, round_trip, to_code_space
 from pqkv_kernels.layout import CodeLayout, RotaryLayout
@@ -109,7 +109,7 @@ def test_keys_without_rotary_are_coded_in_the_metric_of_their_queries() -> None:
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(5))).Q.double()
     moment = (turn @ torch.diag(torch.logspace(-2, 2, 8).double()) @ turn.mT).expand(support.HEADS, 8, 8)
     samples = replace(samples, query_moment=moment.contiguous())
-    plan = uniform_plan(ModelGeometry("x", (unrotated,), 512), 2, CacheSpec(), prototype_bits=0)
+    plan = uniform_plan(ModelGeometry("x", (unrotated,), 512), 2, CacheSpec(), CodeStyle(prototype_bits=0))
     spec = plan.codec(0, "keys")
     assert spec is not None and (spec.map, spec.key_space) == ("matrix", "post_rope")
 
@@ -160,11 +160,12 @@ def test_settings_are_checked() -> None:
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("bits", list(RATES))
 def test_layouts_have_exactly_their_rate(bits: float, head_dim: int, prototype_bits: int) -> None:
+    style = CodeStyle(prototype_bits=prototype_bits)
     if head_dim % RATES[bits]:
         with pytest.raises(UsageError, match="not divisible .*; choose --bits 5 or"):
-            rate_layout(bits, head_dim, prototype_bits)
+            rate_layout(bits, head_dim, style)
         return
-    for layout in (rate_layout(bits, head_dim, prototype_bits), key_layout(bits, head_dim, prototype_bits)):
+    for layout in (rate_layout(bits, head_dim, style), key_layout(bits, head_dim, style)):
         assert layout.bits_per_channel == bits and layout.head_dim == head_dim
         assert all(len(stage) <= 3 for stage in layout.stages)
         first = layout.stages[0][0]
@@ -176,11 +177,23 @@ def test_layouts_have_exactly_their_rate(bits: float, head_dim: int, prototype_b
             assert bits * head_dim < 16
 
 
+@pytest.mark.parametrize("prototype_bits", [None, 0, 10])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256])
+@pytest.mark.parametrize("bits", list(SPEED_RATES))
+def test_speed_layouts_have_small_tables(bits: float, head_dim: int, prototype_bits: int | None) -> None:
+    style = CodeStyle("speed", prototype_bits)
+    layout = rate_layout(bits, head_dim, style)
+    assert layout == key_layout(bits, head_dim, style) and layout.bits_per_channel == bits
+    parts = layout.stages[1:] if prototype_bits else layout.stages
+    assert len(parts) == len(SPEED_RATES[bits])
+    assert all(group.nbits <= 4 and group.subspace_dim == 2 for stage in parts for group in stage)
+
+
 @pytest.mark.parametrize(("bits", "subspaces", "nbits"), [(4, 32, 8), (3, 32, 6), (2, 16, 8), (1, 8, 8)])
 def test_uniform_plan_names_and_layouts(bits: int, subspaces: int, nbits: int) -> None:
     layer = LayerGeometry(4, 2, 64, RotaryLayout(64))
     geometry = ModelGeometry("llama", (layer, replace(layer, dense_reason="sliding window")), 4096)
-    plan = uniform_plan(geometry, bits, CacheSpec(1, 2), prototype_bits=0)
+    plan = uniform_plan(geometry, bits, CacheSpec(1, 2), CodeStyle(prototype_bits=0))
     assert set(plan.codecs) == {f"k{bits}", f"v{bits}"}
     assert plan.codecs[f"k{bits}"].key_space == "pre_rope"
     assert plan.codecs[f"v{bits}"].layout == CodeLayout.uniform(64, subspaces, nbits)
