@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); expected JSON. Delete {path.parent} and calibrate again.") from error
     if not isinstance(content, dict):
         raise RunError(

@@ -84,6 +84,9 @@ class CalibrationStore:
                 f"{path} has schema {self.manifest.get('schema')!r}; expected {SCHEMA!r}. "
                 f"Delete {self.directory} and calibrate again."
             )
+        reasons = self.manifest.get("layers")
+        if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
+            raise self._damaged("manifest.json", "its layers are not a list of reasons")
 
     def layer(self, index: int) -> LayerSamples:
         """Return the samples of one layer.

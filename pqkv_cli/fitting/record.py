@@ -9,7 +9,7 @@ from typing import Any
 
 from pqkv_cli.errors import PqkvError, RunError
 from pqkv_cli.fitting.settings import FitSettings
-from pqkv_cli.specs import CacheSpec, CodecSpec, CompressionPlan, LayerPlan, Side
+from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, LayerPlan, Side
 from pqkv_kernels.layout import CodeGroup, CodeLayout
 
 SCHEMA = "pqkv.fit/1"
@@ -64,13 +64,15 @@ def load_record(directory: Path) -> FitRecord:
     except FileNotFoundError:
         state = "an unfinished fit" if any(directory.glob("layer_*.safetensors")) else "no fitted codebooks"
         raise RunError(f"{directory} holds {state}; expected {RECORD_NAME}; {advice}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); expected JSON; {advice}") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else type(document).__name__
         raise RunError(f"{path} has schema {found!r}; expected {SCHEMA!r}; {advice}")
     try:
-        return _record(document)
+        record = _record(document)
+        _check_names(record)
+        return record
     except (KeyError, TypeError, ValueError, AttributeError, PqkvError) as error:
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); expected a complete record; {advice}") from error
 
@@ -88,6 +90,18 @@ def _record(document: Mapping[str, Any]) -> FitRecord:
         tuple({side: tuple(errors) for side, errors in layer.items()} for layer in document["relative_error"]),
         tuple(map(str, document["layers_sha256"])),
     )
+
+
+def _check_names(record: FitRecord) -> None:
+    """Raise ValueError or KeyError where layers are not all there, or name codecs that are not."""
+    counts = {len(part) for part in (record.plan.layers, record.relative_error, record.layers_sha256)}
+    if len(counts) > 1:
+        raise ValueError(f"it tells of {' and of '.join(map(str, sorted(counts)))} layers")
+    for index, layer in enumerate(record.plan.layers):
+        if not all(isinstance(name, str) for name in (layer.keys, layer.values, layer.dense_reason)):
+            raise TypeError(f"layer {index} is not described by names")
+        for side in SIDES:
+            record.plan.codec(index, side)
 
 
 def _codec(document: Mapping[str, Any]) -> CodecSpec:
