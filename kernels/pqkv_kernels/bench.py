@@ -73,7 +73,7 @@ def gate(keys: CodecTables, values: CodecTables, group_size: int, backend: Backe
     KernelError
         If it exceeds `GATE_ERROR`: such a backend is not timed.
     """
-    query, key_pages, value_pages, angles = _inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
+    query, key_pages, value_pages, angles = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
     first = torch.tensor([3], device=query.device)
     scaling = keys.layout.head_dim**-0.5
     found, _ = attend_codes(backend, query, [key_pages], [value_pages], keys, values, first, scaling, angles)
@@ -110,7 +110,7 @@ def time_attention(
     """
     error = gate(keys, values, group_size, backend, dtype)
     heads, dim, num_tokens = keys.num_heads, keys.layout.head_dim, max(context // PAGE_TOKENS, 1) * PAGE_TOKENS
-    query, key_pages, value_pages, angles = _inputs(keys, values, group_size, batch, num_tokens, dtype)
+    query, key_pages, value_pages, angles = bench_inputs(keys, values, group_size, batch, num_tokens, dtype)
     first = torch.zeros(batch, dtype=torch.int64, device=query.device)
     dense = torch.randn(2, batch, heads, num_tokens, dim, device=query.device, dtype=dtype)
 
@@ -184,10 +184,10 @@ def _elapsed_ms(function: Callable[[], None], device: torch.device) -> float:
     return float(start.elapsed_time(end))
 
 
-def _inputs(
+def bench_inputs(
     keys: CodecTables, values: CodecTables, group_size: int, batch: int, num_tokens: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Angles | PageAngles | None]:
-    """Return random queries, key pages, value pages and the angles of consecutive positions."""
+    """Return random queries, key pages, value pages and the angles of consecutive positions, on the device of the tables."""
     device = keys.codebooks[0][0].device
     heads, num_pages = keys.num_heads, num_tokens // PAGE_TOKENS
     generator = torch.Generator(device).manual_seed(0)

@@ -30,13 +30,14 @@ def triton_attention(
 ) -> Part:
     """Attend as `pqkv_kernels.attention.code_attention` does, over slabs of pages; arguments are checked already.
 
-    `config` is by default that of the device (`kernel_config`), and exact in the interpreter.
+    `config` is by default what was measured for the key tables here (`use_config`), else that of the device
+    (`kernel_config`), and exact in the interpreter.
     """
     batch, heads, group, tokens, dim = query.shape
     num_pages, num_queries = sum(slab.shape[1] for slab in key_pages), group * tokens
     if num_pages == 0 or num_queries == 0 or batch == 0:
         return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
-    config = config or _config(query.device, dim)
+    config = config or _config(key_tables)
     key_pages, value_pages = whole_slabs(key_pages), whole_slabs(value_pages)  # alive until the kernel is launched
     keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
     split_pages = config.split_pages(num_pages, batch * heads, _num_processors(query.device))
@@ -64,7 +65,12 @@ def triton_attention(
 
 def prepare(tables: CodecTables) -> None:
     """Make the tables that `triton_attention` reads, once."""
-    device_tables(tables, _config(tables.codebooks[0][0].device, tables.layout.head_dim).tables)
+    device_tables(tables, _config(tables).tables)
+
+
+def use_config(tables: CodecTables, config: DecodeConfig) -> None:
+    """Attend with `config` wherever `tables` are the keys'."""
+    tables.derived["decode_config"] = config
 
 
 def _plane_queries(query: torch.Tensor, keys: DeviceTables, scaling: float) -> torch.Tensor:
@@ -105,8 +111,11 @@ def _parts(side: str, tables: DeviceTables) -> dict[str, object]:
     return {f"{side}_STAGES": tables.num_stages, **{f"{side}{width}": width in tables.widths for width in PART_WIDTHS}}
 
 
-def _config(device: torch.device, head_dim: int) -> DecodeConfig:
-    return EXACT if device.type == "cpu" else decode_config(torch.cuda.get_device_name(device), head_dim)
+def _config(tables: CodecTables) -> DecodeConfig:
+    device, chosen = tables.codebooks[0][0].device, tables.derived.get("decode_config")
+    if isinstance(chosen, DecodeConfig):
+        return chosen
+    return EXACT if device.type == "cpu" else decode_config(torch.cuda.get_device_name(device), tables.layout.head_dim)
 
 
 def _num_processors(device: torch.device) -> int:

@@ -12,9 +12,12 @@ from pqkv_cli.cli.options import (
     TargetArgument,
     WindowOption,
 )
+from pqkv_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from pqkv_cli.cli.output import Output
+    from pathlib import Path
+
+    from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.pipeline.outcome import StageOutcome
     from pqkv_cli.pipeline.push import Pushed
 
@@ -26,6 +29,10 @@ PrivateOption = Annotated[
     bool, typer.Option("--private/--public", help="Who may see the repository, where --push-to-hub makes a new one.")
 ]
 
+TuneOption = Annotated[
+    bool, typer.Option("--tune", help="Measure kernel configurations on this GPU and keep the fastest beside the artifact.")
+]
+
 
 def export(
     target: TargetArgument = None,
@@ -34,6 +41,7 @@ def export(
     window_tokens: WindowOption = None,
     push_to_hub: PushOption = None,
     private: PrivateOption = True,
+    tune: TuneOption = False,
     json_target: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -54,8 +62,18 @@ def export(
     changes = checked({"cache.num_sinks": num_sinks, "cache.window_tokens": window_tokens})
     found, recipe = continue_run(target_of(target, run, reporter), changes)
 
+    if tune:
+        from pqkv_cli.pipeline.tune import require_gpu
+
+        if push_to_hub is not None:
+            raise UsageError("--tune and --push-to-hub are two steps; expected one: tune first, then push")
+        require_gpu()  # before anything is written
+
     if push_to_hub is None:
         from pqkv_cli.pipeline.stages import run_stage
+
+        if tune:
+            return _show_tuned(run_stage("export", found, recipe, reporter), found.artifact, output, reporter)
 
         return show_stage(run_stage("export", found, recipe, reporter), output, f"pqkv eval {found.path}")
 
@@ -63,6 +81,22 @@ def export(
 
     check_repository(push_to_hub)
     _show(*export_and_push(found, recipe, push_to_hub, is_private=private, reporter=reporter), output)
+
+
+def _show_tuned(outcome: "StageOutcome", directory: "Path", output: "Output", reporter: "TerminalReporter") -> None:
+    from pqkv_cli.cli.output import table
+    from pqkv_cli.cli.stage_table import stage_document
+    from pqkv_cli.pipeline.tune import tune_artifact
+    from pqkv_kernels.tuning import config_document
+
+    tuned = tune_artifact(directory, reporter)
+    winners = {name: config_document(config) for name, config in tuned.winners.items()}
+    shown = ("tile_tokens", "num_warps", "num_stages", "origin")
+    rows = [(name, *(config[key] for key in shown)) for name, config in winners.items()]
+    output.result(
+        stage_document(outcome) | {"tuned": {"path": str(tuned.path), "device": tuned.device, "winners": winners}},
+        table(f"fastest kernels, in {tuned.path}", ("code format", "tile", "warps", "stages", "measured"), rows),
+    )
 
 
 def _show(outcome: "StageOutcome", pushed: "Pushed", output: "Output") -> None:

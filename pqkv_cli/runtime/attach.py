@@ -25,6 +25,7 @@ from pqkv_cli.runtime.attention import ATTENTION_NAME, register_attention
 from pqkv_cli.runtime.backend import backend_for
 from pqkv_cli.runtime.hooks import install_step_hook
 from pqkv_cli.runtime.self_test import self_test
+from pqkv_cli.runtime.tuned import use_tuned
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.dispatch import BackendRequest
 from pqkv_kernels.tables import CodecTables
@@ -155,7 +156,7 @@ def attach(
     Raises
     ------
     ArtifactError
-        If the artifact is of another model.
+        If the artifact is of another model, or kernel configurations beside it are unreadable.
     CacheError
         If the model is attached already, the backend cannot run here, or this machine computes wrong answers (see
         `Attached.self_test`).
@@ -166,6 +167,7 @@ def attach(
         raise CacheError("the model is attached already; call detach() on what the first attach returned")
     _require_match(model, artifact, force)
     spec = artifact.header.plan.cache if cache is None else cache
+    use_tuned(artifact.tables, artifact.path.parent, torch.device(model.device))
     attached = Attached(model, artifact.tables, spec, calibration_errors(artifact.header), backend)
     try:
         attached.self_test()

@@ -1,0 +1,153 @@
+"""Which launch parameters of decode attention are fastest here: measures candidates and keeps what passed its gate.
+
+Knows candidates and how to choose among measurements. Nothing is tuned unless it is asked for.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from pqkv_kernels.attention import code_attention, code_queries
+from pqkv_kernels.bench import GATE_ERROR, GATE_TOKENS, bench_inputs, measure
+from pqkv_kernels.errors import KernelError
+from pqkv_kernels.kernel_config import DecodeConfig
+from pqkv_kernels.layout import CodeLayout
+from pqkv_kernels.tables import CodecTables
+
+Measured = tuple[float, float]
+"""Error against the reference, relative to the answer, and milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One candidate: its error and its time, or why it has none."""
+
+    config: DecodeConfig
+    error: float | None = None
+    ms: float | None = None
+    fault: str | None = None
+
+
+def candidates(head_dim: int) -> tuple[DecodeConfig, ...]:
+    """Return what is tried first for heads of `head_dim` channels."""
+    tiles = (16, 32, 64) if head_dim <= 128 else (16, 32)
+    return tuple(
+        DecodeConfig(tile_tokens=tile, num_warps=warps, num_stages=stages, origin="candidate")
+        for tile in tiles
+        for warps in (4, 8)
+        for stages in (2, 3)
+    )
+
+
+def tune(
+    first: Iterable[DecodeConfig], measured: Callable[[DecodeConfig], Measured], device: str
+) -> tuple[DecodeConfig, list[Trial]]:
+    """Return the fastest configuration and all trials: tiles, warps and stages first, then how finely the cache is split.
+
+    Parameters
+    ----------
+    first
+        Candidates, see `candidates`.
+    measured
+        Measures one; raises where it cannot run.
+    device
+        The device's name, for the winner's `origin`.
+
+    Raises
+    ------
+    KernelError
+        If no candidate runs and gives right answers.
+    """
+    trials = [_tried(config, measured) for config in first]
+    winner = _fastest(trials)
+    finer = [replace(winner.config, programs_per_processor=n) for n in (2, 8) if n != winner.config.programs_per_processor]
+    trials += [_tried(config, measured) for config in finer]
+    winner = _fastest(trials)
+    return replace(winner.config, origin=f"measured on {device}: {winner.ms:.4f} ms"), trials
+
+
+def config_document(config: DecodeConfig) -> dict[str, Any]:
+    """Return `config` as JSON can hold it."""
+    return asdict(config)
+
+
+def read_config(document: Any) -> DecodeConfig:
+    """Return the configuration of a `config_document`.
+
+    Raises
+    ------
+    KernelError
+        If it is not one.
+    """
+    names = {f.name for f in fields(DecodeConfig)}
+    if not isinstance(document, dict) or not set(document) <= names:
+        raise KernelError(f"a kernel configuration is {document!r}; expected an object of {', '.join(sorted(names))}")
+    wrong = {n: v for n, v in document.items() if type(v) is not type(getattr(DecodeConfig(), n))}
+    if wrong:
+        raise KernelError(f"a kernel configuration has {wrong}; expected the types of {config_document(DecodeConfig())}")
+    return DecodeConfig(**document)
+
+
+def format_name(keys: CodeLayout, values: CodeLayout) -> str:
+    """Return a name of what a configuration is tuned for, e.g. ``1x10x64,32x8x2/32x8x2``."""
+
+    def name(layout: CodeLayout) -> str:
+        stages = (["x".join(map(str, (g.num_subspaces, g.nbits, g.subspace_dim))) for g in s] for s in layout.stages)
+        return ",".join("+".join(stage) for stage in stages)
+
+    return f"{name(keys)}/{name(values)}"
+
+
+def measurer(
+    keys: CodecTables, values: CodecTables, group_size: int, batch: int, context: int, dtype: torch.dtype, repeats: int
+) -> Callable[[DecodeConfig], Measured]:
+    """Return what measures a configuration of the Triton kernels on the device of the tables."""
+    from pqkv_kernels.triton_attention import triton_attention
+
+    scaling = keys.layout.head_dim**-0.5
+
+    def attend(config: DecodeConfig | None, given: Any, first: torch.Tensor) -> torch.Tensor:
+        query, key_pages, value_pages, angles = given
+        coded = code_queries(query, keys)
+        if config is None:
+            return code_attention(coded, key_pages, value_pages, keys, values, first, scaling, angles)[0]
+        slabs = ([key_pages], [value_pages])
+        return triton_attention(coded, *slabs, keys, values, first, scaling, angles, config=config)[0]
+
+    small = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
+    large = bench_inputs(keys, values, group_size, batch, context, dtype)
+    firsts = [torch.full((n,), 3 * (n == 1), device=small[0].device) for n in (1, batch)]
+    expected = attend(None, small, firsts[0])
+
+    def measured(config: DecodeConfig) -> Measured:
+        found = attend(config, small, firsts[0])
+        error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+        if not error <= GATE_ERROR:
+            return error, float("inf")
+
+        def step() -> None:
+            attend(config, large, firsts[1])
+
+        return error, measure((step,), repeats, small[0].device)[0].p50
+
+    return measured
+
+
+def _tried(config: DecodeConfig, measured: Callable[[DecodeConfig], Measured]) -> Trial:
+    try:
+        error, ms = measured(config)
+    except Exception as fault:  # a candidate may ask for more registers or memory than there are: whatever it raises
+        return Trial(config, fault=f"{type(fault).__name__}: {fault}"[:200])
+    if not error <= GATE_ERROR:
+        return Trial(config, error, fault=f"differs from the reference by {error:.3g}; expected at most {GATE_ERROR}")
+    return Trial(config, error, ms)
+
+
+def _fastest(trials: list[Trial]) -> Trial:
+    timed = [(trial.ms, i) for i, trial in enumerate(trials) if trial.ms is not None]
+    if not timed:
+        faults = "; ".join(sorted({trial.fault or "" for trial in trials}))
+        raise KernelError(f"none of {len(trials)} kernel configurations runs and gives right answers: {faults}")
+    return trials[min(timed)[1]]
