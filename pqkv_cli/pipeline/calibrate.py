@@ -1,12 +1,19 @@
 """The stage that runs text through the model and records what its cache looks like."""
 
 import hashlib
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from pqkv_cli.calibration.collect import collect
+from pqkv_cli.calibration.formats import read_json
 from pqkv_cli.calibration.ranks import current_ranks
 from pqkv_cli.calibration.recall import with_recall
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.text import load_text, token_windows
+from pqkv_cli.errors import RunError, is_out_of_memory
+from pqkv_cli.models.memory import free_memory
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.content import model_fingerprint, text_identity
 from pqkv_cli.pipeline.loading import open_model
@@ -65,9 +72,11 @@ class _Work:
 
     def __call__(self) -> Facts:
         """Run the windows through the model and say what came of it."""
+        asked = self.settings.batch_size
         self.collect()
         settings = self.settings
         return {
+            **({"batch_size": settings.batch_size} if settings.batch_size < asked else {}),
             "windows": settings.num_samples,
             "windows_held_out": settings.num_held_out,
             "tokens_seen": settings.num_windows * settings.seq_len,
@@ -76,6 +85,39 @@ class _Work:
         }
 
     def collect(self) -> None:
-        """Run the windows through the model; of several processes each its share."""
-        with self.reporter.progress("calibrate") as advance:
-            collect(self.model, self.windows, self.run.calibration, self.settings, advance)
+        """Run the windows through the model; of several processes each its share.
+
+        Alone, where memory does not suffice for a batch, it begins again with half as many windows in each, and ends with the
+        bytes that a calibration asked for with that size ends with.
+        """
+        self.settings = _come_down_to(self.run.calibration, self.settings)
+        while True:
+            try:
+                with self.reporter.progress("calibrate") as advance:
+                    return collect(self.model, self.windows, self.run.calibration, self.settings, advance)
+            except Exception as error:
+                if not is_out_of_memory(error) or self.settings.batch_size == 1 or current_ranks().size > 1:
+                    raise
+            # Behind the clause: until its end the error holds on to all that was allocated.
+            free_memory()
+            self._halve()
+
+    def _halve(self) -> None:
+        size, half = self.settings.batch_size, self.settings.batch_size // 2
+        self.settings = replace(self.settings, batch_size=half)
+        found = f"out of memory with {size} windows at once"
+        self.reporter.note(f"warning: {found}; calibrating again with {half}, as --batch-size {half}")
+        shutil.rmtree(self.run.calibration, ignore_errors=True)  # sums of batches of both sizes would be of neither
+
+
+def _come_down_to(directory: Path, settings: CollectSettings) -> CollectSettings:
+    """Return `settings` with the smaller batch that the calibration begun in `directory` has come down to, if it has."""
+    for path in (directory / "manifest.json", directory / "parts" / "settings.json"):
+        with suppress(RunError):  # damaged: `collect` says what to do
+            found = read_json(path).get("settings") if path.is_file() else None
+            size = settings.batch_size
+            while size > 1:
+                size //= 2
+                if found == asdict(replace(settings, batch_size=size)):
+                    return replace(settings, batch_size=size)
+    return settings
