@@ -5,9 +5,23 @@ from typing import Annotated
 import typer
 
 from pqkv_cli.cli.options import DebugOption, JsonOption, RunOption, TargetArgument
+from pqkv_cli.errors import UsageError
 
 AgainstOption = Annotated[
     str | None, typer.Option("--against", metavar="MODEL", help="Also check that the artifact was made for this model.")
+]
+
+QualityOption = Annotated[
+    int | None,
+    typer.Option(
+        "--quality-windows",
+        metavar="N",
+        min=1,
+        help="Also measure the first N windows of the recorded perplexity (mode all) again, and compare.",
+    ),
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", metavar="FILE", help="The text that was evaluated on, if not the recipe's.")
 ]
 
 
@@ -15,12 +29,14 @@ def verify(
     target: TargetArgument = None,
     run: RunOption = None,
     against: AgainstOption = None,
+    quality_windows: QualityOption = None,
+    data: DataOption = None,
     json_target: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Check that an artifact is whole, that its codecs work, and that it belongs to a model.
+    """Check that an artifact is whole, that its codecs work, that it belongs to a model and is as good as recorded.
 
-    Exits with 1 if anything is wrong.
+    Exits with 1 if anything is wrong, with 3 if only the quality is not what was recorded when it was evaluated.
 
     Example: pqkv verify my-run --against meta-llama/Llama-3.1-8B
     """
@@ -28,12 +44,20 @@ def verify(
     from pqkv_cli.cli.words import target_of
 
     output = Output(json_target)
+    if against is None and quality_windows is not None:
+        raise UsageError("--quality-windows measures with a model; name it with --against")
     found = target_of(target, run, TerminalReporter())
 
     from pqkv_cli.pipeline.place import artifact_place
+    from pqkv_cli.pipeline.start import artifact_source, file_reference
+    from pqkv_cli.pipeline.verify import QualityRequest
     from pqkv_cli.pipeline.verify import verify as verify_artifact
 
-    made = verify_artifact(artifact_place(found), against)
+    if quality_windows is None:
+        made = verify_artifact(artifact_place(found), against)
+    else:
+        source = artifact_source(found, against, {"evaluation.data": file_reference(data)})
+        made = verify_artifact(source.artifact, against, QualityRequest(source, quality_windows))
     rows = [(check.name, check.state, check.detail) for check in made.checks]
     output.result(made.document(), table(str(made.path), ("check", "result", "what was found"), rows))
     made.require_passed()

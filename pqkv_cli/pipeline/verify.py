@@ -1,21 +1,34 @@
-"""Proves an artifact: that it opens, that its codecs work, and that it belongs to a model. Knows no terminal."""
+"""Proves an artifact: it opens, its codecs work, it belongs to a model, it is as good as recorded. Knows no terminal."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from pqkv_cli.artifact.check import check_model
 from pqkv_cli.artifact.exercise import CodecTest, exercise_codecs
 from pqkv_cli.artifact.store import Artifact, artifact_file, open_artifact
-from pqkv_cli.errors import ArtifactError
+from pqkv_cli.errors import ArtifactError, GateError
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.load import load_model
 from pqkv_cli.models.resolve import ResolvedModel, resolve_model
+from pqkv_cli.pipeline.quality import load_recorded, recheck
+from pqkv_cli.pipeline.start import Source
 
 SCHEMA = "pqkv.verify/1"
+QUALITY = "quality"
 _MOST_FAULTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class QualityRequest:
+    """Wish to measure again the first `num_windows` windows of what is recorded in the results of `source`."""
+
+    source: Source
+    num_windows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +70,24 @@ class Verification:
         ------
         ArtifactError
             If one has not; the message holds them all.
+        GateError
+            If only the quality is not what is recorded.
         """
         if self.failed:
             lines = "\n".join(f"  - {check.name}: {check.detail}" for check in self.failed)
-            raise ArtifactError(f"{self.path} failed {len(self.failed)} of {len(self.checks)} checks:\n{lines}")
+            kind = GateError if [check.name for check in self.failed] == [QUALITY] else ArtifactError
+            raise kind(f"{self.path} failed {len(self.failed)} of {len(self.checks)} checks:\n{lines}")
 
 
-def verify(path: Path, against: str | None = None) -> Verification:
-    """Check the artifact at `path`, and that it belongs to the model `against`, if one is named.
+def verify(path: Path, against: str | None = None, quality: QualityRequest | None = None) -> Verification:
+    """Check the artifact at `path`, that it belongs to the model `against`, if one is named, and its `quality`, if asked for.
 
     Raises
     ------
     ModelError, UnsupportedModelError
         If the model cannot be read. What is wrong with the artifact is in the checks instead.
+    RunError
+        If the quality is asked for and none is recorded, or on another text.
     """
     # A word that names no model is misuse, to be told before a large artifact is read.
     resolved = None if against is None else resolve_model(against)
@@ -78,10 +96,10 @@ def verify(path: Path, against: str | None = None) -> Verification:
         artifact = open_artifact(path)
     except ArtifactError as error:
         return Verification(path, None, (Check("reader's laws", "failed", str(error)),))
-    return Verification(artifact.path, artifact.sha256, tuple(_checks(artifact, resolved)))
+    return Verification(artifact.path, artifact.sha256, tuple(_checks(artifact, resolved, quality)))
 
 
-def _checks(artifact: Artifact, model: ResolvedModel | None) -> Iterator[Check]:
+def _checks(artifact: Artifact, model: ResolvedModel | None, quality: QualityRequest | None) -> Iterator[Check]:
     detail = (
         f"content hash {artifact.sha256[:12]}, {artifact.file_bytes:,} bytes; header, geometry, tensors and values are right"
     )
@@ -89,8 +107,19 @@ def _checks(artifact: Artifact, model: ResolvedModel | None) -> Iterator[Check]:
     yield from map(_codec_check, exercise_codecs(artifact))
     if model is None:
         yield Check("model", "skipped", f"made for {artifact.header.model.label}; name a model to check with --against")
-    else:
-        yield _model_check(artifact, model)
+        return
+    # Before the model is loaded: without a record there is nothing to measure for.
+    recorded = None if quality is None else load_recorded(quality.source, artifact)
+    loaded, tokenizer = load_model(model, None if recorded is None else getattr(torch, recorded.dtype.removeprefix("torch.")))
+    of_model = _model_check(artifact, model, loaded)
+    yield of_model
+    if quality is None or recorded is None:
+        return
+    if of_model.state != "passed":
+        yield Check(QUALITY, "skipped", "of another model there is nothing to compare with")
+        return
+    found = recheck(quality.source, recorded, artifact, loaded, tokenizer, quality.num_windows)
+    yield Check(QUALITY, "passed" if found.is_met else "failed", found.detail)
 
 
 def _codec_check(test: CodecTest) -> Check:
@@ -103,8 +132,7 @@ def _codec_check(test: CodecTest) -> Check:
     return Check(name, "passed", detail)
 
 
-def _model_check(artifact: Artifact, resolved: ResolvedModel) -> Check:
-    model, _ = load_model(resolved)
+def _model_check(artifact: Artifact, resolved: ResolvedModel, model: Any) -> Check:
     try:
         check_model(artifact, model_identity(model), geometry(model.config), label=resolved.label)
     except ArtifactError as error:
