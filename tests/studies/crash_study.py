@@ -65,9 +65,9 @@ class Trial:
 class Study:
     """One recipe, its undisturbed run, and runs that are disturbed."""
 
-    def __init__(self, directory: Path, seed: int) -> None:
-        self.directory, self.rng = directory, random.Random(seed)
-        self.recipe = make_recipe(directory)
+    def __init__(self, directory: Path, seed: int, allocation: str) -> None:
+        self.directory, self.rng, self.allocation = directory, random.Random(seed), allocation
+        self.recipe = make_recipe(directory, allocation)
         listing = directory / "operations.json"
 
         def count() -> int:
@@ -136,9 +136,9 @@ class Study:
         return pqkv("run", self.recipe, "-o", self.directory / name)
 
 
-def study(directory: Path, points: int, signals: int, seed: int) -> tuple[Study, list[Trial]]:
+def study(directory: Path, points: int, signals: int, seed: int, allocation: str) -> tuple[Study, list[Trial]]:
     """Return the study of `points` SIGKILLs and `signals` points of each signal that is answered."""
-    made, trials = Study(directory, seed), []
+    made, trials = Study(directory, seed, allocation), []
     drawn = list(made.points(points, int(points * _TIMED_SHARE) if points >= 10 else 0, signal.SIGKILL))
     for number in ANSWERED:
         drawn += made.points(signals, 0, number)
@@ -166,7 +166,7 @@ def document(made: Study, trials: Sequence[Trial], seed: int) -> str:
         "[hostile-conditions.md](hostile-conditions.md).",
         "",
         f"Seed {seed}; Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}.",
-        f"The undisturbed run does {len(made.operations)} operations on files.",
+        f"Allocation of bits: {made.allocation}. The undisturbed run does {len(made.operations)} operations on files.",
         "",
         "| signal | points | ended with the same bytes |",
         "|---|---|---|",
@@ -231,11 +231,12 @@ def _main() -> int:
     parser.add_argument("--points", type=int, default=50, help="how many times to kill -9")
     parser.add_argument("--signals", type=int, default=10, help="points of SIGTERM and of SIGINT, each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--allocation", choices=("uniform", "measured"), default="uniform")
     parser.add_argument("--record", type=Path, help="the Markdown file to write")
     words = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
     with tempfile.TemporaryDirectory() as directory:
-        made, trials = study(Path(directory).resolve(), words.points, words.signals, words.seed)
+        made, trials = study(Path(directory).resolve(), words.points, words.signals, words.seed, words.allocation)
     if words.record is not None:
         words.record.write_text(document(made, trials, words.seed), encoding="utf-8")
     bad = [trial for trial in trials if trial.faults]

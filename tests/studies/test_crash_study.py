@@ -61,6 +61,7 @@ def test_differences_are_faults_and_stand_in_the_record(tmp_path: Path) -> None:
 
     class Made:
         operations = (Operation("create", "a"),)
+        allocation = "uniform"
 
     record = document(Made(), [trial], 0)  # type: ignore[arg-type]
     assert "| SIGKILL | 1 | 0 |" in record and "gone is missing; left.tmp is surplus" in record
