@@ -84,9 +84,18 @@ def read_records(run: Run) -> dict[str, StageRecord]:
         return {}
     try:
         data = json.loads(run.stages_file.read_text(encoding="utf-8"))
-        return {name: StageRecord(**fields) for name, fields in data.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        return {name: _checked(name, StageRecord(**fields)) for name, fields in data.items()}
+    except OSError as error:
+        raise RunError(f"{run.stages_file} cannot be read: {error}; fix the rights, then run again") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{run.stages_file} is damaged ({error}); delete it and run the stages again") from error
+
+
+def _checked(name: str, record: StageRecord) -> StageRecord:
+    """Raise TypeError where the fields of `record` are not of their types."""
+    if isinstance(record.inputs, dict) and isinstance(record.done, bool) and isinstance(record.facts, dict | None):
+        return record
+    raise TypeError(f"stage {name} is not described by inputs, done and facts")
 
 
 def stage_inputs(run: Run, recipe: Recipe, stage: Stage, content: Mapping[str, str]) -> dict[str, Any]:
