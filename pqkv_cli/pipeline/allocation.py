@@ -25,6 +25,10 @@ from pqkv_kernels.layout import PAGE_TOKENS
 SCHEMA = "pqkv.allocation/1"
 ALLOCATION_FILE = "allocation.json"
 
+# Rates worth trying: no side does with less than half the budget's mean or gains much from this many bits more.
+LEAST_SHARE = 2
+MOST_MORE = 1.5
+
 # One side of one layer.
 Place = tuple[int, Side]
 
@@ -113,7 +117,7 @@ def _least_vectors(geometry: ModelGeometry, store: CalibrationStore) -> int:
 
 
 def _menus(geometry: ModelGeometry, bits: float, style: CodeStyle, num_vectors: int) -> dict[Place, Mapping[float, CodecSpec]]:
-    """Return the formats of every side that is coded, by rate: those whose tables have no more entries than there are vectors.
+    """Return the formats of every side that is coded, by rate around `bits`; none with more table entries than there are vectors.
 
     Raises
     ------
@@ -138,7 +142,10 @@ def _menus(geometry: ModelGeometry, bits: float, style: CodeStyle, num_vectors: 
             f"--budget is {bits:g}; expected {least:g} to {most:g} bits per channel, what this model's heads and {num_vectors} "
             "calibration vectors allow; choose another budget, or calibrate on more text"
         )
-    return menus
+    return {
+        place: {rate: spec for rate, spec in menu.items() if bits / LEAST_SHARE <= rate <= bits + MOST_MORE}
+        for place, menu in menus.items()
+    }
 
 
 def _losses(
