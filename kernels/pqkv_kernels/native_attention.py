@@ -22,6 +22,7 @@ from pqkv_kernels.planes import PlaneGroup, Planes
 
 MOST_QUERIES = 16  # per key/value head; more are served better by matrix products
 _CHUNK_PAGES = 64
+_THREAD_PAGES = 64  # less work than this is not worth waking another thread
 _WIDE_PLANES = 8  # codes of so many planes are read row by row
 
 
@@ -97,7 +98,7 @@ def native_attention(
         for t, where, slabs in zip(tables, addresses, (key_pages, value_pages), strict=True)
     ]
     job = _Job(*sides, softcap=softcap or 0.0, **{name: t.data_ptr() for name, t in held.items()}, **numbers)
-    _run(job, block, batch * heads * blocks * chunks)
+    _run(job, block, batch * heads * blocks * chunks, batch * heads * blocks * num_pages)
     return _merged(out, lse, group, num_queries)
 
 
@@ -167,9 +168,9 @@ def _group_row(part: PlaneGroup, planes: torch.Tensor, held: list[torch.Tensor])
     return [*place, planes.data_ptr(), planes.stride(0), int(is_wide)]
 
 
-def _run(job: _Job, block: int, num_units: int) -> None:
+def _run(job: _Job, block: int, num_units: int, num_pages: int) -> None:
     attend = native_library().pqkv_attend
-    threads = min(torch.get_num_threads(), num_units)
+    threads = min(torch.get_num_threads(), num_units, max(1, num_pages // _THREAD_PAGES))
     cuts = [num_units * i // threads for i in range(threads + 1)]
     calls = [
         (ctypes.byref(job), ctypes.c_int64(block), ctypes.c_int64(begin), ctypes.c_int64(end))

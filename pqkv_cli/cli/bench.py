@@ -1,5 +1,6 @@
 """``pqkv bench``: how fast attention over codes and whole decode steps are on this machine."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,6 +39,13 @@ def bench(
     kmeans: Annotated[
         bool, typer.Option("--kmeans", help="Compare our k-means with that of faiss on a run's calibration instead.")
     ] = False,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="NAME", help="Instead of a run: llama-2-7b, llama-3-8b or small; may be repeated."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE.html", help="With --shape: draw time and memory against context.")
+    ] = None,
     model: ModelOption = None,
     force: ForceOption = False,
     device: DeviceOption = None,
@@ -49,6 +57,8 @@ def bench(
 
     Nothing is timed before its answers have been compared with the reference on the same device.
 
+    With --shape no run is needed: weights and codebooks are random, and what does not fit into memory is listed.
+
     Example: pqkv bench my-run --context 16384
     """
     from pqkv_cli.cli.output import Output, TerminalReporter
@@ -56,6 +66,13 @@ def bench(
 
     output, reporter = Output(json_target), TerminalReporter()
     _check(context or [], batch or [], repeats, backend)
+    if shape:
+        from pqkv_cli.cli.bench_shapes import show_shapes
+
+        checked({"device": device})
+        return show_shapes(shape, context or [], batch or [], repeats, backend, device, picture, output, reporter)
+    if picture is not None:
+        raise UsageError("--picture draws what --shape measures; expected --shape beside it")
     if kmeans:
         _show_kmeans(target_of(target, run, reporter), output, reporter)
         return

@@ -5,7 +5,7 @@ The caches are filled with random keys and values: speed does not depend on them
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedCache as TransformersQuantizedCache
 
-from pqkv_cli.cache.cache import QuantizedCache
+from pqkv_cli.cache.cache import QuantizedCache, tensor_bytes
 from pqkv_cli.runtime.attach import Attached
 from pqkv_kernels.bench import Quantiles, quantiles
 
@@ -23,11 +23,12 @@ _QUANTO = "optimum.quanto"
 
 @dataclass(frozen=True, slots=True)
 class TokenTimes:
-    """Times of one decode step at `context` cached tokens, by cache, and why a cache is missing."""
+    """Times of one decode step at `context` cached tokens and bytes held, by cache, and why a cache is missing."""
 
     context: int
     ms_per_token: Mapping[str, Quantiles]
     missing: Mapping[str, str]
+    cache_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def ratio(self, other: str) -> float | None:
         """Return how many times faster ours is than `other`."""
@@ -53,7 +54,13 @@ def time_tokens(attached: Attached, context: int, repeats: int) -> TokenTimes:
                     times[name].append(elapsed)
     finally:
         model.set_attn_implementation(ours)
-    return TokenTimes(context, {name: quantiles(found) for name, found in times.items()}, missing)
+    held = {name: _cache_bytes(cache) for name, cache in caches.items() if name != "QuantizedCache"}
+    return TokenTimes(context, {name: quantiles(found) for name, found in times.items()}, missing, held)
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Return the bytes of a cache's tensors; quanto's packed tensors do not tell theirs."""
+    return cache.num_bytes().total if isinstance(cache, QuantizedCache) else sum(map(tensor_bytes, cache.layers))
 
 
 def _makers(attached: Attached, capacity: int) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
@@ -77,11 +84,12 @@ def _filled(model: Any, cache: Any, context: int) -> Any:
         config.num_key_value_heads,
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     )
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(model.device).manual_seed(0)
     if isinstance(cache, QuantizedCache):
         cache.begin_step(torch.arange(context, device=model.device)[None], None)
     for index in range(config.num_hidden_layers):
-        states = torch.randn(2, 1, heads, context, dim, generator=generator).to(model.device, model.dtype)
+        shape = (2, 1, heads, context, dim)
+        states = torch.randn(shape, generator=generator, device=model.device, dtype=torch.float32).to(model.dtype)
         cache.update(states[0], states[1], index)
     return cache
 

@@ -55,6 +55,7 @@ def test_torch_equals_the_reference(case: Case) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_native_equals_the_reference(case: Case, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_attention.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(native_attention, "_THREAD_PAGES", 1)
     given = inputs(case, heads=2)
     found = attend_codes(
         "native",
