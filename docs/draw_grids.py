@@ -1,0 +1,29 @@
+"""Draws grids of result records as one picture: ``python docs/draw_grids.py -o FILE NAME=RECORD ...``.
+
+Each record gives two grids, of the uncompressed and of the compressed model on the same prompts.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from pqkv_cli.evaluation.grid_picture import grids_svg
+
+
+def main() -> None:
+    """Write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("records", nargs="+", metavar="NAME=RECORD", help="name of a picture and its result record")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    wanted = parser.parse_args()
+    panels, sides = {}, {}
+    for pair in wanted.records:
+        name, _, path = pair.partition("=")
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))["metrics"]["grid"]
+        for side, word in (("baseline", "uncompressed"), ("quantized", "compressed")):
+            panels[f"{name}, {word}"], sides[f"{name}, {word}"] = cells, side
+    wanted.out.write_text(grids_svg(panels, sides), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
