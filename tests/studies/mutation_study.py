@@ -72,7 +72,9 @@ class Study:
         header = make_header()
         save_artifact(self.path, header, make_tables(header))
         self.original = self.path.read_bytes()
-        self.parts = read_parts(self.path)
+        document, tensors = read_parts(self.path)
+        # Copies: the file is written over and over, and what is read of it lies in it.
+        self.parts = document, {name: tensor.clone() for name, tensor in tensors.items()}
         self.run_files = RunFiles(directory)
 
     def flips(self) -> Kind:
@@ -98,6 +100,8 @@ class Study:
     def signed(self, count: int) -> Kind:
         """Change the header in `count` ways and sign it anew."""
         kind, (document, tensors) = Kind("header changed and signed anew"), self.parts
+        write_signed(self.path, document, tensors)
+        open_artifact(self.path)  # unchanged, it opens: what is refused below is refused for its change
 
         def example(data: st.DataObject) -> None:
             place, changed = data.draw(changed_document(document))
