@@ -117,7 +117,7 @@ def _least_vectors(geometry: ModelGeometry, store: CalibrationStore) -> int:
 
 
 def _menus(geometry: ModelGeometry, bits: float, style: CodeStyle, num_vectors: int) -> dict[Place, Mapping[float, CodecSpec]]:
-    """Return the formats of every side that is coded, by rate around `bits`; none with more table entries than there are vectors.
+    """Return the formats of every side that is coded, by rate around `bits`; no tables with more entries than vectors.
 
     Raises
     ------

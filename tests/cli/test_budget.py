@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 
+QUICK = ("--iterations", 2, "--prototype-bits", 0)
+
+
 @pytest.fixture
 def run(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "RUN"))
@@ -24,7 +27,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("budget", [2, 2.7])
 def test_codes_take_the_budget_on_average(pqkv: Callable, run: Path, quickly: None, budget: float) -> None:
-    answer = pqkv("fit-codebooks", run, "--budget", budget, "--iterations", 2, "--json", "-")
+    answer = pqkv("fit-codebooks", run, "--budget", budget, *QUICK, "--json", "-")
     assert answer.code == 0, answer.err
     facts = answer.json["facts"]
     assert facts["allocation"] == "measured" and budget - 0.5 <= facts["bits"] <= budget
@@ -40,7 +43,7 @@ def test_killed_after_the_trials_and_resumed_gives_the_same_bytes(
 ) -> None:
     from pqkv_cli.pipeline import allocation
 
-    words = ("fit-codebooks", run, "--budget", 2.5, "--iterations", 2)
+    words = ("fit-codebooks", run, "--budget", 2.5, *QUICK)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
