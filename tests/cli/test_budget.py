@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 QUICK = ("--iterations", 2, "--prototype-bits", 0)
 
 
