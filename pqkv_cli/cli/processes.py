@@ -3,15 +3,12 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from datetime import timedelta
 
 from pqkv_cli.cli.voice import Voice, speaking
 from pqkv_cli.errors import UsageError
 
 SHARED_VERBS = ("calibrate", "fit-codebooks")
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# The others may wait for the first process as long as one stage lasts.
-_PATIENCE = timedelta(days=7)
 
 
 @contextmanager
@@ -35,20 +32,14 @@ def joined_processes(words: Sequence[str], environment: Mapping[str, str] = os.e
             f"{verb} was started in {size} processes; expected one: call it without a launcher ({' and '.join(SHARED_VERBS)} "
             "are what several processes can share)"
         )
-    import torch
+    from pqkv_cli.pipeline.process_group import process_group
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
-    # What meets are sums and samples on the CPU, so gloo serves every device.
-    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
-    try:
-        if torch.distributed.get_rank() == 0:
+    with process_group(int(environment.get("LOCAL_RANK", "0"))) as rank:
+        if rank == 0:
             yield list(words)
             return
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), speaking(Voice(is_quiet=True)):
             yield without_json(words)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def without_json(words: Sequence[str]) -> list[str]:
