@@ -65,7 +65,7 @@ STUDY := OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/artifact $(BIN)/python tests/s
 
 crash-study: $(VENV)/.installed-dev
 	$(STUDY)/crash_study.py --points 50 --record docs/crash-study.md
-	$(STUDY)/crash_study.py --points 12 --signals 2 --allocation measured --record docs/crash-study-measured.md
+	$(STUDY)/crash_study.py --points 12 --signals 2 --allocation measured
 
 mutation-study: $(VENV)/.installed-dev
 	$(STUDY)/mutation_study.py --examples 10000 --record docs/mutation-study.md
