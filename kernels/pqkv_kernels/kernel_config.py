@@ -11,6 +11,7 @@ from pqkv_kernels.layout import PAGE_TOKENS
 
 TableKind = Literal["float16", "float32"]
 Precision = Literal["tf32", "tf32x3", "ieee"]
+KeyScores = Literal["decode", "table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,9 @@ class DecodeConfig:
         Splits are as many as give each multiprocessor about this many programs.
     min_split_pages
         No split is shorter, so that merging stays cheap.
+    key_scores
+        ``table`` looks up the product of a query with every centroid instead of decoding keys; only where keys are coded after
+        rotary embedding and a program serves one query, elsewhere keys are decoded.
     origin
         Where the row comes from.
 
@@ -45,6 +49,7 @@ class DecodeConfig:
     precision: Precision = "tf32"
     programs_per_processor: int = 4
     min_split_pages: int = 4
+    key_scores: KeyScores = "decode"
     origin: str = "reasoned"
 
     def __post_init__(self) -> None:
@@ -56,6 +61,8 @@ class DecodeConfig:
             raise KernelError(
                 f"tables are {self.tables!r} and precision {self.precision!r}; see DecodeConfig for what is known"
             )
+        if self.key_scores not in ("decode", "table"):
+            raise KernelError(f"key_scores is {self.key_scores!r}; expected decode or table")
         if min(self.num_stages, self.programs_per_processor, self.min_split_pages) < 1:
             raise KernelError("num_stages, programs_per_processor and min_split_pages must be at least 1")
 

@@ -17,6 +17,7 @@ from pqkv_kernels.attention import Part, merge, softmax_parts
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.plane_angles import plane_factors, step_factors
 from pqkv_kernels.planes import Planes, read_planes
+from pqkv_kernels.score_tables import score_tables, table_scores
 
 TILE_ENTRIES = 1 << 17  # decoded pairs of channels at a time: 1 MiB
 BLOCK_SCORES = 1 << 22  # logits at a time: 16 MiB
@@ -70,12 +71,17 @@ class _Reader:
         self._keys, self._values, self._rows, self._angles = keys, values, rows, angles
         self._few = rows.shape[2] <= FEW_QUERIES
         self._step = self._base = None
+        # One query per head meets keys that nobody turns: products with centroids are looked up, nothing is decoded.
+        is_looked_up = keys.pairs is None and rows.shape[2] == 1
+        self._scores = score_tables(rows, keys) if is_looked_up else None
         if isinstance(angles, PageAngles):
             self._step = step_factors(angles, keys)
             self._base = plane_factors(angles.base, keys).permute(2, 0, 1, 3)  # [P, B, Hkv, D / 2]
 
     def scores(self, tiles: list[_Tile]) -> torch.Tensor:
         """Return the products [B, Hkv, N, T] of the queries with the keys of `tiles`."""
+        if self._scores is not None:
+            return torch.cat([table_scores(tile.keys, self._keys, self._scores) for tile in tiles], dim=-1)
         if not self._few:
             return torch.cat([self._rows.flatten(3) @ self._dense_keys(tile) for tile in tiles], dim=-1)
         batch, heads, count, planes, _ = self._rows.shape

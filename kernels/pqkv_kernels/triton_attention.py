@@ -10,6 +10,7 @@ from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.attention import Part
 from pqkv_kernels.device_tables import PART_WIDTHS, DeviceTables, device_tables
 from pqkv_kernels.kernel_config import EXACT, DecodeConfig, decode_config
+from pqkv_kernels.score_tables import score_rows, score_tables
 from pqkv_kernels.tables import CodecTables
 from pqkv_kernels.triton_decode import merge_kernel, split_kernel
 
@@ -46,21 +47,35 @@ def triton_attention(
     block = max(16, min(_MAX_QUERIES, triton.next_power_of_2(num_queries)))
     shape = {"D2": dim // 2, "BP": max(16, triton.next_power_of_2(dim // 2))}
     turn, turning = _turning(keys, angles, query)
+    scored = _plane_queries(query, keys, scaling)
+    looked_up = config.key_scores == "table" and turn == 0 and num_queries == 1
+    scores, score_row = _score_tables(scored, keys) if looked_up else (query, keys.first_row)
     split_kernel[(batch * heads, num_splits, triton.cdiv(num_queries, block))](
-        *(_plane_queries(query, keys, scaling), page_addresses(key_pages), page_addresses(value_pages), first_token),
+        *(scored, page_addresses(key_pages), page_addresses(value_pages), first_token),
         *(keys.part_bytes, keys.first_row, keys.entries, values.part_bytes, values.first_row, values.entries),
-        *(*turning, parts, part_lse),
+        *(*turning, scores, score_row, parts, part_lse),
         *(heads, num_queries, num_pages, split_pages, key_tables.layout.page_bytes, value_tables.layout.page_bytes),
         *(0 if key_tables.rotary is None else key_tables.rotary.num_pairs, _angle_row(angles, batch)),
-        1.0 if softcap is None else softcap,
-        **{"TURN": turn, "HAS_CAP": softcap is not None, "WIDE": config.tables == "float32", "PRECISION": config.precision},
+        *(1.0 if softcap is None else softcap, scores.shape[-1]),
+        **{"LOOKED_UP": looked_up, "TURN": turn, "HAS_CAP": softcap is not None, **_precision(config)},
         **{**_parts("K", keys), **_parts("V", values), **shape, "BN": block, "BT": config.tile_tokens},
         **{"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
+    return _merged(query, parts, part_lse, values, shape)
+
+
+def _merged(
+    query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, values: DeviceTables, shape: dict[str, int]
+) -> Part:
+    batch, heads, num_splits, num_queries = part_lse.shape
     out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:-1])
     rows = (parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits)
     merge_kernel[(batch * heads, num_queries)](*rows, **shape, num_warps=2)
     return out, lse
+
+
+def _precision(config: DecodeConfig) -> dict[str, object]:
+    return {"WIDE": config.tables == "float32", "PRECISION": config.precision}
 
 
 def prepare(tables: CodecTables) -> None:
@@ -80,6 +95,12 @@ def _plane_queries(query: torch.Tensor, keys: DeviceTables, scaling: float) -> t
     rows = query.flatten(2, 3).gather(3, channels).unflatten(-1, (2, dim // 2))
     scaled: torch.Tensor = rows * (keys.scale * scaling)[:, None, None]
     return scaled.contiguous()
+
+
+def _score_tables(scored: torch.Tensor, keys: DeviceTables) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the products of one scaled query per head with every centroid, [B, Hkv, S] fp32, and where codes find theirs."""
+    plain = (scored / keys.scale[:, None, None]).transpose(-1, -2).contiguous()  # the entries there are not divided by scales
+    return score_tables(plain, keys.planes)[:, :, 0].contiguous(), score_rows(keys.planes)
 
 
 def is_interpreted() -> bool:

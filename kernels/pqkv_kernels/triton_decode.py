@@ -102,6 +102,8 @@ def split_kernel(
     p_base_sin,
     p_cos,
     p_sin,
+    p_scores,
+    p_score_rows,
     p_out,
     p_lse,
     heads,
@@ -113,6 +115,8 @@ def split_kernel(
     num_pairs,
     angle_row,
     softcap,
+    num_scores,
+    LOOKED_UP: tl.constexpr,
     TURN: tl.constexpr,
     HAS_CAP: tl.constexpr,
     WIDE: tl.constexpr,
@@ -135,7 +139,8 @@ def split_kernel(
     """Attend with `BN` queries of one head to the pages of one split.
 
     p_query [B, Hkv, N, 2, D2] fp32, scaled; p_*_pages [B, P] int64 addresses; TURN 0: keys are not turned, 1: by page and step,
-    2: by token. p_out [B, Hkv, S, N, 2, D2] fp32, p_lse [B, Hkv, S, N] fp32 in base 2.
+    2: by token. LOOKED_UP: one query, whose products with the centroids are in p_scores [B, Hkv, num_scores].
+    p_out [B, Hkv, S, N, 2, D2] fp32, p_lse [B, Hkv, S, N] fp32 in base 2.
     """
     i_head = tl.program_id(0).to(tl.int64)  # row * heads + head
     i_split = tl.program_id(1).to(tl.int64)
@@ -172,42 +177,51 @@ def split_kernel(
         key_page = tl.load(p_key_pages + i_b * num_pages + i_page).to(tl.pointer_type(tl.uint8)) + i_h * key_page_bytes
         value_page = tl.load(p_value_pages + i_b * num_pages + i_page).to(tl.pointer_type(tl.uint8)) + i_h * value_page_bytes
         t = part * BT + o_t
-        k_x, k_y = _decoded(
-            key_page,
-            p_key_parts,
-            p_key_rows + i_h * D2,
-            p_key_entries,
-            t,
-            m_plane,
-            planes,
-            heads,
-            K_STAGES,
-            K8,
-            K4,
-            K2,
-            K1,
-            WIDE,
-            D2,
-        )
-        turned_x, turned_y = q_x, q_y
-        if TURN == 1:
-            p_base = (i_b * angle_row + i_page) * num_pairs + pair
-            base_cos = tl.load(p_base_cos + p_base, mask=m_turn, other=1.0)
-            base_sin = tl.load(p_base_sin + p_base, mask=m_turn, other=0.0)
-            if BT < 64:  # the part's first token stands `part * BT` steps after the page's
-                c = tl.load(p_cos + part * BT * num_pairs + pair, mask=m_turn, other=1.0)
-                s = tl.load(p_sin + part * BT * num_pairs + pair, mask=m_turn, other=0.0)
-                base_cos, base_sin = base_cos * c - base_sin * s, base_sin * c + base_cos * s
-            turned_x, turned_y = q_x * base_cos + q_y * base_sin, q_y * base_cos - q_x * base_sin
-            k_x, k_y = k_x * step_cos - k_y * step_sin, k_y * step_cos + k_x * step_sin
-        if TURN == 2:
-            p_token = (i_b * angle_row + i_page * 64 + t) * num_pairs + pair
-            c = tl.load(p_cos + p_token, mask=m_turn, other=1.0)
-            s = tl.load(p_sin + p_token, mask=m_turn, other=0.0)
-            k_x, k_y = k_x * c - k_y * s, k_y * c + k_x * s
-        # [BN, BT]
-        score = tl.dot(turned_x, tl.trans(k_x), input_precision=PRECISION)
-        score += tl.dot(turned_y, tl.trans(k_y), input_precision=PRECISION)
+        if LOOKED_UP:
+            looked = tl.zeros((BT,), tl.float32)
+            for stage in tl.static_range(K_STAGES):
+                code = _codes(key_page, p_key_parts + stage * 4 * D2, t, m_plane, planes, K8, K4, K2, K1, D2)
+                row = tl.load(p_score_rows + stage * D2 + planes, mask=m_plane, other=-1)
+                found = tl.load(p_scores + i_head * num_scores + (row + code), mask=row >= 0, other=0.0)
+                looked += tl.sum(found, 1)
+            score = tl.zeros((BN, BT), tl.float32) + looked[None, :]
+        else:
+            k_x, k_y = _decoded(
+                key_page,
+                p_key_parts,
+                p_key_rows + i_h * D2,
+                p_key_entries,
+                t,
+                m_plane,
+                planes,
+                heads,
+                K_STAGES,
+                K8,
+                K4,
+                K2,
+                K1,
+                WIDE,
+                D2,
+            )
+            turned_x, turned_y = q_x, q_y
+            if TURN == 1:
+                p_base = (i_b * angle_row + i_page) * num_pairs + pair
+                base_cos = tl.load(p_base_cos + p_base, mask=m_turn, other=1.0)
+                base_sin = tl.load(p_base_sin + p_base, mask=m_turn, other=0.0)
+                if BT < 64:  # the part's first token stands `part * BT` steps after the page's
+                    c = tl.load(p_cos + part * BT * num_pairs + pair, mask=m_turn, other=1.0)
+                    s = tl.load(p_sin + part * BT * num_pairs + pair, mask=m_turn, other=0.0)
+                    base_cos, base_sin = base_cos * c - base_sin * s, base_sin * c + base_cos * s
+                turned_x, turned_y = q_x * base_cos + q_y * base_sin, q_y * base_cos - q_x * base_sin
+                k_x, k_y = k_x * step_cos - k_y * step_sin, k_y * step_cos + k_x * step_sin
+            if TURN == 2:
+                p_token = (i_b * angle_row + i_page * 64 + t) * num_pairs + pair
+                c = tl.load(p_cos + p_token, mask=m_turn, other=1.0)
+                s = tl.load(p_sin + p_token, mask=m_turn, other=0.0)
+                k_x, k_y = k_x * c - k_y * s, k_y * c + k_x * s
+            # [BN, BT]
+            score = tl.dot(turned_x, tl.trans(k_x), input_precision=PRECISION)
+            score += tl.dot(turned_y, tl.trans(k_y), input_precision=PRECISION)
         if HAS_CAP:  # tanh by its exponential; far out both ends saturate without overflow
             squashed = tl.exp2(-2.8853900817779268 * tl.abs(score / softcap))
             score = tl.where(score < 0, -softcap, softcap) * (1 - squashed) / (1 + squashed)

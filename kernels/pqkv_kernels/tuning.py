@@ -12,7 +12,7 @@ import torch
 from pqkv_kernels.attention import code_attention, code_queries
 from pqkv_kernels.bench import GATE_ERROR, GATE_TOKENS, bench_inputs, measure
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.kernel_config import DecodeConfig
+from pqkv_kernels.kernel_config import DecodeConfig, KeyScores
 from pqkv_kernels.layout import CodeLayout
 from pqkv_kernels.tables import CodecTables
 
@@ -30,11 +30,13 @@ class Trial:
     fault: str | None = None
 
 
-def candidates(head_dim: int) -> tuple[DecodeConfig, ...]:
-    """Return what is tried first for heads of `head_dim` channels."""
+def candidates(head_dim: int, *, looked_up: bool = False) -> tuple[DecodeConfig, ...]:
+    """Return what is tried first for heads of `head_dim` channels; `looked_up` where scores may come from tables."""
     tiles = (16, 32, 64) if head_dim <= 128 else (16, 32)
+    ways: tuple[KeyScores, ...] = ("decode", "table") if looked_up else ("decode",)
     return tuple(
-        DecodeConfig(tile_tokens=tile, num_warps=warps, num_stages=stages, origin="candidate")
+        DecodeConfig(tile_tokens=tile, num_warps=warps, num_stages=stages, key_scores=way, origin="candidate")
+        for way in ways
         for tile in tiles
         for warps in (4, 8)
         for stages in (2, 3)

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from pqkv_cli.pipeline.target import Target
     from pqkv_kernels.bench import AttentionTimes, Quantiles
 
+KmeansOption = Annotated[
+    bool, typer.Option("--kmeans", help="Compare our k-means with that of faiss on a run's calibration instead.")
+]
+ShapeOption = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME", help="Instead of a run: llama-2-7b, llama-3-8b or small; may be repeated."),
+]
+PictureOption = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE.html", help="With --shape: draw time and memory against context.")
+]
 _BACKENDS = ("auto", "torch", "native", "triton")
 
 
@@ -36,16 +46,9 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option("--batch", help="Rows, for attention alone; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed repetitions.")] = 20,
     backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, torch, native or triton.")] = "auto",
-    kmeans: Annotated[
-        bool, typer.Option("--kmeans", help="Compare our k-means with that of faiss on a run's calibration instead.")
-    ] = False,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option("--shape", metavar="NAME", help="Instead of a run: llama-2-7b, llama-3-8b or small; may be repeated."),
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option("--picture", metavar="FILE.html", help="With --shape: draw time and memory against context.")
-    ] = None,
+    kmeans: KmeansOption = False,
+    shape: ShapeOption = None,
+    picture: PictureOption = None,
     model: ModelOption = None,
     force: ForceOption = False,
     device: DeviceOption = None,
@@ -74,16 +77,13 @@ def bench(
     if picture is not None:
         raise UsageError("--picture draws what --shape measures; expected --shape beside it")
     if kmeans:
-        _show_kmeans(target_of(target, run, reporter), output, reporter)
-        return
-
-    from pqkv_cli.pipeline.start import artifact_source
-
-    source = artifact_source(target_of(target, run, reporter), model, checked({"device": device, "dtype": dtype}))
+        return _show_kmeans(target_of(target, run, reporter), output, reporter)
 
     from pqkv_cli.pipeline.bench import BenchSettings
     from pqkv_cli.pipeline.bench import bench as measure
+    from pqkv_cli.pipeline.start import artifact_source
 
+    source = artifact_source(target_of(target, run, reporter), model, checked({"device": device, "dtype": dtype}))
     settings = BenchSettings(tuple(context or ()), tuple(batch or ()), repeats, backend)  # type: ignore[arg-type]
     report = measure(source, settings, reporter, force=force)
     output.result(report.document(), *_tables(report))

@@ -85,10 +85,9 @@ def write_tuned(
             if tables is not None and tables_format(tables) not in found:
                 keys, values = (tables[side] for side in SIDES)
                 group = artifact.header.geometry[index].group_size
+                first = candidates(keys.layout.head_dim, looked_up=keys.rotary is None and group == 1)
                 try:
-                    found[tables_format(tables)] = tune(
-                        candidates(keys.layout.head_dim), measure(keys, values, group), device_name
-                    )
+                    found[tables_format(tables)] = tune(first, measure(keys, values, group), device_name)
                 except KernelError as error:
                     raise RunError(f"layer {index}: {error}") from error
             advance(index + 1, len(artifact.tables))

@@ -24,8 +24,11 @@ def build(kernel, constants, types, warps):
 
 parts = dict(K_STAGES=1, K8=True, K4=True, K2=True, K1=False, V_STAGES=2, V8=False, V4=True, V2=False, V1=False)
 types = {name: "*i64" for name in ("p_key_pages", "p_value_pages", "p_first", "p_pairs")} | {"softcap": "fp32"}
+types["p_score_rows"] = "*i32"
 types |= {f"p_{side}_{what}": "*i32" for side in ("key", "value") for what in ("parts", "rows", "entries")}
-build(split_kernel, dict(TURN=1, HAS_CAP=True, WIDE=False, PRECISION="tf32", D2=32, BP=32, BN=16, BT=32, **parts), types, 4)
+for looked_up, turn in ((False, 1), (True, 0)):
+    constants = dict(HAS_CAP=True, WIDE=False, PRECISION="tf32", D2=32, BP=32, BN=16, BT=32, **parts)
+    build(split_kernel, dict(LOOKED_UP=looked_up, TURN=turn, **constants), types, 4)
 build(merge_kernel, dict(D2=32, BP=32), {}, 2)
 types = {name: "*i32" for name in ("p_own", "p_partner", "p_pair")} | {"p_x": "*bf16", "p_centroids": "*fp16", "p_pages": "*u8"}
 build(encode_kernel, dict(TURN=True, FIRST=True, LAST=False, NBITS=7, DSUB=2, BD=2, D=64, BK=32), types, 4)

@@ -19,7 +19,7 @@ def test_the_fastest_that_is_right_wins() -> None:
     winner, trials = tune(candidates(128), measured, "Fake GPU")
     chosen = (winner.tile_tokens, winner.num_warps, winner.num_stages, winner.programs_per_processor)
     assert chosen == (32, 8, 2, 8) and winner.origin == "measured on Fake GPU: 0.1250 ms"
-    assert len(trials) == len(candidates(128)) + 2
+    assert len(trials) == len(candidates(128)) + 2 and len(candidates(128, looked_up=True)) == 2 * len(candidates(128))
     faults = {trial.config.tile_tokens: trial.fault for trial in trials}
     assert faults == {16: "RuntimeError: out of resource: shared memory", 32: None, 64: faults[64]}
     assert faults[64] == "differs from the reference by 0.5; expected at most 0.01"
