@@ -23,8 +23,6 @@ def show_shapes(
     reporter: "TerminalReporter",
 ) -> None:
     """Measure the shapes `names`, show tables, and write the picture where it is asked for."""
-    import torch
-
     from pqkv_cli.evaluation.shape_picture import shape_picture
     from pqkv_cli.evaluation.shapes import SHAPES
     from pqkv_cli.files import write_text
@@ -33,8 +31,7 @@ def show_shapes(
     unknown = [name for name in names if name not in SHAPES]
     if unknown:
         raise UsageError(f"--shape is {', '.join(map(repr, unknown))}; expected one of {', '.join(SHAPES)}")
-    where = None if device in (None, "auto") else torch.device(str(device))
-    found = bench_shapes(names, contexts, batches, repeats, backend, reporter, where)  # type: ignore[arg-type]
+    found = bench_shapes(names, contexts, batches, repeats, backend, reporter, device)  # type: ignore[arg-type]
     document = found.document()
     notes: list[RenderableType] = [f"not measured: {why}" for why in found.skipped]
     if picture is not None:

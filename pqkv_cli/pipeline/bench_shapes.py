@@ -54,16 +54,19 @@ def bench_shapes(
     repeats: int,
     backend: BackendRequest,
     reporter: Reporter,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
 ) -> ShapeBench:
     """Measure the shapes `names` of `SHAPES`; empty contexts or batches mean the usual ones of the device.
+
+    `device` None or ``auto`` is the GPU where there is one.
 
     Raises
     ------
     RunError
         If the backend cannot run here, or gives wrong answers.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(usual if device in (None, "auto") else device)
     on_gpu = device.type == "cuda"
     contexts = contexts or (GPU_CONTEXTS if on_gpu else CPU_CONTEXTS)
     batches = batches or (GPU_BATCHES if on_gpu else CPU_BATCHES)

@@ -27,7 +27,8 @@ def test_centroids_encode_to_themselves(nbits: int, subspace_dim: int, heads: in
     vectors = dequantize(codes, layout, codebooks)
     assert vectors.shape == (2, heads, num_tokens, 16)
     again = dequantize(quantize(vectors, layout, codebooks), layout, codebooks)
-    assert torch.equal(again, vectors)
+    # Of centroids that nearly touch, fp32 scores may choose the other one.
+    assert torch.allclose(again, vectors, rtol=0, atol=3e-3)
 
 
 def test_quantize_equals_a_dull_search(generator: torch.Generator) -> None:
