@@ -125,12 +125,16 @@ def _artifact_tables(artifact: "Summary") -> "list[RenderableType]":
         ("bytes of codebooks and transforms", artifact.table_bytes),
         ("kept exact", f"{artifact.cache.num_sinks} first tokens, {artifact.cache.window_tokens} most recent"),
     ]
-    columns = ("layer", "bits/channel", "keys error", "worst head", "values error", "worst head", "dense because")
-    layers = table("relative squared error per layer", columns, [_error_cells(row) for row in artifact.layers])
+    columns = ("layer", "keys b/ch", "error", "worst head", "values b/ch", "error", "worst head", "dense because")
+    layers = table(
+        "bits per channel and relative squared error per layer", columns, [_error_cells(row) for row in artifact.layers]
+    )
     return [table("artifact", ("fact", "value"), facts), layers]
 
 
 def _error_cells(row: "LayerRow") -> tuple[object, ...]:
-    keys = (None, None) if row.keys is None else (row.keys.mean_error, row.keys.worst_error)
-    values = (None, None) if row.values is None else (row.values.mean_error, row.values.worst_error)
-    return str(row.layer), row.bits_per_channel, *keys, *values, row.dense_reason
+    sides = [
+        (None, None, None) if side is None else (side.bits_per_channel, side.mean_error, side.worst_error)
+        for side in (row.keys, row.values)
+    ]
+    return str(row.layer), *sides[0], *sides[1], row.dense_reason
