@@ -164,7 +164,8 @@ class Timeline:
         if id(source) not in self._steps:
             cos, sin = source(torch.arange(PAGE_TOKENS, device=base.device)[None])
             self._steps[id(source)] = cos[0], sin[0]
-        return PageAngles(source(base), self._steps[id(source)])
+        cos, sin = (t.contiguous() for t in source(base))  # a view would keep all that it is cut from
+        return PageAngles((cos, sin), self._steps[id(source)])
 
     def _forget_angles(self) -> None:
         self._angles.clear()

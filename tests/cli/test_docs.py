@@ -85,8 +85,8 @@ def test_commands_are_found() -> None:
         understand(["calibrate", "org/model", "--smaples", "3"])
 
 
-# Commands of the README that take minutes or need data of others; they are understood all the same.
-EXPENSIVE = ("longbench", "gsm8k", "demo", "runs/demo")
+# Commands of the README that take minutes, or need data of others or a hub; they are understood all the same.
+EXPENSIVE = ("longbench", "gsm8k", "demo", "runs/demo", "--refine", "--push-to-hub")
 # What makes the others quick.
 QUICK = {
     "calibrate": ["--samples", "20", "--seq-len", "64", "--batch-size", "4"],

@@ -1,7 +1,7 @@
 """``pqkv eval`` beyond the chain: honesty, resumption, generated continuations, tasks by name."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,18 @@ def test_a_calibration_text_that_is_gone_is_said(pqkv: Callable, run: Path, text
     assert "could not be read" in answer.json["calibration_overlap"]["note"]
 
 
+@pytest.fixture
+def small_batches() -> Iterator[None]:
+    from pqkv_cli.pipeline import evaluation_settings
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_settings, "_LEAST_BATCH", 1024)
+        patch.setattr(evaluation_settings, "_MOST_BATCH", 1024)
+        yield
+
+
 def test_an_interrupted_evaluation_goes_on(
-    pqkv: Callable, run: Path, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    pqkv: Callable, run: Path, texts: tuple[Path, Path], small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = ("--task", "passkey", "--mode", "cache", "--context", 128, "--limit", 20, "--data", texts[1])
     whole = evaluate(pqkv, run, *line).json

@@ -88,7 +88,7 @@ TABLE = [
     ("calibrate {run}/artifact", 2, "is an artifact"),
     ("calibrate llama-3-8b", 1, "meta-llama/Meta-Llama-3-8B"),
     ("calibrate some-org/some-model", 1, "some-org/some-model"),
-    ("fit-codebooks {run} --bits 5", 2, "codebooks.bits: found 5; expected one of 4, 3.5, 3, 2.5, 2, 1.5, 1"),
+    ("fit-codebooks {run} --bits 6", 2, "codebooks.bits: found 6; expected one of 5, 4.5, 4, 3.5, 3, 2.5, 2"),
     ("fit-codebooks {uncalibrated}", 1, "run it with: pqkv calibrate"),
     ("fit-codebooks {tiny}", 1, "start it with: pqkv calibrate"),
     ("export {unfitted}", 1, "run it with: pqkv fit-codebooks"),
