@@ -35,8 +35,8 @@ def make_run() -> Callable[[Path], None]:
     """Return what calibrates, fits (with few iterations) and exports the reference model into a directory."""
 
     def make(run: Path) -> None:
-        fit = ["fit-codebooks", str(run), "--iterations", "6"]
-        for words in (["calibrate", "demo", "-o", str(run)], fit, ["export", str(run)]):
+        fit = ["fit-codebooks", str(run), "--bits", "4", "--iterations", "6"]
+        for words in (["calibrate", "demo", "--no-fisher", "-o", str(run)], fit, ["export", str(run)]):
             assert main(words) == 0
 
     return make
