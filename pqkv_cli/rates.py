@@ -94,7 +94,9 @@ def rate_layout(bits: float, head_dim: int, style: CodeStyle = USUAL_STYLE) -> C
     try:
         if head_dim % subspace_dim:
             raise KernelError(f"subspaces of {subspace_dim} channels")
-        first, count = prototype_nbits(bits, head_dim, style.whole_vector_bits), head_dim // subspace_dim
+        count = head_dim // subspace_dim
+        room = round(bits * head_dim) - count * (sum(nbits) + 1)  # every code of the last stage has a bit
+        first = prototype_nbits(bits, head_dim, min(style.whole_vector_bits, room))
         whole = ((CodeGroup(1, first, head_dim),),) if first else ()
         stages = tuple((CodeGroup(count, size, subspace_dim),) for size in nbits)
         lower, more = divmod(round(bits * head_dim) - first - count * sum(nbits), count)

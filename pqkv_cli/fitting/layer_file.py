@@ -29,6 +29,22 @@ class LayerStamp:
     tensors_sha256: str
 
 
+def make_directory(directory: Path) -> None:
+    """Make the directory of a fit, where there is none.
+
+    Raises
+    ------
+    RunError
+        If it cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{directory} cannot be made: {error.strerror or error}; expected a directory for codebooks; choose another run"
+        ) from error
+
+
 def layer_path(directory: Path, index: int) -> Path:
     """Return where layer `index` lies."""
     return directory / f"layer_{index:03d}.safetensors"

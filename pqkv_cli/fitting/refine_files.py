@@ -15,7 +15,7 @@ import torch
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import FittedLayer
-from pqkv_cli.fitting.layer_file import layer_path, save_layer, tensors_sha256
+from pqkv_cli.fitting.layer_file import layer_path, make_directory, save_layer, tensors_sha256
 from pqkv_cli.fitting.record import RECORD_NAME, FitRecord, digest
 from pqkv_cli.fitting.refine import Refinement
 from pqkv_cli.fitting.refine_work import RefineSettings
@@ -51,7 +51,7 @@ def save_refinement(directory: Path, record: FitRecord, refinement: Refinement, 
     forget_refinement(directory)
     refined = directory / REFINED_NAME
     if refinement.is_better:
-        _make(refined)
+        make_directory(refined)
         _save_layers(refined, record, refinement.layers, request)
     outcome: dict[str, Any] = {
         "schema": SCHEMA,
@@ -116,12 +116,3 @@ def _save_layers(refined: Path, record: FitRecord, layers: Sequence[FittedLayer]
         layers_sha256=tuple(stamp.tensors_sha256 for stamp in stamps),
     )
     write_text(refined / RECORD_NAME, own.text(), RunError)
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"{directory} cannot be made: {error.strerror or error}; expected a directory for codebooks; choose another run"
-        ) from error

@@ -13,7 +13,7 @@ from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import FittedLayer, fit_layer
-from pqkv_cli.fitting.layer_file import LayerStamp, layer_path, load_layer, save_layer, tensors_sha256
+from pqkv_cli.fitting.layer_file import LayerStamp, layer_path, load_layer, make_directory, save_layer, tensors_sha256
 from pqkv_cli.fitting.record import RECORD_NAME, FitRecord, digest, load_record
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.specs import SIDES, CodecSpec, CompressionPlan, LayerGeometry, ModelGeometry, Side
@@ -74,7 +74,7 @@ def fit_codebooks(
         raise RunError(
             f"the plan has {num_layers} layers, the model {len(geometry.layers)}; expected as many; plan again for this model"
         )
-    _prepare(directory)
+    make_directory(directory)
     results: list[tuple[FittedLayer, LayerStamp]] = []
     for index in range(num_layers):
         if on_progress is not None and index == 0:
@@ -107,7 +107,7 @@ def fit_share(
     """
     if ranks.size == 1:
         return
-    _prepare(directory)
+    make_directory(directory)
     for index in range(ranks.rank, len(plan.layers), ranks.size):
         _layer(store, geometry, plan, directory, settings, index)
     ranks.wait()
@@ -182,15 +182,6 @@ def _layer(
 def _sample_tensors(samples: LayerSamples) -> Mapping[str, torch.Tensor]:
     named = {field.name: getattr(samples, field.name) for field in fields(samples)}
     return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
-
-
-def _prepare(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"{directory} cannot be made: {error.strerror or error}; expected a directory for codebooks; choose another run"
-        ) from error
 
 
 def _commit(directory: Path, record: FitRecord) -> None:

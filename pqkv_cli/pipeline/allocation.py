@@ -11,6 +11,7 @@ from pqkv_cli.errors import UsageError
 from pqkv_cli.evaluation.held_out import held_out_losses
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.allocation import Candidate, allocate
+from pqkv_cli.fitting.layer_file import make_directory
 from pqkv_cli.fitting.plan import check_codable, codec_name, rated_plan, rated_specs
 from pqkv_cli.fitting.run import layer_request
 from pqkv_cli.fitting.settings import FitSettings
@@ -92,7 +93,7 @@ class Allocation:
         """Return the trials of all coded layers; those found on disk are not made again."""
         coded, directory = sorted({index for index, _ in self._menus}), self._run.codebooks
         trials = {}
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         with reporter.progress("try rates") as advance:
             advance(0, len(coded))
             for done, index in enumerate(coded, 1):

@@ -39,7 +39,7 @@ def locked_task(results: Path, task: str, mode: str) -> Iterator[None]:
     RunError
         If another process holds it, or nothing can be written there.
     """
-    remedy = "results are written there; fix the rights, or evaluate a copy of the artifact"
+    remedy = "results are written there; free some space or fix the rights, or evaluate a copy of the artifact"
     with _held(results / f".{task}-{mode}.lock", remedy) as owner:
         if owner:
             raise RunError(

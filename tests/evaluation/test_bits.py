@@ -36,7 +36,8 @@ def test_mode_cache_against_arithmetic_by_hand(
     # Before the first page leaves it, the window holds just the tokens there are; then its buffer is a page longer.
     exact_tokens = spec.num_sinks + spec.window_tokens + 64 if pages else num_tokens
     exact = vectors * exact_tokens * DIM * FP32
-    positions = batch * (num_tokens * 4 + 8)  # int32 each, and one int64 row start
+    # Each token's and each whole page's first in int32, and one int64 row start.
+    positions = batch * (num_tokens * 4 + num_tokens // 64 * 4 + 8)
     channels = vectors * DIM * num_tokens
     found = cache_bits(cache)
     assert (found.num_tokens, found.asymptotic) == (num_tokens, 4)

@@ -13,6 +13,7 @@ from pqkv_cli.fitting.plan import rated_specs
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side import SideFit, fit_side
 from pqkv_cli.fitting.trial import load_trial, save_trial, try_layer
+from pqkv_cli.rates import CodeStyle
 from pqkv_cli.specs import SIDES
 
 
@@ -52,7 +53,7 @@ def test_a_budget_below_all_candidates_is_refused() -> None:
 
 
 def specs() -> dict:
-    rated = {side: rated_specs(support.LAYER, side, 0) for side in SIDES}
+    rated = {side: rated_specs(support.LAYER, side, CodeStyle(prototype_bits=0)) for side in SIDES}
     return {side: {bits: spec for bits, spec in rated[side].items() if bits in (1, 2, 3, 4)} for side in SIDES}
 
 
