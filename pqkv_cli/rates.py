@@ -44,6 +44,10 @@ class CodeStyle:
         """The rates there are."""
         return RATES if self.profile == "quality" else SPEED_RATES
 
+    def subspace_dim(self, bits: float) -> int:
+        """Return the channels that a code of a part covers at one of the `rates`."""
+        return RATES[bits] if self.profile == "quality" else 2
+
 
 USUAL_STYLE: Final = CodeStyle()
 
@@ -90,7 +94,7 @@ def rate_layout(bits: float, head_dim: int, style: CodeStyle = USUAL_STYLE) -> C
             f"--bits is {bits:g}; expected one of {rate_names(style.rates)} with profile {style.profile}, or --budget {bits:g} "
             "for a mean of them"
         )
-    subspace_dim, nbits = (RATES[bits], ()) if style.profile == "quality" else (2, SPEED_RATES[bits][:-1])
+    subspace_dim, nbits = style.subspace_dim(bits), () if style.profile == "quality" else SPEED_RATES[bits][:-1]
     try:
         if head_dim % subspace_dim:
             raise KernelError(f"subspaces of {subspace_dim} channels")
@@ -103,7 +107,7 @@ def rate_layout(bits: float, head_dim: int, style: CodeStyle = USUAL_STYLE) -> C
         shares = ((more, lower + 1), (count - more, lower))
         return CodeLayout((*whole, *stages, tuple(CodeGroup(n, size, subspace_dim) for n, size in shares if n)))
     except KernelError as error:
-        fitting = [rate for rate in style.rates if head_dim % (RATES[rate] if style.profile == "quality" else 2) == 0]
+        fitting = [rate for rate in style.rates if head_dim % style.subspace_dim(rate) == 0]
         hint = f"choose --bits {rate_names(fitting, ' or ')}" if fitting else "no rate fits this model"
         raise UsageError(
             f"head_dim {head_dim} is not divisible by the {subspace_dim} channels a code covers at --bits {bits:g}; {hint}"

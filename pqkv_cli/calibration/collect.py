@@ -16,7 +16,6 @@ from pqkv_cli.calibration.fisher import (
     LayerGradients,
     fisher_directions,
     fisher_weight,
-    frozen,
     pairs_only,
 )
 from pqkv_cli.calibration.formats import read_json, write_json, write_tensors
@@ -27,6 +26,7 @@ from pqkv_cli.calibration.sampling import draw_queries, draw_sample
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.store import SCHEMA, WINDOWS_FILE, layer_file
 from pqkv_cli.errors import DataError, RunError
+from pqkv_cli.models.frozen import frozen
 from pqkv_cli.models.geometry import check_quantizable, geometry
 from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.modules import attention_modules, output_weight

@@ -9,11 +9,9 @@ says more.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from pqkv_cli.calibration.observer import given_angles
 from pqkv_cli.errors import DataError, UnsupportedModelError
@@ -144,19 +142,6 @@ def pairs_only(moment: torch.Tensor, rotary: RotaryLayout) -> torch.Tensor:
     for row, column in ((first, second), (second, first)):
         kept[:, row, column] = moment[:, row, column]
     return kept
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter of `model` ask for a gradient while the context lasts, so that a graph holds activations alone."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in asking:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
 
 
 def _direction(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

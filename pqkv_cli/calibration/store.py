@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from pqkv_cli.calibration.formats import read_json
 from pqkv_cli.errors import RunError
+from pqkv_cli.specs import Side
 
 SCHEMA = "pqkv.calibration/1"
 
@@ -109,6 +110,26 @@ class CalibrationStore:
         if not _REQUIRED <= tensors.keys() <= expected:
             raise self._damaged(layer_file(index), f"holds {sorted(tensors)}")
         return LayerSamples(**tensors)
+
+    def num_vectors(self) -> int:
+        """Return how many vectors are kept of each layer and head."""
+        return len(self._load(WINDOWS_FILE)["positions"])
+
+    def first_vectors(self, index: int, side: Side, most: int) -> torch.Tensor:
+        """Return the first sampled keys or values of a layer, at most `most`, [Hkv, n, D]; nothing else is read.
+
+        Raises
+        ------
+        RunError
+            If its file is damaged.
+        """
+        name = layer_file(index)
+        try:
+            with safe_open(self.directory / name, framework="pt") as file:
+                vectors: torch.Tensor = file.get_slice(side)[:, :most]
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(name, str(error)) from error
+        return vectors
 
     def held_out(self) -> torch.Tensor:
         """Return the held-out windows, [N, T] int64."""

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from pqkv_cli.artifact.store import Artifact
-from pqkv_cli.calibration.store import CalibrationStore, layer_file
-from pqkv_cli.errors import RunError
+from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.codec import to_code_space
 
@@ -43,7 +41,7 @@ def channel_peaks(store: CalibrationStore, artifact: Artifact) -> list[ChannelPe
         if tables is None:
             continue
         for side in SIDES:
-            vectors = _vectors(store, index, side)
+            vectors = store.first_vectors(index, side, _MOST_VECTORS).float()
             coded = to_code_space(vectors[None], tables[side], rotated=False)[0]
             found.append(ChannelPeaks(index, side, vectors.abs().amax(1), coded.abs().amax(1)))
     return found
@@ -59,13 +57,3 @@ def pooled(values: torch.Tensor, most: int) -> Sequence[float]:
     """Return `values` [D] as at most `most` numbers, the largest of each run of neighbours."""
     run = -(-len(values) // most)
     return [float(part.max()) for part in values.split(run)]
-
-
-def _vectors(store: CalibrationStore, layer: int, side: Side) -> torch.Tensor:
-    path = store.directory / layer_file(layer)
-    try:
-        with safe_open(path, framework="pt") as file:
-            vectors: torch.Tensor = file.get_slice(side)[:, :_MOST_VECTORS]
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} is damaged ({error}); calibrate again, or delete {store.directory}") from error
-    return vectors.float()

@@ -36,8 +36,9 @@ def rated_plan(
 ) -> CompressionPlan:
     """Return a plan that codes every layer that can be, each side at its own of the known rates.
 
-    Keys of rotary layers are coded before rotary embedding in the metric of each pair, other keys as they are; values in
-    the metric of the output projection. Codecs are named ``k4`` and ``v4``, and ``k4_d128`` where layers differ in width.
+    Keys of rotary layers are coded before rotary embedding in the metric of each pair, other keys in the metric of their
+    queries; values in the metric of the output projection. Codecs are named ``k4`` and ``v4``, and ``k4_d128`` where layers
+    differ in width.
 
     Raises
     ------

@@ -7,8 +7,8 @@ all. Only centroids move: maps, layouts and how codes are chosen stay.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -20,6 +20,7 @@ from pqkv_cli.fitting.fit import FittedLayer
 from pqkv_cli.fitting.refine_codec import WatchedCodec
 from pqkv_cli.fitting.refine_sums import Weighting
 from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork, Simulation
+from pqkv_cli.models.frozen import frozen
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.tables import CodecTables
 
@@ -131,18 +132,3 @@ def _refined(layer: FittedLayer, codecs: LayerCodecs | None) -> FittedLayer:
         side: replace(layer.tables[side], codebooks=codec.tables.to(cpu).codebooks) for side, codec in codecs.items()
     }
     return replace(layer, tables=tables, relative_error={side: codec.relative_error for side, codec in codecs.items()})
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Ask for no gradients of weights, and for no dropout."""
-    was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -69,9 +69,9 @@ def try_layer(
     return Trial(errors, tables)
 
 
-def num_trial_vectors(samples: LayerSamples) -> int:
-    """Return how many vectors the codebooks of a trial are fitted to."""
-    return fitted_vectors(samples.keys.shape[1], TRIAL_VECTORS)
+def num_trial_vectors(num_vectors: int) -> int:
+    """Return how many of the `num_vectors` sampled ones the codebooks of a trial are fitted to."""
+    return fitted_vectors(num_vectors, TRIAL_VECTORS)
 
 
 def save_trial(directory: Path, index: int, trial: Trial, request_sha256: str) -> None:

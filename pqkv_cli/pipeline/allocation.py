@@ -1,4 +1,4 @@
-"""Where the bits of a budget go: short fits at every rate, the cost of each side on held-out text, the best choice."""
+"""Where the bits of a budget go: short fits at the rates around it, the cost of each side on held-out text, the best choice."""
 
 import json
 from collections.abc import Mapping
@@ -37,9 +37,9 @@ Place = tuple[int, Side]
 class Allocation:
     """Finds the plan of the least loss whose codes take `bits` per channel and token on average.
 
-    Each side of each layer is fitted shortly at every rate. What its errors cost is measured once, as the KL divergence on the
-    calibration's held-out windows with only that side quantized, at the rate nearest to `bits`; at other rates it is taken to
-    grow with the squared error, as it does in the metric space. Trials of finished layers are kept.
+    Each side of each layer is fitted shortly at the rates around it. What its errors cost is measured once, as the KL
+    divergence on the calibration's held-out windows with only that side quantized, at the rate nearest to `bits`; at other
+    rates it is taken to grow with the squared error, as it does in the metric space. Trials of finished layers are kept.
 
     Raises
     ------
@@ -52,7 +52,7 @@ class Allocation:
         self._run, self._geometry, self._settings = run, geometry, settings
         self._bits, self._style = bits, style
         self._store = CalibrationStore(run.calibration)
-        self._menus = _menus(geometry, bits, style, _least_vectors(geometry, self._store))
+        self._menus = _menus(geometry, bits, style, num_trial_vectors(self._store.num_vectors()))
 
     def plan(self, model: Any, cache: CacheSpec, reporter: Reporter) -> CompressionPlan:
         """Return the plan, and write down how it came about.
@@ -109,12 +109,6 @@ class Allocation:
                 trials[index] = trial
                 advance(done, len(coded))
         return trials
-
-
-def _least_vectors(geometry: ModelGeometry, store: CalibrationStore) -> int:
-    """Return the fewest vectors that a layer has for the trial of its codecs."""
-    coded = [index for index, layer in enumerate(geometry.layers) if not layer.dense_reason]
-    return min(num_trial_vectors(store.layer(index)) for index in coded)
 
 
 def _menus(geometry: ModelGeometry, bits: float, style: CodeStyle, num_vectors: int) -> dict[Place, Mapping[float, CodecSpec]]:

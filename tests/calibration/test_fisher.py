@@ -12,10 +12,11 @@ from tiny_chain import tokens
 
 from pqkv_cli.calibration import settings as settings_module
 from pqkv_cli.calibration.collect import collect
-from pqkv_cli.calibration.fisher import GradientObserver, fisher_directions, fisher_weight, frozen
+from pqkv_cli.calibration.fisher import GradientObserver, fisher_directions, fisher_weight
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.store import CalibrationStore, LayerSamples
 from pqkv_cli.errors import DataError, UnsupportedModelError, UsageError
+from pqkv_cli.models.frozen import frozen
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.outliers import injected, outlier_gauges
 from pqkv_cli.models.taps import tap
