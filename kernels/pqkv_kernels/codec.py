@@ -1,17 +1,14 @@
 """Encode and decode: what codes mean, in plain fp32 torch. Defines the meaning of every faster implementation."""
 
 import torch
-import torch.nn.functional as F
 
 from pqkv_kernels.angles import Angles
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout, RotaryLayout
-from pqkv_kernels.nearest import nearest_centroids
+from pqkv_kernels.layout import PAGE_TOKENS, RotaryLayout
 from pqkv_kernels.packing import pack_known, unpack_codes
+from pqkv_kernels.quantize import dequantize, quantize
 from pqkv_kernels.rope import rotate, unrotate
 from pqkv_kernels.tables import CodecTables
-
-Codebooks = tuple[tuple[torch.Tensor, ...], ...]
 
 
 def encode(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:
@@ -85,41 +82,6 @@ def decode_codes(pages: torch.Tensor, tables: CodecTables) -> torch.Tensor:
     return dequantize(codes, tables.layout, tables.codebooks)
 
 
-def quantize(x: torch.Tensor, layout: CodeLayout, codebooks: Codebooks) -> list[torch.Tensor]:
-    """Return the codes [B, Hkv, M, T] int64 of every group in storage order for code-space `x` [B, Hkv, T, D].
-
-    Additive stages are greedy: a stage codes what the stages before it left over.
-    """
-    batch, num_heads, num_tokens, _ = x.shape
-    codes: list[torch.Tensor] = []
-    residual = x.float()
-    for i, stage in enumerate(layout.stages):
-        offset, stage_codes = 0, []
-        for group, table in zip(stage, codebooks[i], strict=True):
-            part = residual[..., offset : offset + group.num_channels].unflatten(-1, (group.num_subspaces, group.subspace_dim))
-            points = part.permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)  # [Hkv * M, B * T, dsub]
-            found = nearest_centroids(points, table.float().flatten(0, 1))
-            shape = (num_heads, group.num_subspaces, batch, num_tokens)
-            stage_codes.append(found.view(shape).permute(2, 0, 1, 3))
-            offset += group.num_channels
-        codes += stage_codes
-        if i + 1 < len(layout.stages):
-            residual = residual - _lookup_stage(stage_codes, codebooks[i])
-    return codes
-
-
-def dequantize(codes: list[torch.Tensor], layout: CodeLayout, codebooks: Codebooks) -> torch.Tensor:
-    """Return the code-space vectors [B, Hkv, T, D] fp32 of `codes` as `quantize` returns them."""
-    total: torch.Tensor | None = None
-    start = 0
-    for i, stage in enumerate(layout.stages):
-        part = _lookup_stage(codes[start : start + len(stage)], codebooks[i])
-        total = part if total is None else total + part
-        start += len(stage)
-    assert total is not None  # a layout has at least one stage
-    return total
-
-
 def to_code_space(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None, *, rotated: bool = True) -> torch.Tensor:
     """Return code-space vectors [B, Hkv, T, D] fp32 of model-space `x` [B, Hkv, T, D].
 
@@ -167,17 +129,6 @@ def _mapped(x: torch.Tensor, matrices: torch.Tensor, rotary: RotaryLayout | None
     mapped[..., first] = rows[..., 0, 0] * a + rows[..., 0, 1] * b
     mapped[..., second] = rows[..., 1, 0] * a + rows[..., 1, 1] * b
     return mapped
-
-
-def _lookup_stage(codes: list[torch.Tensor], tables: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    parts = []
-    for group_codes, table in zip(codes, tables, strict=True):
-        num_heads, num_subspaces, num_centroids, _ = table.shape
-        first_row = torch.arange(num_heads * num_subspaces, device=table.device) * num_centroids
-        rows = group_codes.long() + first_row.view(num_heads, num_subspaces, 1)
-        vectors = F.embedding(rows, table.float().flatten(0, 2))  # [B, Hkv, M, T, dsub]
-        parts.append(vectors.transpose(2, 3).flatten(3))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _take_channels(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ from pqkv_kernels.errors import KernelError
 
 PAGE_TOKENS = 64
 SUPPORTED_NBITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
+# An encoder tries so many prototypes of a vector. Every encoder must try as many, or self-tests find other codes than stored.
+TRIED_PROTOTYPES = 4
 
 
 def code_parts(nbits: int) -> tuple[tuple[int, int], ...]:
@@ -114,6 +116,11 @@ class CodeLayout:
     def bits_per_channel(self) -> float:
         """Bits of code per cached channel (no exact tokens)."""
         return self.page_bytes * 8 / (PAGE_TOKENS * self.head_dim)
+
+    @property
+    def has_prototypes(self) -> bool:
+        """Whether a code of the whole vector comes first and one stage after it: an encoder chooses both together."""
+        return len(self.stages) == 2 and len(self.stages[0]) == 1 and self.stages[0][0].num_subspaces == 1
 
     def spans(self) -> Iterator[tuple[int, int, CodeGroup, int, int]]:
         """Yield ``(stage, index, group, byte_offset, channel_offset)`` of every group in storage order."""

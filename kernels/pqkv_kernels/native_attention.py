@@ -6,9 +6,7 @@ register or first-level cache.
 
 import ctypes
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -17,6 +15,7 @@ from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.attention import Part, softmax_parts
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.native_build import native_library
+from pqkv_kernels.native_threads import in_shares
 from pqkv_kernels.plane_angles import step_factors
 from pqkv_kernels.planes import PlaneGroup, Planes
 
@@ -170,23 +169,12 @@ def _group_row(part: PlaneGroup, planes: torch.Tensor, held: list[torch.Tensor])
 
 def _run(job: _Job, block: int, num_units: int, num_pages: int) -> None:
     attend = native_library().pqkv_attend
-    threads = min(torch.get_num_threads(), num_units, max(1, num_pages // _THREAD_PAGES))
-    cuts = [num_units * i // threads for i in range(threads + 1)]
-    calls = [
-        (ctypes.byref(job), ctypes.c_int64(block), ctypes.c_int64(begin), ctypes.c_int64(end))
-        for begin, end in zip(cuts, cuts[1:], strict=False)
-    ]
-    if threads == 1:
-        failed = [attend(*calls[0])]
-    else:
-        others = _pool(threads - 1).map(lambda call: attend(*call), calls[1:])  # started before this thread does its share
-        failed = [attend(*calls[0]), *others]
+    failed = in_shares(
+        lambda begin, end: attend(ctypes.byref(job), ctypes.c_int64(block), begin, end),
+        num_units,
+        max(1, num_pages // _THREAD_PAGES),
+    )
     assert not any(failed)  # the kernel knows every block that `_blocks` makes
-
-
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="pqkv")
 
 
 def _merged(out: torch.Tensor, lse: torch.Tensor, group: int, num_queries: int) -> Part:

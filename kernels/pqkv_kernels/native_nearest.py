@@ -1,10 +1,9 @@
-"""Shares the search for nearest centroids among threads of the C++ loop. CPU tensors only; knows nothing of codecs.
+"""Shares the search for nearest centroids among threads of the C++ loops. CPU tensors only; knows nothing of codecs.
 
 Eight times as fast as a matrix product and an argmax, because points of few channels make products that only wait for memory.
 """
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,9 +11,11 @@ import torch
 
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.native_build import native_library
+from pqkv_kernels.native_threads import in_shares
 
 SOURCE = Path(__file__).with_name("native_nearest.cpp")
 DIMS = (1, 2, 4, 8)  # channels of a point that the loop knows; more are served better by a matrix product
+MOST_FEW = 4  # of the nearest, which the loop keeps in registers
 
 
 def can_search(points: torch.Tensor) -> bool:
@@ -33,17 +34,29 @@ def native_nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tenso
     sizes = [ctypes.c_int64(n) for n in (num_points, centroids.shape[1], dim)]
     addresses = [ctypes.c_void_p(t.data_ptr()) for t in (points, lines, codes)]
 
-    def search(share: tuple[int, int]) -> int:
-        return int(library.pqkv_nearest(*addresses, *sizes, *map(ctypes.c_int64, share)))
-
-    threads = max(1, min(torch.get_num_threads(), num_subspaces))
-    cuts = [num_subspaces * i // threads for i in range(threads + 1)]
-    shares = list(zip(cuts, cuts[1:], strict=False))
-    # The others start before this thread does its own share.
-    others = _pool(threads - 1).map(search, shares[1:]) if threads > 1 else ()
-    failed = [search(shares[0]), *others]
+    failed = in_shares(lambda begin, end: library.pqkv_nearest(*addresses, *sizes, begin, end), num_subspaces)
     assert not any(failed)  # the loop knows all of `DIMS`
     return codes
+
+
+def can_sort(points: torch.Tensor, count: int) -> bool:
+    """Return whether `native_few` serves scores of `points`: on a CPU, not too many, and the machine can compile it."""
+    return points.device.type == "cpu" and count <= MOST_FEW and _library() is not None
+
+
+def native_few(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the [R, count, n] indices of the largest of contiguous `scores` [R, K, n] fp32 along K, from the largest.
+
+    Of equal ones the smaller index comes first.
+    """
+    library = _library()
+    assert library is not None  # or `can_sort` would refuse
+    rows, num_centroids, columns = scores.shape
+    few = torch.empty(rows, count, columns, dtype=torch.int64)
+    sizes = [ctypes.c_int64(n) for n in (rows, num_centroids, columns, count)]
+    failed = library.pqkv_few(ctypes.c_void_p(scores.data_ptr()), ctypes.c_void_p(few.data_ptr()), *sizes)
+    assert not failed  # the loop knows every count up to `MOST_FEW`
+    return few
 
 
 @lru_cache
@@ -52,8 +65,3 @@ def _library() -> ctypes.CDLL | None:
         return native_library(SOURCE)
     except KernelError:
         return None
-
-
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="pqkv")

@@ -4,11 +4,13 @@
 CPU with a compiler, short points are searched in C++. Both give the same up to fp32 rounding of the scores.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.native_nearest import can_search, native_nearest
+from pqkv_kernels.native_nearest import can_search, can_sort, native_few, native_nearest
 
 # Scores per block. On a CPU the block (1 MiB fp32) has to stay in the second-level cache; on a GPU it only bounds memory.
 CPU_BLOCK_SCORES = 1 << 18
@@ -41,30 +43,64 @@ def nearest_centroids(points: torch.Tensor, centroids: torch.Tensor, *, block_sc
     KernelError
         If the shapes do not fit each other.
     """
+    _check(points, centroids)
+    if block_scores is None and can_search(points):
+        return native_nearest(points, centroids)
+    codes = torch.empty(*points.shape[:2], dtype=torch.int64, device=points.device)
+    choose = _largest if block_scores is None and can_sort(points, 1) else _argmax
+    return _searched(points, centroids, codes, choose, block_scores)
+
+
+def nearest_few(points: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the `count` nearest centroids of every point, [S, count, N] int64, nearest first.
+
+    Otherwise as `nearest_centroids`, but of equally near ones any comes first; the smaller index where C++ sorts.
+    """
+    _check(points, centroids)
+    if not 1 <= count <= centroids.shape[1]:
+        raise KernelError(f"{count} of {centroids.shape[1]} centroids were asked for; expected at least 1 and at most all")
+    codes = torch.empty(len(points), count, points.shape[1], dtype=torch.int64, device=points.device)
+    first_few = native_few if can_sort(points, count) else _first_few
+    return _searched(points, centroids, codes, lambda scores: first_few(scores, count))
+
+
+def _check(points: torch.Tensor, centroids: torch.Tensor) -> None:
     if points.ndim != 3 or centroids.ndim != 3 or points.shape[::2] != centroids.shape[::2] or centroids.shape[1] < 1:
         found = f"points {list(points.shape)} and centroids {list(centroids.shape)}"
         raise KernelError(f"found {found}; expected [S, N, d] and [S, K, d] with equal S and d and at least one centroid")
+
+
+def _searched(
+    points: torch.Tensor,
+    centroids: torch.Tensor,
+    codes: torch.Tensor,
+    choose: Callable[[torch.Tensor], torch.Tensor],
+    block_scores: int | None = None,
+) -> torch.Tensor:
+    """Fill and return `codes` [S, ..., N] with what `choose` makes of scores [R, K, n], block by block."""
     num_subspaces, num_points, _ = points.shape
     num_centroids = centroids.shape[1]
     if block_scores is None:
-        if can_search(points):
-            return native_nearest(points, centroids)
         block_scores = CPU_BLOCK_SCORES if points.device.type == "cpu" else DEVICE_BLOCK_SCORES
     rows = max(1, min(num_subspaces, block_scores // (num_centroids * BLOCK_POINTS)))
     columns = max(1, min(num_points, block_scores // (num_centroids * rows)))
-    codes = torch.empty(num_subspaces, num_points, dtype=torch.int64, device=points.device)
     with torch.no_grad():
         scores = torch.empty(rows * num_centroids * columns, device=points.device)
         for first in range(0, num_subspaces, rows):
             block = slice(first, min(first + rows, num_subspaces))
-            _nearest_rows(points[block].float(), centroids[block].float(), columns, scores, codes[block])
+            _search_rows(points[block].float(), centroids[block].float(), columns, scores, codes[block], choose)
     return codes
 
 
-def _nearest_rows(
-    points: torch.Tensor, centroids: torch.Tensor, columns: int, scores: torch.Tensor, codes: torch.Tensor
+def _search_rows(
+    points: torch.Tensor,
+    centroids: torch.Tensor,
+    columns: int,
+    scores: torch.Tensor,
+    codes: torch.Tensor,
+    choose: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Fill `codes` [R, N] of `points` [R, N, d], `columns` points at a time, with `scores` as scratch space."""
+    """Fill `codes` [R, ..., N] of `points` [R, N, d], `columns` points at a time, with `scores` as scratch space."""
     rows, num_points, _ = points.shape
     num_centroids = centroids.shape[1]
     lines = torch.cat((2 * centroids, -centroids.square().sum(-1, keepdim=True)), dim=-1)
@@ -73,7 +109,7 @@ def _nearest_rows(
         stop = min(start + columns, num_points)
         block = scores[: rows * num_centroids * (stop - start)].view(rows, num_centroids, stop - start)
         torch.bmm(lines, augmented[:, :, start:stop], out=block)
-        codes[:, start:stop] = _argmax(block)
+        codes[..., start:stop] = choose(block)
 
 
 def _argmax(scores: torch.Tensor) -> torch.Tensor:
@@ -85,3 +121,13 @@ def _argmax(scores: torch.Tensor) -> torch.Tensor:
     image = scores[:, :, None, :].permute(0, 3, 1, 2)
     _, index = functional.max_pool2d(image, (scores.shape[1], 1), return_indices=True)
     return index[:, :, 0, 0]
+
+
+def _largest(scores: torch.Tensor) -> torch.Tensor:
+    """Return what `_argmax` does, in C++."""
+    return native_few(scores, 1)[:, 0]
+
+
+def _first_few(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the [R, count, n] indices of the largest of `scores` [R, K, n] along K, from the largest."""
+    return scores.topk(count, dim=1).indices

@@ -9,8 +9,9 @@ from typing import Literal
 
 import torch
 
-from pqkv_kernels.codec import dequantize, from_code_space, quantize, to_code_space
+from pqkv_kernels.codec import from_code_space, to_code_space
 from pqkv_kernels.layout import RotaryLayout
+from pqkv_kernels.quantize import dequantize, quantize
 from pqkv_kernels.tables import CodecTables
 
 Mode = Literal["coded", "exact", "traced"]

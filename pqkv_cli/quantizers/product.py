@@ -6,8 +6,8 @@ import torch
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.kmeans import kmeans
-from pqkv_kernels.codec import dequantize, quantize
 from pqkv_kernels.layout import CodeGroup, CodeLayout
+from pqkv_kernels.quantize import dequantize, quantize
 
 Codebooks = tuple[tuple[torch.Tensor, ...], ...]
 

@@ -63,7 +63,7 @@ def test_a_calibration_of_another_model_is_not_shown(subject: Maker, calibration
 
 def test_a_damaged_calibration_is_named(subject: Maker, calibration: Path) -> None:
     (calibration / layer_file(0)).write_bytes(b"nothing")
-    with pytest.raises(RunError, match=f"{layer_file(0)} is damaged .*; calibrate again"):
+    with pytest.raises(RunError, match=f"{layer_file(0)} is damaged .* and calibrate again"):
         channel_peaks(CalibrationStore(calibration), subject().artifact)
 
 

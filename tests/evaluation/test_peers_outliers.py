@@ -24,7 +24,8 @@ from pqkv_cli.quantizers.codec import ProductCodec
 from pqkv_cli.quantizers.rivals.registry import parse_rivals
 from pqkv_cli.runtime import load
 from pqkv_cli.specs import SIDES, CacheSpec
-from pqkv_kernels.codec import quantize, to_code_space
+from pqkv_kernels.codec import to_code_space
+from pqkv_kernels.quantize import quantize
 from pqkv_kernels.tables import CodecTables
 
 SCALE = 16.0

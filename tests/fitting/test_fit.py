@@ -11,8 +11,9 @@ from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side import sample_weights
 from pqkv_cli.rates import RATES, SPEED_RATES, CodeStyle, key_layout, rate_layout
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, LayerGeometry, ModelGeometry
-from pqkv_kernels.codec import quantize, round_trip, to_code_space
+from pqkv_kernels.codec import round_trip, to_code_space
 from pqkv_kernels.layout import CodeLayout, RotaryLayout
+from pqkv_kernels.quantize import quantize
 
 FAST = FitSettings(iterations=6)
 

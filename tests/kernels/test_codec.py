@@ -4,9 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests_support import key_tables, random_angles, random_codebooks, value_tables
 
-from pqkv_kernels.codec import decode, dequantize, encode, quantize, round_trip
+from pqkv_kernels.codec import decode, encode, round_trip
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import SUPPORTED_NBITS, CodeGroup, CodeLayout, RotaryLayout
+from pqkv_kernels.quantize import dequantize, quantize
 from pqkv_kernels.rope import rotate, unit_angles, unrotate
 from pqkv_kernels.tables import CodecTables
 

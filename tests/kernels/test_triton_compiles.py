@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pqkv_kernels.triton_decode import merge_kernel, split_kernel
-from pqkv_kernels.triton_encode import encode_kernel
+from pqkv_kernels.triton_choose import error_kernel, few_kernel
+from pqkv_kernels.triton_codes import encode_kernel
 
 def build(kernel, constants, types, warps):
     signature = {}
@@ -30,8 +31,13 @@ for looked_up, turn in ((False, 1), (True, 0)):
     constants = dict(HAS_CAP=True, WIDE=False, PRECISION="tf32", D2=32, BP=32, BN=16, BT=32, **parts)
     build(split_kernel, dict(LOOKED_UP=looked_up, TURN=turn, **constants), types, 4)
 build(merge_kernel, dict(D2=32, BP=32), {}, 2)
-types = {name: "*i32" for name in ("p_own", "p_partner", "p_pair")} | {"p_x": "*bf16", "p_centroids": "*fp16", "p_pages": "*u8"}
-build(encode_kernel, dict(TURN=True, FIRST=True, LAST=False, NBITS=7, DSUB=2, BD=2, D=64, BK=32), types, 4)
+ints = ("p_places", "p_few", "p_chosen")
+types = {name: "*i32" for name in ints} | {"p_x": "*bf16", "p_centroids": "*fp16", "p_prototypes": "*fp16", "p_pages": "*u8"}
+part = dict(TURN=True, NBITS=7, DSUB=2, BD=2, D=64, BK=32)
+for first, last, chosen in ((True, False, 0), (False, True, 0), (True, True, 1024)):
+    build(encode_kernel, dict(FIRST=first, LAST=last, CHOSEN=chosen, **part), types, 4)
+build(error_kernel, dict(M=32, K=1024, **part), types, 4)
+build(few_kernel, dict(TURN=True, K=1024, BD=128, D=128, BK=32), types, 4)
 print("compiled")
 """
 

@@ -22,6 +22,10 @@ CASES = [
         ("10", 8, 64, "tokens", False),
         ("8+6+4", 32, 64, "partial", False),
         ("4,4", 32, 128, "pages", False),
+        ("w8,4", 32, 128, "pages", True),
+        ("w1,5", 16, 64, "partial", False),
+        ("w6,4+3", 80, 64, "post", True),
+        ("w4,w4,2", 16, 64, "post", False),
     )
 ]
 
