@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.errors import is_out_of_memory
+from pqkv_cli.evaluation.answering_cost import answering_cost
 from pqkv_cli.evaluation.bits import cache_bits, fullest_bits
 from pqkv_cli.evaluation.contender import CacheFactory, contender
 from pqkv_cli.evaluation.outcome import BitsPerChannel
@@ -82,7 +81,9 @@ def ask(
             on_progress(done, len(questions))
     samples = [sample for group in groups for sample in group.samples]
     bits = fullest_bits([group.facts["bits"] for group in groups], subject.artifact)
-    return Answers(samples, bits, _cost(groups))
+    costs = {side: [group.facts["cost"][side] for group in groups] for side in SIDES}
+    batch_size = max((group.facts["batch"] for group in groups), default=0)
+    return Answers(samples, bits, {**answering_cost(costs), "batch_size": batch_size})
 
 
 def _batches(questions: Sequence[Question], budget: int) -> Iterator[tuple[str, list[Question]]]:
@@ -139,7 +140,7 @@ def _ask_batch(
     replies: dict[str, Replies] = {"baseline": subject.baseline[key], "quantized": reply(model, tokenizer, batch, cache)}
     held = asdict(cache_bits(cache)) if isinstance(cache, QuantizedCache) else None
     samples = [_sample(question, {side: replies[side].texts[i] for side in SIDES}, score) for i, question in enumerate(batch)]
-    return samples, {"bits": held, "batch": len(batch), "cost": {side: replies[side].cost() for side in SIDES}}
+    return samples, {"bits": held, "batch": len(batch), "cost": {side: replies[side].cost for side in SIDES}}
 
 
 def _fingerprint(batch: Sequence[Question]) -> str:
@@ -159,32 +160,3 @@ def _sample(question: Question, texts: Mapping[str, str | None], score: Score) -
     if broken := [side for side in SIDES if sample[side] is None]:
         sample["failed"] = f"logits of the {' and the '.join(broken)} model are not finite"
     return sample
-
-
-def _cost(groups: Sequence[Group]) -> dict[str, Any]:
-    costs = {side: [group.facts["cost"][side] for group in groups] for side in SIDES}
-    peaks = {side: [c["peak_bytes"] for c in own if c["peak_bytes"] is not None] for side, own in costs.items()}
-    return {
-        "prefill_ms": {side: _quantiles([c["prefill_ms"] for c in own if c["prefill_ms"]]) for side, own in costs.items()},
-        "ms_per_token": {side: _quantiles([ms for c in own for ms in c["step_ms"]]) for side, own in costs.items()},
-        "peak_bytes": {side: max(own) if own else None for side, own in peaks.items()},
-        "seconds": {side: sum(c["seconds"] for c in own) for side, own in costs.items()},
-        "energy": {side: _energy([c.get("energy", {}) for c in own]) for side, own in costs.items()},
-        "batch_size": max((group.facts["batch"] for group in groups), default=0),
-    }
-
-
-def _energy(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return joules until the first token of a batch and per further token, or None with the reason of the first without."""
-    missing = [str(batch.get("reason")) for batch in batches if batch.get("decode") is None]
-    num_tokens = sum(batch.get("num_tokens", 0) for batch in batches)
-    if missing or not num_tokens:
-        reason = missing[0] if missing else "no further tokens were answered"
-        return {"prefill_joules": None, "joules_per_token": None, "reason": reason}
-    prefill, decode = (sum(batch[part] for batch in batches) for part in ("prefill", "decode"))
-    return {"prefill_joules": prefill / len(batches), "joules_per_token": decode / num_tokens, "reason": None}
-
-
-def _quantiles(values: list[float]) -> dict[str, float | None]:
-    points = {"p20": 20, "p50": 50, "p90": 90}
-    return {name: float(np.percentile(values, point)) if values else None for name, point in points.items()}

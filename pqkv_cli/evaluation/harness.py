@@ -5,6 +5,7 @@ requests, recovery per metric, and what was quantized while it was scored.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from pqkv_cli.errors import DataError, UsageError, did_you_mean
-from pqkv_cli.evaluation.bits import codec_bits
+from pqkv_cli.evaluation.answering_cost import answering_cost
+from pqkv_cli.evaluation.bits import fullest_bits
 from pqkv_cli.evaluation.bootstrap import Floats, interval95
 from pqkv_cli.evaluation.longbench_metrics import INSTALL
 from pqkv_cli.evaluation.outcome import TaskOutcome
@@ -68,13 +70,39 @@ def harness(name: str, subject: Subject, settings: EvaluationSettings, on_progre
             results[side] = _evaluated(name, models[side], manager, settings)
     modes = models["quantized"].modes
     metrics, headline = _compared(results["baseline"], results["quantized"], settings.seed)
-    failed = tuple(f"{metric}: not a finite number" for metric, found in metrics.items() if found["quantized"] is None)
+    failed = [f"{metric}: not a finite number" for metric, found in metrics.items() if found["quantized"] is None]
+    failed = [*dict.fromkeys([*models["baseline"].failed, *models["quantized"].failed]), *failed]
     notes = {"engine": f"lm-evaluation-harness {_version()}", "modes": dict(modes), "versions": results["baseline"]["versions"]}
     samples = results["baseline"].get("n-samples", {})
+    notes |= _cut(name, models["baseline"])
     notes["samples"] = {task: count.get("effective") for task, count in samples.items()}
     mode = "all" if set(modes.values()) == {"all"} else settings.mode
     total = sum(count or 0 for count in notes["samples"].values())
-    return TaskOutcome(metrics, codec_bits(subject.artifact), total, {}, headline, failed, notes, mode)
+    bits = fullest_bits([part["bits"] for part in models["quantized"].parts], subject.artifact)
+    return TaskOutcome(metrics, bits, total, _cost(models), headline, tuple(failed), notes, mode)
+
+
+def _cut(name: str, model: Any) -> dict[str, int]:
+    num_cut = sum(part["num_cut"] for part in model.parts)
+    if num_cut:
+        warnings.warn(
+            f"{num_cut} prompts of {name} are longer than the model's {model.max_length} positions allow; they lost their "
+            "beginning, as lm-evaluation-harness does it",
+            stacklevel=3,
+        )
+    return {"prompts_cut_at_the_left": num_cut}
+
+
+def _cost(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record's ``cost``: of answers that were generated in detail, of all requests seconds and peak bytes."""
+    parts = {side: model.parts for side, model in models.items()}
+    generated = {side: [batch for part in own for batch in part["generated"]] for side, own in parts.items()}
+    cost: dict[str, Any] = answering_cost(generated) if all(generated.values()) else {}
+    cost["batch_size"] = max((part["batch_size"] for part in parts["quantized"]), default=0) or None
+    cost["seconds"] = {side: sum(part["seconds"] for part in own) for side, own in parts.items()}
+    peaks = {side: [part["peak_bytes"] for part in own if part["peak_bytes"] is not None] for side, own in parts.items()}
+    cost["peak_bytes"] = {side: max(own) if own else None for side, own in peaks.items()}
+    return cost
 
 
 @contextmanager

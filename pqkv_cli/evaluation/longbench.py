@@ -38,6 +38,8 @@ def longbench(subject: Subject, settings: EvaluationSettings, on_progress: Calla
     tasks = tasks_in(subject.data)
     require_packages({TASKS[name].metric for name in tasks})
     rows = {(row.task, row.number): row for row in load_longbench(subject.data, tasks, settings.limit)}
+    if subject.data is None:
+        subject.asked.extend(row.prompt for row in rows.values())
     asked = [_question(subject, row, settings.context) for row in rows.values()]
     # Prompts of a length together, so that batches are hardly padded.
     order = list(TASKS)

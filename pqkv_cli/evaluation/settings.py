@@ -65,7 +65,8 @@ class Subject:
     """The model under test, its tokenizer and artifact, and what the task reads: held-out text, or rows at the path `data`.
 
     What the task finds out goes to `log`, sample by sample. What the uncompressed model answered to a batch stays in
-    `baseline`, so that it is not asked again for another mode.
+    `baseline`, so that it is not asked again for another mode. Tasks whose text is neither `text` nor in `data` put what they
+    asked into `asked`, for a comparison with the calibration text.
     """
 
     model: Any
@@ -76,3 +77,4 @@ class Subject:
     data: Path | None = None
     log: SampleLog = field(default_factory=SampleLog)
     baseline: dict[str, Replies] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)

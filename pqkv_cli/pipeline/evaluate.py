@@ -17,7 +17,7 @@ from pqkv_cli.files import write_text
 from pqkv_cli.gates import Gate, judge, parse_gates, split_gates
 from pqkv_cli.pipeline.content import text_identity
 from pqkv_cli.pipeline.evaluation_settings import modes_of, open_log, rows_path, task_settings
-from pqkv_cli.pipeline.honesty import overlaps
+from pqkv_cli.pipeline.honesty import Overlap, overlap, overlaps
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.lock import locked_task
 from pqkv_cli.pipeline.outcome import Facts, StageWork, do_stage
@@ -112,8 +112,7 @@ def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Recor
     for task in wanted.tasks:
         for mode in modes_of(task, wanted.modes):
             with locked_task(source.results, task, mode):
-                overlap = {"calibration_overlap": shared["text" if reads_text(task) else "rows"]}
-                records.append(_measure_task(source, subject, task, mode, overlap, reporter))
+                records.append(_measure_task(source, subject, task, mode, shared, reporter))
             if records[-1]["mode"] != mode:
                 break  # the task has one mode only, and this was it
     if not source.is_fetched:
@@ -121,13 +120,20 @@ def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Recor
     return records
 
 
-def _measure_task(source: Source, subject: Subject, task: str, mode: Mode, facts: Facts, reporter: Reporter) -> Record:
+def _measure_task(
+    source: Source, subject: Subject, task: str, mode: Mode, shared: dict[str, Overlap], reporter: Reporter
+) -> Record:
     settings = task_settings(task, mode, source.recipe, subject)
     log = open_log(source, task, settings, subject)
     if log.num_found:
         reporter.note(f"{task}, mode {mode}: going on after {log.num_found} samples")
+    own = replace(subject, log=log, asked=[])
     with reporter.progress(f"{task}, mode {mode}") as advance:
-        record = run_task(task, replace(subject, log=log), settings, advance) | dict(facts)
+        record = run_task(task, own, settings, advance)
+    kind = "text" if reads_text(task) else f"asked by {task}" if own.asked else "rows"
+    if kind not in shared:
+        shared[kind] = overlap(source.recipe, "\n".join(own.asked), reporter)
+    record["calibration_overlap"] = shared[kind]
     _keep(source, record)
     log.finish()  # from now on the next evaluation measures again
     return record

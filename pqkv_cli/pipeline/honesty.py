@@ -22,20 +22,25 @@ def overlaps(recipe: Recipe, subject: Subject, reporter: Reporter) -> dict[str, 
     Each is the ``share`` of their distinct runs of 13 normalised words, with a ``note`` where it is suspicious or could not be
     found out; None where there is nothing to compare.
     """
+    texts = {"text": subject.text, "rows": _row_text(subject)}
+    return {name: overlap(recipe, text, reporter) for name, text in texts.items()}
+
+
+def overlap(recipe: Recipe, text: str, reporter: Reporter) -> Overlap:
+    """Return how much of `text` also occurs in the calibration text, as in `overlaps`; None of an empty one."""
+    if not text:
+        return None
     try:
         calibration = load_text(recipe.calibration.data)
     except DataError as error:
-        unknown = {"share": None, "ngram_words": NGRAM_WORDS, "note": f"the calibration text could not be read: {error}"}
-        return {"text": unknown if subject.text else None, "rows": unknown if subject.data else None}
-    found: dict[str, Overlap] = {}
-    for name, text in (("text", subject.text), ("rows", _row_text(subject))):
-        found[name] = _overlap(text, calibration) if text else None
-        if found[name] is not None and (note := found[name].get("note")):  # type: ignore[union-attr]
-            reporter.note(f"warning: {note}")
+        return {"share": None, "ngram_words": NGRAM_WORDS, "note": f"the calibration text could not be read: {error}"}
+    found = _overlap(text, calibration)
+    if note := found.get("note"):
+        reporter.note(f"warning: {note}")
     return found
 
 
-def _overlap(text: str, calibration: str) -> Overlap:
+def _overlap(text: str, calibration: str) -> dict[str, Any]:
     share = overlap_share(text, [calibration], NGRAM_WORDS)
     found: dict[str, Any] = {"share": share, "ngram_words": NGRAM_WORDS}
     if share > SUSPICIOUS_SHARE:

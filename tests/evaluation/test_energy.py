@@ -113,7 +113,7 @@ def test_a_record_has_joules_per_token_of_a_row(subject: Maker, monkeypatch: pyt
     def ticking(device: torch.device) -> Iterator[EnergyMeter]:
         yield Ticking()
 
-    monkeypatch.setattr("pqkv_cli.evaluation.replies.energy_meter", ticking)
+    monkeypatch.setattr("pqkv_cli.evaluation.generation_watch.energy_meter", ticking)
     found = asked(subject())
     for side in ("baseline", "quantized"):
         # One reading per step of three rows: 6 J each.

@@ -61,6 +61,7 @@ FILES = {
     "filtered": "task: tiny_filtered" + ROWS + WRITING + FILTERS,
 }
 NUM_ROWS = 5
+SIDES, LABELS = ("baseline", "quantized"), ("uncompressed", "compressed")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,9 @@ def test_generation_runs_on_our_cache(mode: str, subject: Maker, tasks: Path, mo
     assert set(kinds) == {"NoneType", "TimedCache" if mode == "all" else "QuantizedCache"}
     assert found["metrics"]["exact_match"]["baseline"] == 0
     assert found["metrics"]["exact_match"]["recovery"] is None
+    assert all(found["cost"][part][side]["p50"] > 0 for part in ("prefill_ms", "ms_per_token") for side in SIDES)
+    assert (found["cache_bytes"]["quantized"] > 0) == (mode == "cache")
+    assert found["notes"]["prompts_cut_at_the_left"] == 0
 
 
 def test_a_group_has_its_tasks_and_its_own_metric(subject: Maker, tasks: Path) -> None:
@@ -167,6 +171,37 @@ def test_answers_found_before_are_not_asked_for_again(subject: Maker, tasks: Pat
     made.model.forward = None  # nothing may be computed any more
     again = record(replace(made, log=SampleLog(tmp_path / "t.jsonl", key)), "tiny_choice", tasks)
     assert again["metrics"] == first["metrics"]
+
+
+@pytest.mark.parametrize("name", ["tiny_choice", "tiny_write"])
+def test_a_sample_with_broken_logits_is_named_and_the_rest_goes_on(name: str, subject: Maker, tasks: Path) -> None:
+    made, three = subject(), byte_tokenizer()("3").input_ids[-1]
+
+    def breaks(module: Any, words: Any, options: Any, output: Any) -> None:
+        ids = options.get("input_ids", words[0] if words else None)
+        output.logits[(ids == three).any(1)] = float("nan")
+
+    hook = made.model.register_forward_hook(breaks, with_kwargs=True)
+    try:
+        found = record(made, name, tasks)
+    finally:
+        hook.remove()
+    assert found["status"] == "incomplete"
+    assert found["failed_samples"] == [f"{name}/3: logits of the {side} model are not finite" for side in LABELS]
+    assert found["notes"]["samples"] == {name: NUM_ROWS}
+
+
+def test_prompts_that_lose_their_beginning_are_counted(subject: Maker, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pqkv_cli.evaluation.harness_model.num_positions", lambda model: 80)
+    with pytest.warns(UserWarning, match=r"4 prompts of tiny_write are longer than the model's 80 positions allow"):
+        assert record(subject(), "tiny_write", tasks)["notes"]["prompts_cut_at_the_left"] == 4
+
+
+def test_what_was_asked_is_kept_for_comparison_with_the_calibration_text(subject: Maker, tasks: Path) -> None:
+    made = replace(subject(), asked=[])
+    record(made, "tiny_choice", tasks)
+    assert len(made.asked) == 3 * NUM_ROWS
+    assert made.asked[0].startswith("question 0 word")
 
 
 def test_the_model_is_as_it_was(subject: Maker, tasks: Path) -> None:
