@@ -5,7 +5,8 @@ from html import escape
 from typing import Any
 
 Record = Mapping[str, Any]
-_PARTS = ("baseline", "quantized", "recovery")
+_PARTS = ("baseline", "quantized")
+_HEADLINE = ("result", "mode", "bits/channel", "uncompressed", "compressed", "recovery", "95 % interval", "state")
 
 
 def number(value: object) -> str:
@@ -46,17 +47,25 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -
 
 def headline_table(records: Sequence[Record]) -> str:
     """Return one row per headline metric of every record."""
+    return table("Compressed next to uncompressed", _HEADLINE, [list(row.values()) for row in headline_rows(records)])
+
+
+def headline_rows(records: Sequence[Record]) -> list[dict[str, str]]:
+    """Return the cells of the headline table, by column, for a report or a model card."""
     rows = []
     for record in records:
+        total = number(record["bits_per_channel"]["total"])
         for name, metric in headline_metrics(record):
-            interval = metric.get("ci95")
-            shown = [number(metric.get(part)) for part in _PARTS[:2]]
-            shown.append(percent(metric["recovery"]) if metric.get("recovery") is not None else "–")
-            shown.append("–" if interval is None else " to ".join(number(end) for end in interval))
-            total = number(record["bits_per_channel"]["total"])
-            rows.append([f"{record['task']}: {name}", record["mode"], total, *shown, state(record)])
-    columns = ("result", "mode", "bits/channel", "uncompressed", "compressed", "recovery", "95 % interval", "state")
-    return table("Compressed next to uncompressed", columns, rows)
+            shown = [number(metric.get(part)) for part in _PARTS]
+            cells = [f"{record['task']}: {name}", record["mode"], total, *shown, *_recovery(metric), state(record)]
+            rows.append(dict(zip(_HEADLINE, cells, strict=True)))
+    return rows
+
+
+def _recovery(metric: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the recovery and the 95 % interval, which is that of the value where nothing is compared."""
+    interval = metric.get("ci95")
+    return percent(metric.get("recovery")), "–" if interval is None else " to ".join(number(end) for end in interval)
 
 
 def headline_metrics(record: Record) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -102,8 +111,8 @@ def longbench_table(record: Record) -> str:
     for name, metric in record["metrics"].items():
         if "@" in name or not isinstance(metric, Mapping):
             continue
-        shown = [f"{metric[side]:.2f}" if metric[side] is not None else "–" for side in _PARTS[:2]]
+        shown = [f"{metric[side]:.2f}" if metric[side] is not None else "–" for side in _PARTS]
         samples = number(metric.get("samples"))
-        rows.append([name, str(metric.get("category", "")), samples, *shown, percent(metric.get("recovery"))])
-    columns = ("task", "kind", "samples", "uncompressed", "compressed", "recovery")
+        rows.append([name, str(metric.get("category", "")), samples, *shown, *_recovery(metric)])
+    columns = ("task", "kind", "samples", "uncompressed", "compressed", "recovery", "95 % interval")
     return table(f"LongBench, mode {record['mode']}", columns, rows)

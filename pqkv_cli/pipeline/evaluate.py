@@ -1,7 +1,7 @@
 """The stage that measures an artifact next to the uncompressed model, and keeps what was measured."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from pqkv_cli.artifact.derived import write_derived
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
-from pqkv_cli.evaluation.report_tables import headline_metrics
+from pqkv_cli.evaluation.report_tables import headline_rows
 from pqkv_cli.evaluation.settings import Mode, Subject
 from pqkv_cli.evaluation.tasks import reads_text, require_tasks, run_task
 from pqkv_cli.files import write_text
@@ -141,20 +141,8 @@ def _measure_task(
 
 def _renew_card(source: Source, artifact: Artifact) -> None:
     own = [record for record in _kept(source.results) if record.get("artifact_sha256") == artifact.sha256]
-    rows = [row for record in own for row in _card_rows(record)]
-    write_derived(artifact.path.parent, artifact.header, rows)
+    write_derived(artifact.path.parent, artifact.header, headline_rows(own))
 
 
 def _kept(directory: Path) -> list[Record]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))]
-
-
-def _card_rows(record: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Return the rows of the model card: the metrics that stand for the task, as in the report."""
-    rows: list[dict[str, object]] = []
-    for name, metric in headline_metrics(record):
-        row: dict[str, object] = {"task": record["task"], "mode": record["mode"], "metric": name}
-        row["bits per channel"] = record["bits_per_channel"]["total"]
-        row |= {"uncompressed": metric.get("baseline"), "compressed": metric["quantized"], "recovery": metric.get("recovery")}
-        rows.append(row)
-    return rows

@@ -47,7 +47,7 @@ def continue_run(target: Target, changes: Changes) -> tuple[Run, Recipe]:
         If the run was never started.
     """
     run = started_run(target)
-    return run, override(run.recipe(), changes)
+    return run, override(_for_tasks(run.recipe(), changes), changes)
 
 
 def started_run(target: Target) -> Run:
@@ -100,7 +100,7 @@ def artifact_source(target: Target, model: str | None, changes: Changes) -> Sour
     beside, fetched_results = directory / RECIPE_FILE, results_place(target)
     results = fetched_results or directory / "results"
     if beside.is_file():
-        recipe = override(load_recipe(beside), changes)
+        recipe = override(_for_tasks(load_recipe(beside), changes), changes)
         return Source(target.path, recipe, results, is_fetched=fetched_results is not None)
     if model is None:
         raise UsageError(f"there is no {RECIPE_FILE} beside {target.path} to say which model it is for; give it with --model")
@@ -114,6 +114,15 @@ def file_reference(source: str | None) -> str | None:
         return None
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
+
+
+def _for_tasks(recipe: Recipe, changes: Changes) -> Recipe:
+    """Return `recipe`, without the sizes it gives its own tasks where `changes` name none of these."""
+    named, wanted = changes.get("evaluation.tasks"), recipe.evaluation
+    if not isinstance(named, list | tuple) or set(named) & set(wanted.tasks):
+        return recipe
+    sizes = {"context": None, "limit": None, "prompts": None, "max_new_tokens": None}
+    return recipe.model_copy(update={"evaluation": wanted.model_copy(update=sizes)})
 
 
 def _model_reference(model: str) -> str:
