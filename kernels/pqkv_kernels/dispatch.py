@@ -16,6 +16,7 @@ import torch
 
 from pqkv_kernels.angles import Angles, PageAngles, page_range
 from pqkv_kernels.attention import Part, code_attention, code_queries, leave_code_space, merge
+from pqkv_kernels.channel_tables import channel_tables
 from pqkv_kernels.checks import check_attention
 from pqkv_kernels.codec import encode
 from pqkv_kernels.errors import KernelError
@@ -97,9 +98,10 @@ def _triton_attention() -> ModuleType:
 
 
 def prepare_tables(backend: Backend, tables: CodecTables) -> None:
-    """Make what `backend` reads of `tables`, once; a step that finds it made waits for nothing."""
+    """Make what `backend` reads of `tables`, once and on the present stream; a step that finds it made waits for nothing."""
     if backend == "triton":
         _triton_attention().prepare(tables)
+        channel_tables(tables)
     else:
         planes_of(tables)
 

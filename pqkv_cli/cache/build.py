@@ -7,6 +7,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from pqkv_cli.cache.cache import QuantizedCache, TimedCache
 from pqkv_cli.cache.drift import DriftMeter, Errors
+from pqkv_cli.cache.encoder import EncoderQueue
 from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.cache.simulated import SimulatedLayer
 from pqkv_cli.cache.timeline import AngleSource, Timeline
@@ -24,17 +25,19 @@ def quantized_cache(
     spec: CacheSpec,
     angle_sources: AngleSources,
     errors: Errors | None = None,
+    encoder: EncoderQueue | None = None,
 ) -> QuantizedCache:
     """Return an empty cache for a model of `config`; layers whose `tables` are None stay as transformers makes them.
 
-    Given the `errors` of calibration, the cache warns of a text that quantizes far worse.
+    Given the `errors` of calibration, the cache warns of a text that quantizes far worse. All layers hand what leaves their
+    windows to one `encoder`; a new one by default.
 
     Raises
     ------
     CacheError
         If a layer has tables but is not a growing full-attention layer in transformers.
     """
-    timeline = Timeline()
+    timeline, encoder = Timeline(), EncoderQueue() if encoder is None else encoder
     meter = None if errors is None else DriftMeter(errors, timeline.notices)
 
     def make(index: int) -> CacheLayerMixin | None:
@@ -42,7 +45,7 @@ def quantized_cache(
         if layer_tables is None:
             return None
         drift = None if meter is None else meter.layer(index)
-        return QuantizedLayer(dict(layer_tables), spec, timeline, angle_sources[index], drift)
+        return QuantizedLayer(dict(layer_tables), spec, timeline, angle_sources[index], drift, encoder)
 
     return QuantizedCache(_layers(config, len(tables), make), timeline)
 

@@ -1,5 +1,6 @@
 """Does a text quantize as well as the calibration text did? Samples one page in sixteen; warns once. Knows no models."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -33,8 +34,8 @@ class DriftMeter:
     def __init__(self, expected: Errors, notices: Notices) -> None:
         self._expected, self._notices = expected, notices
         self._last = max((index for index, errors in enumerate(expected) if errors), default=-1)
-        self._found: dict[Side, list[torch.Tensor]] = {side: [] for side in SIDES}
-        self._unread: HostCopy | None = None
+        self._found: dict[Side, list[HostCopy]] = {side: [] for side in SIDES}
+        self._unread: dict[Side, list[HostCopy]] = {}
 
     def layer(self, index: int) -> "LayerDrift":
         """Return the part of the meter that layer `index` feeds."""
@@ -43,19 +44,17 @@ class DriftMeter:
     def add(self, index: int, side: Side, error: torch.Tensor) -> None:
         """Take the error of one page, a scalar; with the last layer's values all layers are compared and forgotten."""
         self._judge()
-        self._found[side].append(error)
+        self._found[side].append(HostCopy(error))  # layers may lie on several devices
         if (index, side) != (self._last, "values"):
             return
-        self._unread = HostCopy(torch.stack([torch.stack(self._found[kind]).nanmean() for kind in SIDES]))
-        for found in self._found.values():
-            found.clear()
+        self._unread, self._found = self._found, {kind: [] for kind in SIDES}
         if not error.is_cuda:  # a GPU's answer is read with the next sample: nothing waits for it
             self._judge()
 
     def _judge(self) -> None:
-        if self._unread is None:
-            return
-        for kind, live in zip(SIDES, self._unread.read().tolist(), strict=True):
+        for kind, copies in self._unread.items():
+            found = [value for value in (float(copy.read()) for copy in copies) if not math.isnan(value)]
+            live = sum(found) / len(found) if found else 0.0
             known = [errors[kind] for errors in self._expected if errors]
             calibrated = sum(known) / len(known)
             if live > RATIO * calibrated:
@@ -65,7 +64,7 @@ class DriftMeter:
                     f"(relative squared error {live:.3g}, then {calibrated:.3g}); answers may be worse than measured: "
                     "calibrate on text like this one",
                 )
-        self._unread = None
+        self._unread = {}
 
 
 class LayerDrift:

@@ -8,15 +8,18 @@ from transformers.cache_utils import CacheLayerMixin
 
 from pqkv_cli.cache.checks import check_states
 from pqkv_cli.cache.drift import LayerDrift
+from pqkv_cli.cache.encoder import EncoderQueue
 from pqkv_cli.cache.handle import LazyStates, StepView
 from pqkv_cli.cache.notices import DECODED
+from pqkv_cli.cache.page_job import PageJob
 from pqkv_cli.cache.pages import PageStore
+from pqkv_cli.cache.sinks import sinks_among, with_sinks
 from pqkv_cli.cache.timeline import AngleSource, Timeline
-from pqkv_cli.cache.window import take_tokens, with_room
+from pqkv_cli.cache.window import with_room
 from pqkv_cli.errors import CacheError
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.codec import decode
-from pqkv_kernels.dispatch import Backend, encode_pages, prepare_tables
+from pqkv_kernels.dispatch import Backend, prepare_tables
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.tables import CodecTables
 
@@ -40,12 +43,13 @@ class QuantizedLayer(CacheLayerMixin):
         timeline: Timeline,
         angle_source: AngleSource | None,
         drift: LayerDrift | None = None,
+        encoder: EncoderQueue | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tables, self.spec, self.timeline, self.angle_source = tables, spec, timeline, angle_source
         self._drift = drift
-        self.num_updates = 0
-        self.num_materialized = 0
+        self._encoder = EncoderQueue() if encoder is None else encoder
+        self.num_updates = self.num_materialized = self._last_job = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -79,8 +83,8 @@ class QuantizedLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a step's keys and values [B, Hkv, T, D] (keys after rotary embedding) and return handles on all of them.
 
-        What leaves the window is encoded before this returns; the handles still see it exact, and see the codes that were
-        there when the step began. So results do not depend on when encoding happens.
+        What leaves the window goes to the encoder; the handles still see it exact, and see the codes that were there when
+        the step began, for which they wait. So results do not depend on when encoding happens.
 
         Raises
         ------
@@ -91,18 +95,13 @@ class QuantizedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         check_states(states, self.window, self.get_seq_length(), self.timeline.num_slots)
+        self._encoder.wait(self._last_job)
         self.num_updates += 1
         num_exact = self.num_window + key_states.shape[2]
         fits = num_exact < self._capacity
         exact = {side: self._joined(side, states[side], fits) for side in SIDES}
-        view = StepView(
-            layer=self,
-            step=self.num_updates,
-            num_coded=self.num_coded,
-            pages={side: self.pages[side].views(self.device) for side in SIDES},
-            sinks=dict(self.sinks),
-            exact=exact,
-        )
+        pages = {side: self.pages[side].views(self.device) for side in SIDES}
+        view = StepView(self, self.num_updates, self.num_coded, pages, dict(self.sinks), exact)
         if fits:
             self.num_window = num_exact
         else:
@@ -133,6 +132,7 @@ class QuantizedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Drop all tokens."""
+        self._encoder.finish()
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -148,6 +148,7 @@ class QuantizedLayer(CacheLayerMixin):
             raise CacheError(
                 f"crop({tokens_to_remove}) on {self.get_seq_length()} tokens; expected minus the number of tokens to remove"
             )
+        self._encoder.finish()
         if kept >= self.num_coded:
             self.num_window = kept - self.num_coded
             return
@@ -175,11 +176,13 @@ class QuantizedLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Keep codes in the memory of the CPU from now on; each step copies this layer's codes to the device and drops them."""
+        self._encoder.finish()
         for store in self.pages.values():
             store.move(torch.device("cpu"))
 
     def prefetch(self) -> None:
         """Keep codes on the layer's device again."""
+        self._encoder.finish()
         for store in self.pages.values():
             store.move(self.device)
 
@@ -203,47 +206,43 @@ class QuantizedLayer(CacheLayerMixin):
         return window[:, :, : start + states.shape[2]]
 
     def _flush(self, exact: dict[Side, torch.Tensor]) -> None:
-        """Encode the pages that leave the window and start a new window buffer: the handles keep the old tensors."""
-        num_exact = exact["keys"].shape[2]
-        num_leaving = (num_exact - self.spec.window_tokens) // PAGE_TOKENS * PAGE_TOKENS
-        first = self.num_coded
+        """Hand the pages that leave the window to the encoder and start new tensors: the handles keep the old ones."""
+        num_exact, first, starts = exact["keys"].shape[2], self.num_coded, self.timeline.starts()
+        num_pages = (num_exact - self.spec.window_tokens) // PAGE_TOKENS
+        num_leaving, num_window = num_pages * PAGE_TOKENS, num_exact - num_pages * PAGE_TOKENS
+        leaving = {side: exact[side][:, :, :num_leaving] for side in SIDES}
+        job = PageJob(
+            backend=self.backend,
+            tables=dict(self.tables),
+            states=leaving,
+            angles={side: self.angles(side, first, first + num_leaving) for side in SIDES},
+            room={s: self.pages[s].room(num_pages, self.tables[s].layout.page_bytes, leaving[s]) for s in SIDES},
+            drift=self._drift,
+            first_slot=first,
+            text_start=starts + self.spec.num_sinks,
+        )
+        sinks = {s: sinks_among(leaving[s], first, starts, self.spec.num_sinks, self.sinks[s]) for s in SIDES}
+        window = {s: with_room(exact[s][:, :, num_leaving:], num_window, self._capacity, self._capacity) for s in SIDES}
+        self._last_job = self._encoder.submit(job, self.device)
+        # Only now, when nothing can fail any more: keys and values must not come apart.
+        self.sinks, self.window, self.num_window = sinks, window, num_window
         for side in SIDES:
-            leaving = exact[side][:, :, :num_leaving]
-            angles = self.angles(side, first, first + num_leaving)
-            self._keep_sinks(side, leaving, first)
-            pages = encode_pages(self.backend, leaving, self.tables[side], angles)
-            if self._drift is not None:
-                text_start = self.timeline.starts() + self.spec.num_sinks
-                self._drift.observe(side, leaving, pages, self.tables[side], angles, first, text_start)
-            self.pages[side].append(pages)
-            window = leaving.new_empty(*leaving.shape[:2], self._capacity, leaving.shape[3])
-            window[:, :, : num_exact - num_leaving] = exact[side][:, :, num_leaving:]
-            self.window[side] = window
-        self.num_window = num_exact - num_leaving
-
-    def _keep_sinks(self, side: Side, leaving: torch.Tensor, first: int) -> None:
-        slots = self.timeline.starts()[:, None] + torch.arange(self.spec.num_sinks, device=leaving.device)
-        index = slots - first
-        inside = (index >= 0) & (index < leaving.shape[2])
-        taken = take_tokens(leaving, index.clamp(0, leaving.shape[2] - 1))
-        known = self.sinks[side] if self.sinks[side].shape[2] else torch.zeros_like(taken)
-        # A new tensor: handles of this step must go on seeing the sinks as they were.
-        self.sinks[side] = torch.where(inside[:, None, :, None], taken, known)
+            self.pages[side].grow(num_pages)
 
     def _decoded(self, side: Side, pages: torch.Tensor, start: int, stop: int, sinks: torch.Tensor) -> torch.Tensor:
         decoded = decode(pages, self.tables[side], self.angles(side, start, stop)).to(self.dtype)
-        if not self.spec.num_sinks:
-            return decoded
-        index = torch.arange(start, stop, device=decoded.device) - self.timeline.starts()[:, None]
-        is_sink = (index >= 0) & (index < self.spec.num_sinks)
-        exact = take_tokens(sinks, index.clamp(0, self.spec.num_sinks - 1))
-        return torch.where(is_sink[:, None, :, None], exact, decoded)
+        return with_sinks(decoded, start, self.timeline.starts(), sinks)
 
     def angles(self, side: Side, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return ``(cos, sin)`` of the slots ``start:stop`` where the codec of `side` works before rotary embedding."""
         return None if self.tables[side].rotary is None else self.timeline.angles(self.angle_source, start, stop)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._encoder.finish()  # a copy of what is being written would be neither old nor new
+        return self.__dict__
+
     def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._encoder.finish()
         self.sinks = {side: change(t) for side, t in self.sinks.items()}
         self.window = {side: change(t) for side, t in self.window.items()}
         for store in self.pages.values():

@@ -24,17 +24,23 @@ class PageStore:
         """Bytes allocated, unused pages of the last slab included."""
         return sum(slab.numel() for slab in self._slabs)
 
-    def append(self, pages: torch.Tensor) -> None:
-        """Add `pages` [B, P, Hkv, page_bytes] after the last."""
-        free = sum(slab.shape[1] for slab in self._slabs) - self.num_pages
-        count = pages.shape[1]
-        if count > free:
-            size = max(count - free, SLAB_PAGES) if self.num_pages else count
-            self._slabs.append(self._new_slab(pages, size))
-        for slab, start, stop in self._parts(self.num_pages, self.num_pages + count):
-            taken, pages = pages[:, : stop - start], pages[:, stop - start :]
-            slab[:, start:stop] = taken
-        self.num_pages += count
+    def room(self, num_pages: int, page_bytes: int, states: torch.Tensor) -> list[torch.Tensor]:
+        """Return where the next `num_pages` pages belong, as parts of slabs in order; `grow` counts them.
+
+        Parameters
+        ----------
+        states
+            What they will stand for, [B, Hkv, T, D]; new slabs lie where it lies unless `move` has chosen another place.
+        """
+        missing = num_pages - (sum(slab.shape[1] for slab in self._slabs) - self.num_pages)
+        if missing > 0:
+            size = max(missing, SLAB_PAGES) if self.num_pages else missing
+            self._slabs.append(self._new_slab((states.shape[0], size, states.shape[1], page_bytes), states.device))
+        return [slab[:, start:stop] for slab, start, stop in self._parts(self.num_pages, self.num_pages + num_pages)]
+
+    def grow(self, num_pages: int) -> None:
+        """Count the next `num_pages`, for which there is room."""
+        self.num_pages += num_pages
 
     def views(self, device: torch.device | None = None) -> list[torch.Tensor]:
         """Return the filled parts of the slabs, in order, on `device`; without copying where they lie there."""
@@ -61,10 +67,10 @@ class PageStore:
         """Replace every slab by `change` of it (rows reordered, moved to a device, ...)."""
         self._slabs = [change(slab) for slab in self._slabs]
 
-    def _new_slab(self, pages: torch.Tensor, size: int) -> torch.Tensor:
-        home = self._home or pages.device
-        pinned = pages.is_cuda and home.type == "cpu"  # copies from pinned memory do not wait for each other
-        return torch.empty((pages.shape[0], size, *pages.shape[2:]), dtype=pages.dtype, device=home, pin_memory=pinned)
+    def _new_slab(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        home = self._home or device
+        pinned = device.type == "cuda" and home.type == "cpu"  # copies from pinned memory do not wait for each other
+        return torch.empty(shape, dtype=torch.uint8, device=home, pin_memory=pinned)
 
     def _parts(self, start: int, stop: int) -> list[tuple[torch.Tensor, int, int]]:
         parts, first = [], 0

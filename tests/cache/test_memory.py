@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pqkv_cli.cache import layer as layer_module
+from pqkv_cli.cache import page_job
 from pqkv_cli.cache.build import quantized_cache
 from pqkv_cli.rates import key_layout, rate_layout
 from pqkv_cli.runtime.attention import pqkv_attention
@@ -58,7 +58,7 @@ def share(cache: Any, num_tokens: int) -> float:
 @pytest.mark.parametrize("chunk", [32768, 2000])
 @pytest.mark.parametrize(("bits", "at_most"), [(4, 0.27), (3, 0.21), (2, 0.145), (1, 0.085)])
 def test_a_cache_of_32k_tokens_of_llama_3_8b(monkeypatch: pytest.MonkeyPatch, bits: int, at_most: float, chunk: int) -> None:
-    monkeypatch.setattr(layer_module, "encode_pages", lambda backend, *args: blank_pages(*args))
+    monkeypatch.setattr(page_job, "encode_pages", lambda backend, *args: blank_pages(*args))
     cache = one_layer(bits)
     fill(cache, 32768, chunk)
     assert bits / 16 < share(cache, 32768) <= at_most
