@@ -64,10 +64,14 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def quiet(done: int, total: int) -> None:
+    """Take progress and say nothing."""
+
+
 def fit_artifact(model: Any, directory: Path, bits: int = 4, spec: CacheSpec = SPEC) -> Path:
     """Calibrate on random tokens, fit and save; return the artifact's file."""
     windows = tokens(_SETTINGS.num_samples, _SETTINGS.seq_len, seed=1)
-    collect(model, windows, directory / "calibration", _SETTINGS, lambda done, total: None)
+    collect(model, windows, directory / "calibration", _SETTINGS, quiet)
     shape = geometry(model.config)
     plan = uniform_plan(shape, bits, spec)
     store = CalibrationStore(directory / "calibration")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import family_model
-from tiny_chain import tokens
+from tiny_chain import quiet, tokens
 
 from pqkv_cli.calibration import settings as settings_module
 from pqkv_cli.calibration.collect import collect
@@ -23,10 +23,6 @@ from pqkv_cli.models.taps import tap
 
 PLAIN = ("keys", "values", "positions", "attention_mass", "query_moment", "pair_moment", "output_gram")
 FISHER = ("key_fisher", "value_fisher", "key_weight", "value_weight")
-
-
-def quiet(done: int, total: int) -> None:
-    pass
 
 
 def gradients_of(model: Any, ids: torch.Tensor, draws: Iterator[torch.Tensor] | list[torch.Tensor] | int) -> Any:
