@@ -6,7 +6,8 @@ A time is taken only after the same tables have passed the correctness gate on t
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -27,9 +28,11 @@ _FLUSH_BYTES = 1 << 28
 class Quantiles:
     """Times in milliseconds."""
 
+    p10: float
     p20: float
     p50: float
     p80: float
+    p90: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,29 @@ class AttentionTimes:
         return self.static_ms.p50 / self.codes_ms.p50
 
     @property
+    def codes_gb_per_s(self) -> float:
+        """Gigabytes of codes read per second."""
+        return self.code_bytes / (self.codes_ms.p50 * 1e6)
+
+    @property
+    def static_gb_per_s(self) -> float:
+        """Gigabytes of the dense cache read per second."""
+        return self.dense_bytes / (self.static_ms.p50 * 1e6)
+
+    @property
     def bandwidth_share(self) -> float:
         """Share of the copy bandwidth at which codes are read."""
-        return self.code_bytes / (self.codes_ms.p50 * 1e6) / self.copy_gb_per_s
+        return self.codes_gb_per_s / self.copy_gb_per_s
+
+    def row(self) -> dict[str, Any]:
+        """Return the measurement and what follows from it, as JSON can hold it."""
+        return asdict(self) | {
+            "ratio_to_static": self.ratio,
+            "codes_gb_per_s": self.codes_gb_per_s,
+            "static_gb_per_s": self.static_gb_per_s,
+            "share_of_copy_bandwidth": self.bandwidth_share,
+            "static_share_of_copy_bandwidth": self.static_gb_per_s / self.copy_gb_per_s,
+        }
 
 
 def gate(keys: CodecTables, values: CodecTables, group_size: int, backend: Backend, dtype: torch.dtype) -> float:
@@ -155,9 +178,9 @@ def measure(functions: tuple[Callable[[], None], ...], repeats: int, device: tor
 def quantiles(times_ms: list[float]) -> Quantiles:
     """Return the quantiles of at least one time."""
     if len(times_ms) == 1:
-        return Quantiles(*times_ms * 3)
+        return Quantiles(*times_ms * 5)
     cuts = statistics.quantiles(times_ms, n=10, method="inclusive")
-    return Quantiles(cuts[1], cuts[4], cuts[7])
+    return Quantiles(cuts[0], cuts[1], cuts[4], cuts[7], cuts[8])
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -36,6 +36,10 @@ ShapeOption = Annotated[
 PictureOption = Annotated[
     Path | None, typer.Option("--picture", metavar="FILE.html", help="With --shape: draw time and memory against context.")
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="With --shape: what caches may take where the largest batches are compared."),
+]
 _BACKENDS = ("auto", "torch", "native", "triton")
 
 
@@ -49,6 +53,7 @@ def bench(
     kmeans: KmeansOption = False,
     shape: ShapeOption = None,
     picture: PictureOption = None,
+    memory: MemoryOption = None,
     model: ModelOption = None,
     force: ForceOption = False,
     device: DeviceOption = None,
@@ -73,9 +78,10 @@ def bench(
         from pqkv_cli.cli.bench_shapes import show_shapes
 
         checked({"device": device})
-        return show_shapes(shape, context or [], batch or [], repeats, backend, device, picture, output, reporter)
-    if picture is not None:
-        raise UsageError("--picture draws what --shape measures; expected --shape beside it")
+        lists = shape, context or [], batch or []
+        return show_shapes(*lists, repeats, backend, device, memory, picture, output, reporter)
+    if picture is not None or memory is not None:
+        raise UsageError("--picture and --memory belong to --shape; expected --shape beside them")
     if kmeans:
         return _show_kmeans(target_of(target, run, reporter), output, reporter)
 
@@ -84,8 +90,8 @@ def bench(
     from pqkv_cli.pipeline.start import artifact_source
 
     source = artifact_source(target_of(target, run, reporter), model, checked({"device": device, "dtype": dtype}))
-    settings = BenchSettings(tuple(context or ()), tuple(batch or ()), repeats, backend)  # type: ignore[arg-type]
-    report = measure(source, settings, reporter, force=force)
+    wanted = BenchSettings(tuple(context or ()), tuple(batch or ()), repeats, backend)  # type: ignore[arg-type]
+    report = measure(source, wanted, reporter, force=force)
     output.result(report.document(), *_tables(report))
 
 

@@ -18,6 +18,7 @@ def show_shapes(
     repeats: int,
     backend: str,
     device: str | None,
+    memory: str | None,
     picture: Path | None,
     output: "Output",
     reporter: "TerminalReporter",
@@ -26,12 +27,16 @@ def show_shapes(
     from pqkv_cli.evaluation.shape_picture import shape_picture
     from pqkv_cli.evaluation.shapes import SHAPES
     from pqkv_cli.files import write_text
-    from pqkv_cli.pipeline.bench_shapes import bench_shapes
+    from pqkv_cli.pipeline.bench_shapes import ShapeSettings, bench_shapes
+    from pqkv_cli.pipeline.capacity import parse_device_bytes
 
     unknown = [name for name in names if name not in SHAPES]
     if unknown:
         raise UsageError(f"--shape is {', '.join(map(repr, unknown))}; expected one of {', '.join(SHAPES)}")
-    found = bench_shapes(names, contexts, batches, repeats, backend, reporter, device)  # type: ignore[arg-type]
+    held = None if memory is None else parse_device_bytes(memory, "--memory")
+    lists = tuple(names), tuple(contexts), tuple(batches)
+    settings = ShapeSettings(*lists, repeats, backend, device, held)  # type: ignore[arg-type]
+    found = bench_shapes(settings, reporter)
     document = found.document()
     notes: list[RenderableType] = [f"not measured: {why}" for why in found.skipped]
     if picture is not None:
@@ -59,12 +64,34 @@ def _tables(document: dict[str, Any]) -> "list[RenderableType]":
             for row in document["tokens"]
         ]
         shown.append(table("whole decode steps, ms", ("shape", "format", "context", *names), rows))
-    encoding = [
-        [*(row["shape"], row["format"], f"{row['tokens']:,}", f"{row['encode_ms']:.1f}", f"{row['share']:.1%}")]
-        for row in document["encoding"]
-    ]
-    if encoding:
-        shown.append(table("encoding beside prefill", ("shape", "format", "tokens", "ms", "of prefill"), encoding))
+    return [*shown, *_model_tables(document)]
+
+
+def _model_tables(document: dict[str, Any]) -> "list[RenderableType]":
+    from pqkv_cli.cli.output import table
+
+    shown: list[RenderableType] = []
+    if document["encoding"]:
+        titles = ("shape", "format", "tokens", "dense ms", "codes ms", "overhead", "encoding alone, of prefill")
+        rows = [
+            [
+                *(row["shape"], row["format"], f"{row['tokens']:,}", _ms(row["prefill_ms"]), _ms(row["codes_prefill_ms"])),
+                *(f"{row['overhead']:+.1%}", f"{row['share']:.1%}"),
+            ]
+            for row in document["encoding"]
+        ]
+        shown.append(table("time until the first token", titles, rows))
+    if document["equal_memory"]:
+        columns = ("shape", "format", "context", "GB", "rows, static", "tokens/s", "rows, codes", "tokens/s", "times as many")
+        rows = [
+            [
+                *(row["shape"], row["format"], f"{row['context']:,}", f"{row['budget_bytes'] / 1e9:.3g}"),
+                *(cell for side in ("static", "codes") for cell in (row[side]["batch"], f"{row[side]['tokens_per_s']:,.0f}")),
+                f"{row['ratio']:.2f}",
+            ]
+            for row in document["equal_memory"]
+        ]
+        shown.append(table("the largest batch that fits into equal memory", columns, rows))
     return shown
 
 

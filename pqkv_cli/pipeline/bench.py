@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.errors import RunError
-from pqkv_cli.evaluation.decode_speed import OURS, TokenTimes, time_tokens
+from pqkv_cli.evaluation.decode_speed import TokenTimes, time_tokens
 from pqkv_cli.evaluation.environment import environment
 from pqkv_cli.files import write_text
 from pqkv_cli.pipeline.loading import device_of, open_model
@@ -48,12 +48,8 @@ class BenchReport:
         return {
             "schema": "pqkv.bench/1",
             "backend": {"name": self.backend, "reason": self.reason},
-            "attention": [
-                asdict(t) | {"ratio_to_static": t.ratio, "share_of_copy_bandwidth": t.bandwidth_share} for t in self.attention
-            ],
-            "tokens": [
-                asdict(t) | {"ratios": {name: t.ratio(name) for name in t.ms_per_token if name != OURS}} for t in self.tokens
-            ],
+            "attention": [times.row() for times in self.attention],
+            "tokens": [times.row() for times in self.tokens],
             "environment": self.environment,
         }
 

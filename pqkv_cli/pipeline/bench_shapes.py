@@ -1,42 +1,82 @@
 """Measures decode speed on the shapes of well-known models, with random weights and codebooks: no run is needed.
 
-Attention of one layer over contexts and batches, whole decode steps beside other caches, and what encoding adds to a prefill.
+Attention of one layer over contexts and batches, whole decode steps beside other caches, what codes add to reading a prompt,
+and tokens per second of the largest batch that fits into the same memory.
 What does not fit into memory is listed, not tried.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, product
 from typing import Any
 
 import torch
 
 from pqkv_cli.errors import RunError
-from pqkv_cli.evaluation.decode_speed import OURS, TokenTimes, time_tokens
+from pqkv_cli.evaluation.decode_speed import time_tokens
 from pqkv_cli.evaluation.environment import environment
+from pqkv_cli.evaluation.equal_memory import (
+    WARM_UP,
+    Throughput,
+    codes_row_bytes,
+    codes_throughput,
+    static_row_bytes,
+    static_throughput,
+)
+from pqkv_cli.evaluation.prefill_speed import time_prefill
 from pqkv_cli.evaluation.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.specs import CacheSpec
-from pqkv_kernels.bench import AttentionTimes, copy_bandwidth, time_attention
-from pqkv_kernels.dispatch import BackendRequest, choose_backend, encode_pages
+from pqkv_kernels.bench import copy_bandwidth, time_attention
+from pqkv_kernels.dispatch import BackendRequest, choose_backend
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import PAGE_TOKENS
+
+Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]  # kind, row
 
 SPEC = CacheSpec(4, 64)
 GPU_CONTEXTS, GPU_BATCHES = (1024, 4096, 8192, 32768, 131072, 524288, 1048576), (1, 8, 64)
 CPU_CONTEXTS, CPU_BATCHES = (1024, 4096), (1,)
+GPU_EQUAL, CPU_EQUAL = 32768, 1024  # tokens of each row where batches are compared in equal memory
+MOST_PROMPT = 8192
+_CPU_BUDGET = 1 << 26
 _CPU_BYTES = 1 << 31  # what a measurement may take where the device does not say what is free
 _NUM_CACHES = 4  # caches that lie side by side when whole steps are timed
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeSettings:
+    """What to measure; empty contexts or batches mean the usual ones of the device.
+
+    Attributes
+    ----------
+    names
+        Shapes of `SHAPES`.
+    device
+        None or ``auto`` is the GPU where there is one.
+    memory_bytes
+        What caches may take where batches are compared in equal memory; None is half of what a GPU has free beside the
+        weights, and 64 MiB on a CPU.
+    """
+
+    names: tuple[str, ...]
+    contexts: tuple[int, ...] = ()
+    batches: tuple[int, ...] = ()
+    repeats: int = 20
+    backend: BackendRequest = "auto"
+    device: str | None = None
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ShapeBench:
     """What was measured; `skipped` says what did not fit."""
 
-    attention: tuple[dict[str, Any], ...]
-    tokens: tuple[dict[str, Any], ...]
-    encoding: tuple[dict[str, Any], ...]
+    attention: tuple[Row, ...]
+    tokens: tuple[Row, ...]
+    encoding: tuple[Row, ...]
+    equal_memory: tuple[Row, ...]
     skipped: tuple[str, ...]
     backend: str
     environment: dict[str, Any]
@@ -47,18 +87,8 @@ class ShapeBench:
         return {"schema": "pqkv.bench-shapes/1", "missing": missing, **asdict(self)}
 
 
-def bench_shapes(
-    names: Sequence[str],
-    contexts: Sequence[int],
-    batches: Sequence[int],
-    repeats: int,
-    backend: BackendRequest,
-    reporter: Reporter,
-    device: torch.device | str | None = None,
-) -> ShapeBench:
-    """Measure the shapes `names` of `SHAPES`; empty contexts or batches mean the usual ones of the device.
-
-    `device` None or ``auto`` is the GPU where there is one.
+def bench_shapes(settings: ShapeSettings, reporter: Reporter) -> ShapeBench:
+    """Measure; every backend passes its correctness gate before it is timed.
 
     Raises
     ------
@@ -66,120 +96,98 @@ def bench_shapes(
         If the backend cannot run here, or gives wrong answers.
     """
     usual = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(usual if device in (None, "auto") else device)
+    device = torch.device(usual if settings.device in (None, "auto") else settings.device)
     on_gpu = device.type == "cuda"
-    contexts = contexts or (GPU_CONTEXTS if on_gpu else CPU_CONTEXTS)
-    batches = batches or (GPU_BATCHES if on_gpu else CPU_BATCHES)
-    run = _Bench(device, torch.bfloat16 if on_gpu else torch.float32, repeats, backend, [])
-    attention: list[dict[str, Any]] = []
-    tokens: list[dict[str, Any]] = []
-    encoding: list[dict[str, Any]] = []
+    contexts = settings.contexts or (GPU_CONTEXTS if on_gpu else CPU_CONTEXTS)
+    batches = settings.batches or (GPU_BATCHES if on_gpu else CPU_BATCHES)
+    equal = settings.contexts or ((GPU_EQUAL,) if on_gpu else (CPU_EQUAL,))
+    run = _Bench(device, torch.bfloat16 if on_gpu else torch.float32, settings, [])
+    found: dict[str, list[Row]] = {kind: [] for kind in ("attention", "tokens", "encoding", "equal_memory")}
     try:
         with reporter.progress("shapes") as advance:
-            for index, name in enumerate(names):
-                attention += run.attention(name, contexts, batches)
-                steps, prefill = run.steps(name, contexts)
-                tokens += steps
-                encoding += prefill
-                advance(index + 1, len(names))
-        chosen = attention[0]["backend"] if attention else choose_backend(backend, device).name
+            for index, name in enumerate(settings.names):
+                for kind, row in chain(run.attention(name, contexts, batches), run.model(name, contexts, equal)):
+                    found[kind].append(row)
+                advance(index + 1, len(settings.names))
+        measured = found["attention"]
+        chosen = measured[0]["backend"] if measured else choose_backend(settings.backend, device).name
     except KernelError as error:
         raise RunError(str(error)) from error
-    return ShapeBench(tuple(attention), tuple(tokens), tuple(encoding), tuple(run.skipped), chosen, environment(device))
+    rows = {kind: tuple(of_kind) for kind, of_kind in found.items()}
+    return ShapeBench(**rows, skipped=tuple(run.skipped), backend=chosen, environment=environment(device))
 
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
     device: torch.device
     dtype: torch.dtype
-    repeats: int
-    backend: BackendRequest
+    settings: ShapeSettings
     skipped: list[str]
 
-    def attention(self, name: str, contexts: Sequence[int], batches: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def attention(self, name: str, contexts: Sequence[int], batches: Sequence[int]) -> Rows:
         """Yield the times of one layer's attention for every format, batch and context that fits."""
         shape, bandwidth = SHAPES[name], copy_bandwidth(self.device)
         for label in FORMATS:
             keys, values = random_tables(shape, label, self.device)
-            choice = choose_backend(self.backend, self.device, [(keys, values)])
-            for batch in batches:
-                for context in contexts:
-                    if not self._fits(f"{name}, batch {batch}, {context} tokens", shape, batch, context, 2):
-                        continue
-                    times = time_attention(
-                        keys,
-                        values,
-                        group_size=shape.group_size,
-                        batch=batch,
-                        context=context,
-                        backend=choice.name,
-                        dtype=self.dtype,
-                        repeats=self.repeats,
-                        copy_gb_per_s=bandwidth,
-                    )
-                    yield {"shape": name, "format": label, **_attention_row(times)}
+            choice = choose_backend(self.settings.backend, self.device, [(keys, values)])
+            for batch, context in product(batches, contexts):
+                if not self._fits(f"{name}, batch {batch}, {context} tokens", shape, batch, context, 2):
+                    continue
+                times = time_attention(
+                    keys,
+                    values,
+                    group_size=shape.group_size,
+                    batch=batch,
+                    context=context,
+                    backend=choice.name,
+                    dtype=self.dtype,
+                    repeats=self.settings.repeats,
+                    copy_gb_per_s=bandwidth,
+                )
+                yield "attention", {"shape": name, "format": label, **times.row()}
 
-    def steps(self, name: str, contexts: Sequence[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return the times of whole decode steps, and of encoding beside a prefill, for every format."""
-        shape, rows, encoding = SHAPES[name], [], []
+    def model(self, name: str, contexts: Sequence[int], equal: Sequence[int]) -> Rows:
+        """Yield the times of whole steps, of reading a prompt, and of batches in equal memory, for every format."""
+        shape, repeats = SHAPES[name], self.settings.repeats
         if not self._weights_fit(name, shape):
-            return [], []
-        model = random_model(shape, max(contexts) + self.repeats + 8, self.device, self.dtype)
-        prefill_tokens = min(8192, max(min(contexts), PAGE_TOKENS))
-        prefill_ms = self._prefill_ms(model, prefill_tokens)
+            return
+        model = random_model(shape, max(*contexts, *equal) + repeats + 8, self.device, self.dtype)
+        budget = self.settings.memory_bytes or (self._free() // 2 if self.device.type == "cuda" else _CPU_BUDGET)
+        static = [self._static(name, shape, model, context, budget) for context in equal]
+        prompt = max((context for context in contexts if context <= MOST_PROMPT), default=MOST_PROMPT)
         for label in FORMATS:
             keys, values = random_tables(shape, label, self.device)
-            layer = {"keys": keys, "values": values}
-            encoding.append(self._encoding(name, label, shape, prefill_tokens, prefill_ms))
-            with Attached(model, [layer] * shape.num_layers, SPEC, backend=self.backend) as attached:  # type: ignore[list-item]
+            named = {"shape": name, "format": label}
+            layers: list[Any] = [{"keys": keys, "values": values}] * shape.num_layers
+            with Attached(model, layers, SPEC, backend=self.settings.backend) as attached:
+                yield "encoding", named | time_prefill(attached, keys, values, prompt, repeats).row()
                 for context in contexts:
                     if self._fits(f"{name}, whole steps, {context} tokens", shape, 1, context, _NUM_CACHES * shape.num_layers):
                         self._reset_peak()
-                        times = time_tokens(attached, context, self.repeats)
-                        rows.append({"shape": name, "format": label, **_token_row(times), "peak_bytes": self._peak()})
-        return rows, encoding
+                        times = time_tokens(attached, context, repeats)
+                        yield "tokens", named | times.row() | {"peak_bytes": self._peak()}
+                for context, plain in zip(equal, static, strict=True):
+                    row_bytes = codes_row_bytes(shape, keys, values, SPEC, self._last(context), self.dtype.itemsize)
+                    batch = self._batch(f"{name}, {label}", context, budget, row_bytes)
+                    if batch and plain is not None:
+                        coded = codes_throughput(attached, batch, context, repeats)
+                        yield "equal_memory", named | _compared(context, budget, plain, coded)
 
-    @torch.no_grad()
-    def _prefill_ms(self, model: Any, num_tokens: int) -> float:
-        ids = torch.ones(1, num_tokens, dtype=torch.int64, device=self.device)
-        return min(self._elapsed_ms(lambda: model(ids, use_cache=True, logits_to_keep=1)) for _ in range(2))
+    def _static(self, name: str, shape: ModelShape, model: Any, context: int, budget: int) -> Throughput | None:
+        row_bytes = static_row_bytes(shape, self._last(context), self.dtype.itemsize)
+        batch = self._batch(f"{name}, uncompressed", context, budget, row_bytes)
+        return static_throughput(model, batch, context, self.settings.repeats) if batch else None
 
-    @torch.no_grad()
-    def _encoding(self, name: str, label: str, shape: ModelShape, num_tokens: int, prefill_ms: float) -> dict[str, Any]:
-        """Return what encoding the prefill's keys and values of all layers costs, and its share."""
-        num_tokens -= num_tokens % PAGE_TOKENS
-        keys, values = random_tables(shape, label, self.device)
-        backend = choose_backend(self.backend, self.device, [(keys, values)]).name
-        states = torch.randn(1, shape.num_kv_heads, num_tokens, shape.head_dim, device=self.device).to(self.dtype)
-        angle = torch.arange(num_tokens, device=self.device)[None, :, None] * torch.logspace(
-            0, -4, shape.head_dim // 2, device=self.device
-        )
-        angles = (angle.cos(), angle.sin())
+    def _batch(self, what: str, context: int, budget: int, row_bytes: int) -> int:
+        """Return the largest batch whose cache fits; none is said."""
+        if budget < row_bytes:
+            self.skipped.append(
+                f"{what}, equal memory: a row of {context} tokens needs {row_bytes / 1e9:.3g} GB of {budget / 1e9:.3g} GB"
+            )
+        return budget // row_bytes
 
-        def encode() -> None:
-            encode_pages(backend, states, keys, angles)
-            encode_pages(backend, states, values)
-
-        ms = min(self._elapsed_ms(encode) for _ in range(3)) * shape.num_layers
-        return {
-            "shape": name,
-            "format": label,
-            "tokens": num_tokens,
-            "encode_ms": ms,
-            "prefill_ms": prefill_ms,
-            "share": ms / prefill_ms,
-        }
-
-    def _elapsed_ms(self, function: Any) -> float:
-        self._wait()
-        started = time.perf_counter()
-        function()
-        self._wait()
-        return (time.perf_counter() - started) * 1e3
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _last(self, context: int) -> int:
+        return context + self.settings.repeats + WARM_UP
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":
@@ -206,9 +214,6 @@ class _Bench:
         return needed <= 0.8 * self._free()
 
 
-def _attention_row(times: AttentionTimes) -> dict[str, Any]:
-    return asdict(times) | {"ratio_to_static": times.ratio, "share_of_copy_bandwidth": times.bandwidth_share}
-
-
-def _token_row(times: TokenTimes) -> dict[str, Any]:
-    return asdict(times) | {"ratios": {name: times.ratio(name) for name in times.ms_per_token if name != OURS}}
+def _compared(context: int, budget: int, plain: Throughput, coded: Throughput) -> Row:
+    ratio = coded.tokens_per_s / plain.tokens_per_s
+    return {"context": context, "budget_bytes": budget, "static": plain.row(), "codes": coded.row(), "ratio": ratio}

@@ -60,8 +60,8 @@ class Capacity:
     rows: tuple[CapacityRow, ...]
 
 
-def parse_device_bytes(word: str) -> int:
-    """Return the bytes that a word such as ``24GB`` or ``80GiB`` means.
+def parse_device_bytes(word: str, option: str = "--gpu") -> int:
+    """Return the bytes that a word such as ``24GB`` or ``80GiB``, given with `option`, means.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def parse_device_bytes(word: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", word)
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise UsageError(f"--gpu is {word!r}; expected a size with its unit, such as 24GB or 80GiB")
+        raise UsageError(f"{option} is {word!r}; expected a size with its unit, such as 24GB or 80GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -81,6 +81,7 @@ LINES = [
     ("eval {run} --data {text} --context 64 --limit 2 --peers rtn:4 --inject-outliers 16", 0, {"pqkv.outliers/1"}),
     ("generate {run} once --max-new-tokens 2", 0, {"pqkv.generation/1"}),
     ("bench {run} --context 64 --repeats 1", 0, {"pqkv.bench/1"}),
+    ("bench --shape small --context 64 --batch 1 --repeats 1 --memory 2MB --device cpu", 0, {"pqkv.bench-shapes/1"}),
     ("inspect {model} --gpu 1GB", 0, {"pqkv.inspect/1"}),
     ("inspect {run}", 0, {"pqkv.inspect/1"}),
     ("inspect {run}/artifact", 0, {"pqkv.inspect/1"}),

@@ -6,13 +6,19 @@ from typing import Any
 import pytest
 import torch
 
+from pqkv_cli.cache.pages import SLAB_PAGES
+from pqkv_cli.evaluation.decode_speed import filled, step_ms
+from pqkv_cli.evaluation.equal_memory import codes_row_bytes
 from pqkv_cli.evaluation.shape_picture import shape_picture
-from pqkv_cli.evaluation.shapes import FORMATS, SHAPES, ModelShape, random_tables
+from pqkv_cli.evaluation.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
 from pqkv_cli.pipeline import bench_shapes as module
-from pqkv_cli.pipeline.bench_shapes import bench_shapes
+from pqkv_cli.pipeline.bench_shapes import SPEC, ShapeSettings, bench_shapes
+from pqkv_cli.runtime.attach import Attached
+from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.planes import planes_of
 
 CPU = torch.device("cpu")
+TINY = ModelShape(1, 32, 48, 4, 2, 16, 64)
 
 
 class Silent:
@@ -22,11 +28,13 @@ class Silent:
         return nullcontext(lambda done, total: None)
 
 
-@pytest.fixture
-def document(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(module, "SHAPES", {"tiny": ModelShape(1, 32, 48, 4, 2, 16, 64)})
-    monkeypatch.setattr(module, "_CPU_BYTES", 2_000_000)
-    return bench_shapes(["tiny"], [128, 256, 65536], [1, 2], 1, "torch", Silent(), CPU).document()
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    settings = ShapeSettings(("tiny",), (128, 256, 65536), (1, 2), 1, "torch", "cpu", memory_bytes=300_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SHAPES", {"tiny": TINY})
+        patch.setattr(module, "_CPU_BYTES", 2_000_000)
+        return bench_shapes(settings, Silent()).document()
 
 
 def test_every_format_is_measured_where_it_fits(document: dict[str, Any]) -> None:
@@ -39,9 +47,42 @@ def test_every_format_is_measured_where_it_fits(document: dict[str, Any]) -> Non
         # Few tokens of a tiny head: tables of positions weigh more than codes save, but dense bytes are exact.
         assert row["cache_bytes"]["DynamicCache"] == 2 * 2 * (row["context"] + 3) * 16 * 4
     assert {row["format"] for row in document["encoding"]} == set(FORMATS)
-    assert all(row["share"] == row["encode_ms"] / row["prefill_ms"] > 0 for row in document["encoding"])
+    for row in document["encoding"]:
+        plain = row["prefill_ms"]["p50"]
+        assert row["tokens"] == 256 and row["share"] == row["encode_ms"]["p50"] / plain > 0
+        assert row["overhead"] == row["codes_prefill_ms"]["p50"] / plain - 1
     assert any("tiny, batch 2, 65536 tokens: needs 0.1 GB of 0.0 GB" in why for why in document["skipped"])
     assert "fp8" in document["missing"] and document["backend"] == "torch"
+
+
+def test_equal_memory_compares_the_largest_batches_that_fit(document: dict[str, Any]) -> None:
+    assert {(row["format"], row["context"]) for row in document["equal_memory"]} == {
+        (f, c) for f in FORMATS for c in (128, 256)
+    }
+    for row in document["equal_memory"]:
+        for side in ("static", "codes"):
+            found = row[side]
+            assert found["cache_bytes"] <= row["budget_bytes"] == 300_000, "what is measured fits"
+            assert found["tokens_per_s"] == found["batch"] / found["ms_per_step"]["p50"] * 1e3
+        assert row["static"]["batch"] == 300_000 // (2 * 2 * 16 * 4 * (row["context"] + 3))
+        assert row["static"]["cache_bytes"] + row["static"]["cache_bytes"] // row["static"]["batch"] > 300_000
+        assert row["ratio"] == row["codes"]["tokens_per_s"] / row["static"]["tokens_per_s"]
+    assert any("tiny, uncompressed, equal memory: a row of 65536 tokens needs" in why for why in document["skipped"])
+
+
+@pytest.mark.parametrize(("context", "steps"), [(64, 0), (700, 0), (1024, 70), (640, 130)])
+def test_footprints_are_what_caches_weigh(context: int, steps: int) -> None:
+    keys, values = random_tables(TINY, "speed 4 b/ch", CPU)
+    model = random_model(TINY, 2048, CPU, torch.float32)
+    with Attached(model, [{"keys": keys, "values": values}], SPEC, backend="torch") as attached, torch.no_grad():
+        cache = filled(model, attached.new_cache(), context, batch=3)
+        for step in range(steps):
+            step_ms(model, torch.ones(3, 1, dtype=torch.int64), cache, context + step)
+        found = cache.num_bytes().total
+    most = 3 * codes_row_bytes(TINY, keys, values, SPEC, context + steps, 4)
+    slab = 3 * SLAB_PAGES * TINY.num_kv_heads * (keys.layout.page_bytes + values.layout.page_bytes)
+    window = 3 * 2 * TINY.num_kv_heads * TINY.head_dim * 4 * 2 * PAGE_TOKENS
+    assert most - slab - window <= found <= most
 
 
 def test_the_picture_has_a_line_for_every_cache(document: dict[str, Any]) -> None:

@@ -24,6 +24,9 @@ def test_a_shape_is_timed_after_its_gate(generator: torch.Generator) -> None:
     assert found.code_bytes == 2 * 3 * 2 * (keys.layout.page_bytes + values.layout.page_bytes)
     assert found.dense_bytes == 2 * 2 * 2 * 192 * 16 * 4
     assert found.ratio == found.static_ms.p50 / found.codes_ms.p50 and found.bandwidth_share > 0
+    row = found.row()
+    assert row["codes_gb_per_s"] == found.code_bytes / found.codes_ms.p50 / 1e6 == row["share_of_copy_bandwidth"] * 5.0
+    assert row["static_gb_per_s"] == found.dense_bytes / found.static_ms.p50 / 1e6
 
 
 def test_wrong_answers_are_never_timed(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
@@ -35,5 +38,5 @@ def test_wrong_answers_are_never_timed(monkeypatch: pytest.MonkeyPatch, generato
 
 
 def test_quantiles_of_known_times() -> None:
-    assert quantiles([3.0]) == bench.Quantiles(3.0, 3.0, 3.0)
-    assert quantiles([float(i) for i in range(11)]) == bench.Quantiles(2.0, 5.0, 8.0)
+    assert quantiles([3.0]) == bench.Quantiles(3.0, 3.0, 3.0, 3.0, 3.0)
+    assert quantiles([float(i) for i in range(11)]) == bench.Quantiles(1.0, 2.0, 5.0, 8.0, 9.0)

@@ -1,0 +1,87 @@
+"""Tokens per second in the same memory: the largest batch whose cache fits, uncompressed and as codes.
+
+The largest batch follows from computed footprints; it is then filled, weighed and timed. Knows no command line.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import StaticCache
+
+from pqkv_cli.cache.pages import SLAB_PAGES
+from pqkv_cli.evaluation.decode_speed import cache_bytes, filled, step_ms
+from pqkv_cli.evaluation.shapes import ModelShape
+from pqkv_cli.runtime.attach import Attached
+from pqkv_cli.specs import CacheSpec
+from pqkv_kernels.bench import Quantiles, quantiles
+from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.tables import CodecTables
+
+WARM_UP = 2
+_CHUNK_ROWS = 1 << 16  # tokens of all rows that are put in at a time: bounds what filling takes beside the cache
+_LEAST_CHUNK = 8 * PAGE_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """Decode steps of one cache at a batch; `cache_bytes` are weighed after the last step."""
+
+    batch: int
+    cache_bytes: int
+    ms_per_step: Quantiles
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all rows per second."""
+        return self.batch / self.ms_per_step.p50 * 1e3
+
+    def row(self) -> dict[str, Any]:
+        """Return the measurement and what follows from it, as JSON can hold it."""
+        return asdict(self) | {"tokens_per_s": self.tokens_per_s}
+
+
+def static_row_bytes(shape: ModelShape, num_tokens: int, itemsize: int) -> int:
+    """Return what one row of `num_tokens` takes in a static uncompressed cache."""
+    return shape.num_layers * shape.dense_bytes(1, num_tokens, itemsize)
+
+
+def codes_row_bytes(
+    shape: ModelShape, keys: CodecTables, values: CodecTables, spec: CacheSpec, num_tokens: int, itemsize: int
+) -> int:
+    """Return what one row of `num_tokens` takes at most in a quantized cache: codes, exact tokens, positions and page angles.
+
+    At most, because a window may stand anywhere between two flushes, and the last slab of pages need not be full.
+    """
+    num_pages = max(num_tokens - spec.window_tokens, 0) // PAGE_TOKENS
+    page_bytes = shape.num_kv_heads * (keys.layout.page_bytes + values.layout.page_bytes)
+    exact = 2 * shape.num_kv_heads * shape.head_dim * itemsize * (spec.num_sinks + spec.window_tokens + PAGE_TOKENS)
+    pairs = 0 if keys.rotary is None else keys.rotary.num_pairs
+    positions = 8 + 4 * num_tokens + num_pages * (4 + 2 * 4 * pairs)
+    return shape.num_layers * ((num_pages + SLAB_PAGES) * page_bytes + exact) + positions
+
+
+@torch.no_grad()
+def static_throughput(model: Any, batch: int, context: int, repeats: int) -> Throughput:
+    """Time `batch` rows over transformers' StaticCache with torch's own attention."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=context + repeats + WARM_UP)
+        return _throughput(model, cache, batch, context, repeats)
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def codes_throughput(attached: Attached, batch: int, context: int, repeats: int) -> Throughput:
+    """Time `batch` rows over codes."""
+    return _throughput(attached.model, attached.new_cache(), batch, context, repeats)
+
+
+def _throughput(model: Any, cache: Any, batch: int, context: int, repeats: int) -> Throughput:
+    chunk = max(_LEAST_CHUNK, _CHUNK_ROWS // batch // PAGE_TOKENS * PAGE_TOKENS)
+    filled(model, cache, context, batch, chunk)
+    tokens = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
+    times = [step_ms(model, tokens, cache, context + step) for step in range(repeats + WARM_UP)]
+    return Throughput(batch, cache_bytes(cache), quantiles(times[WARM_UP:]))
