@@ -77,6 +77,11 @@ def _row(task: str, number: int, where: str, row: Row, prompts: "_Prompts") -> L
     if "prompt" in row:
         prompt = str(row["prompt"])
     else:
+        parts = {"input", "context"}
+        near = did_you_mean("prompt", set(row) - parts)
+        if not parts & row.keys() or (near and not parts <= row.keys()):
+            has = ", ".join(row)
+            raise DataError(f"{where} has no column 'prompt'{near}; it has {has}; expected prompt, or input and context")
         checked_row(row, {"input": str, "context": str}, where)
         prompt = prompts[task].replace("{context}", "\0").replace("{input}", row["input"]).replace("\0", row["context"])
     classes = tuple(map(str, row["all_classes"])) if row.get("all_classes") else None
@@ -86,7 +91,12 @@ def _row(task: str, number: int, where: str, row: Row, prompts: "_Prompts") -> L
 def _from_path(path: Path) -> Iterable[tuple[str, Row]]:
     files = read_rows(path, _COLUMNS)
     # The files of LongBench-E hold other samples under the same names.
-    return [(f"{name}.jsonl, row {i}", row) for name, rows in files.items() if name[-2:] != "_e" for i, row in enumerate(rows)]
+    return [
+        (f"{path / f'{name}.jsonl' if path.is_dir() else path}, row {i}", row)
+        for name, rows in files.items()
+        if name[-2:] != "_e"
+        for i, row in enumerate(rows)
+    ]
 
 
 def _from_hub() -> Iterable[tuple[str, Row]]:

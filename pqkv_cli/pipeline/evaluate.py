@@ -10,6 +10,7 @@ from pqkv_cli.artifact.derived import write_derived
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
+from pqkv_cli.evaluation.measures import unmeasured
 from pqkv_cli.evaluation.report_tables import headline_rows
 from pqkv_cli.evaluation.settings import Mode, Subject
 from pqkv_cli.evaluation.tasks import reads_text, require_tasks, run_task
@@ -74,11 +75,14 @@ def _checked_gates(recipe: Recipe, reporter: Reporter, *, all_gates: bool) -> li
     wanted = recipe.evaluation
     require_tasks(wanted.tasks, rows_path(wanted.data))
     judged, idle = split_gates(parse_gates(wanted.gates), wanted.tasks, wanted.modes)
+    reasons = {gate: unmeasured(gate, wanted.tasks, rows_path(wanted.data)) for gate in judged}
+    judged, idle = [gate for gate in judged if not reasons[gate]], idle + [gate for gate in judged if reasons[gate]]
     if idle:
         names = ", ".join(gate.text for gate in idle)
         evaluated = f"{', '.join(wanted.tasks)} in mode {' and '.join(wanted.modes)}"
         if all_gates:
-            raise UsageError(f"nothing that is evaluated could meet the gate {names}; evaluated are {evaluated}")
+            why = "".join(f"; {reason}" for reason in dict.fromkeys(reasons.values()) if reason)
+            raise UsageError(f"nothing that is evaluated could meet the gate {names}; evaluated are {evaluated}{why}")
         reporter.note(f"not judged, because evaluated are {evaluated}: {names}")
     return judged
 

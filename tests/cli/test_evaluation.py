@@ -109,6 +109,8 @@ def test_longbench_from_a_directory(pqkv: Callable, run: Path, tmp_path: Path) -
     assert record["notes"]["prompts_cut_in_the_middle"] == 2
     assert record["cost"]["ms_per_token"]["quantized"]["p50"] > 0
     assert record["cache_bytes"]["quantized"] > 0
+    gated = pqkv("eval", run, "--task", "longbench", "--data", tmp_path / "rows", "--gate", "longbench.hotpotqa>=97%")
+    assert (gated.code, "longbench measures average, lcc, samples, recovery" in gated.err) == (2, True)
 
 
 def test_broken_logits_make_a_result_incomplete(

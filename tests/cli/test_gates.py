@@ -47,6 +47,14 @@ def test_json_alone_on_stdout_carries_the_gate(pqkv: Callable, line: list[object
         (["--gate", "kl<0.1"], "the gate 'kl<0.1' is not understood"),
         (["--min-recovery", "98"], "expected a share such as 0.99 or 99%"),
         (["--max-kld", "0.1", "--gate", "perplexity.kl_bits>0.2"], "cannot hold together"),
+        (
+            ["--gate", "perplexity.kl_bit<=0.9"],
+            "perplexity measures kl_bits, top1_agreement, top5_agreement, perplexity, recovery",
+        ),
+        (
+            ["--task", "kld", "--gate", "*.kld<=0.9", "--gate", "kld.recovery>=0.9"],
+            "could meet the gate *.kld<=0.9, kld.recovery",
+        ),
         (["--gate", "passkey.accuracy>=0.9"], "nothing that is evaluated could meet the gate passkey.accuracy>=0.9"),
     ],
 )

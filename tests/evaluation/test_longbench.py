@@ -114,6 +114,9 @@ def test_a_missing_column_and_a_missing_task(tmp_path: Path) -> None:
     bad = {name: value for name, value in row("hotpotqa").items() if name != "input"} | {"inputs": "x"}
     with pytest.raises(DataError, match=r"has no column 'input' \(did you mean 'inputs'\?\)"):
         load_longbench(write(tmp_path / "data", [bad]), ["hotpotqa"], None)
+    bad = {"dataset": "lcc", "answers": ["x"], "promt": "x"}
+    with pytest.raises(DataError, match=r"more.rows.jsonl, row 0 has no column 'prompt' \(did you mean 'promt'\?\)"):
+        load_longbench(write(tmp_path / "more", [bad]), ["lcc"], None)
     with pytest.raises(DataError, match="has no rows of lcc"):
         load_longbench(write(tmp_path / "other", [row("hotpotqa")]), ["hotpotqa", "lcc"], None)
 
