@@ -54,8 +54,10 @@ def test_what_cannot_be_reported(pqkv: Callable, run: Path, tiny_model: Path) ->
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: the page is not looked at in a browser")
-@pytest.mark.parametrize("width", [360, 1200])
-def test_a_browser_shows_it_without_scrolling_sideways(width: int, pqkv: Callable, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1200, "light")])
+def test_a_browser_shows_it_without_scrolling_sideways(
+    width: int, scheme: str, pqkv: Callable, run: Path, tmp_path: Path
+) -> None:
     assert pqkv("report", run).code == 0
     text = (run / "report.html").read_text(encoding="utf-8")
     probe = tmp_path / "probe.html"
@@ -64,7 +66,8 @@ def test_a_browser_shows_it_without_scrolling_sideways(width: int, pqkv: Callabl
         "document.getElementById('f').onload = e => { const d = e.target.contentDocument, r = d.documentElement;"
         " const seen = [...d.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().height > 40).length;"
         " document.title = JSON.stringify({wide: r.scrollWidth, pictures: d.querySelectorAll('svg').length, seen,"
-        " size: parseFloat(getComputedStyle(d.body).fontSize)}); };</script>",
+        " size: parseFloat(getComputedStyle(d.body).fontSize), ground: getComputedStyle(d.body).backgroundColor,"
+        " ink: getComputedStyle(d.querySelector('svg text')).fill}); };</script>",
         encoding="utf-8",
     )
     options = [
@@ -73,6 +76,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(width: int, pqkv: Callabl
         "--disable-gpu",
         f"--user-data-dir={tmp_path / 'profile'}",
         "--virtual-time-budget=3000",
+        f"--blink-settings=preferredColorScheme={('dark', 'light').index(scheme)}",
     ]
     done = subprocess.run(
         [str(BROWSER), *options, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120, check=True
@@ -83,3 +87,5 @@ def test_a_browser_shows_it_without_scrolling_sideways(width: int, pqkv: Callabl
     assert seen["wide"] <= width
     assert seen["seen"] == seen["pictures"] >= 6
     assert seen["size"] >= 16
+    ground, ink = (sum(map(int, re.findall(r"\d+", seen[part])[:3])) / 765 for part in ("ground", "ink"))
+    assert (ground < 0.2 and ink > 0.8) if scheme == "dark" else (ground > 0.8 and ink < 0.2)
