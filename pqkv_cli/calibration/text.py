@@ -1,4 +1,4 @@
-"""Text to windows of tokens. Knows files, the built-in splits and tokenizers; no models."""
+"""Text to windows of tokens. Knows where texts come from, and tokenizers; no models."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pqkv_cli.calibration.hub_text import HUB, hub_text
 from pqkv_cli.calibration.stdlib_text import SPLITS, split_text
 from pqkv_cli.errors import DataError, did_you_mean
 
@@ -13,13 +14,17 @@ _STDLIB = "stdlib:"
 
 
 def load_text(source: str) -> str:
-    """Return the text of `source`: ``stdlib:train``, ``stdlib:calibration``, ``stdlib:evaluation``, or a UTF-8 file.
+    """Return the text of `source`: a UTF-8 file, ``stdlib:SPLIT`` (`SPLITS`), or a data set as `hub_text` takes it.
 
     Raises
     ------
     DataError
-        If there is no such split or file, or the file is not readable UTF-8 text.
+        If there is no such split, data set or file, or the file is not readable UTF-8 text.
+    UsageError
+        If a data set is named in a way that is not understood.
     """
+    if source.startswith(HUB):
+        return hub_text(source)
     if source.startswith(_STDLIB):
         split = source.removeprefix(_STDLIB)
         if split not in SPLITS:

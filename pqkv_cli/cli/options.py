@@ -47,7 +47,8 @@ SeedOption = Annotated[int | None, typer.Option("--seed", help="Overrides the re
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps or xpu.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")]
 CalibrationDataOption = Annotated[
-    str | None, typer.Option("--data", metavar="FILE", help="Text to calibrate on: a UTF-8 file, or stdlib:calibration.")
+    str | None,
+    typer.Option("--data", metavar="FILE", help="Text to calibrate on: a UTF-8 file, stdlib:calibration, or hf:ORG/NAME."),
 ]
 SamplesOption = Annotated[int | None, typer.Option("--samples", help="Number of text windows.")]
 SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a window.")]
@@ -98,7 +99,7 @@ ModeOption = Annotated[
 ]
 EvaluationDataOption = Annotated[
     str | None,
-    typer.Option("--data", metavar="PATH", help="UTF-8 text, stdlib:evaluation, or the task's rows (*.jsonl or their folder)."),
+    typer.Option("--data", metavar="PATH", help="UTF-8 text, stdlib:evaluation, hf:ORG/NAME, or rows (*.jsonl, their folder)."),
 ]
 ContextOption = Annotated[int | None, typer.Option("--context", help="Tokens of an evaluation window.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="At most this many examples of a task.")]

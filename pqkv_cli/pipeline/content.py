@@ -12,7 +12,7 @@ _BLOCK_BYTES = 4096
 def text_identity(source: str) -> str:
     """Return what identifies what lies behind `source`.
 
-    It is the hash of a file or of a directory's rows, or the name of a built-in text and its origin.
+    It is the hash of a file or of a directory's rows, the name of a built-in text and its origin, or that of a data set.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -22,6 +22,8 @@ def text_identity(source: str) -> str:
         for file in sorted(path.glob("*.jsonl")):
             digest.update(f"{file.name}:{_file_hash(file)}\n".encode())
         return digest.hexdigest()
+    if not source.startswith("stdlib:"):
+        return source  # of the hub: what its name says is all that is known without fetching it
     # The standard library is another text under every Python version.
     return f"{source} of Python {sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"
 

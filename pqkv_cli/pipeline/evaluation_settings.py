@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pqkv_cli import __version__
+from pqkv_cli.calibration.hub_text import HUB
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.samples import SampleLog
@@ -16,6 +17,7 @@ from pqkv_cli.pipeline.start import Source
 from pqkv_cli.recipe import Recipe
 
 BUILT_IN = "stdlib:"
+_NO_PATHS = (BUILT_IN, HUB)
 _DEFAULT_WINDOWS = 32
 _LONGEST_PROMPT = 4096
 _LONGEST_OPENING = 512
@@ -71,10 +73,12 @@ def rows_path(data: str) -> Path | None:
         If it names a path and nothing is there.
     """
     path = Path(data).expanduser()
-    if not data.startswith(BUILT_IN) and not path.exists():
+    if data.startswith(_NO_PATHS):
+        return None
+    if not path.exists():
         raise DataError(
-            f"data {path} is not there; expected a UTF-8 text file, rows (*.jsonl, or a directory of them), or "
-            f"{BUILT_IN}evaluation"
+            f"data {path} is not there; expected a UTF-8 text file, rows (*.jsonl, or a directory of them), "
+            f"{BUILT_IN}evaluation or {HUB}ORG/NAME"
         )
     return path if path.is_dir() or path.suffix == ".jsonl" else None
 

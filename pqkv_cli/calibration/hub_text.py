@@ -1,0 +1,83 @@
+"""Text of a data set of the hub, or of a local one that the package `datasets` reads. Knows no tokenizers.
+
+A source reads ``hf:ORG/NAME?name=CONFIG&split=SPLIT&column=COLUMN&rows=N&revision=COMMIT``; all behind the question mark may be
+left out. Rows come in the data set's own order, and an empty line stands between two of them, as in the customary perplexity
+text of wikitext.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+from pqkv_cli.errors import DataError, UsageError, did_you_mean
+
+HUB = "hf:"
+_KEYS = ("name", "split", "column", "rows", "revision")
+_MOST_CHARACTERS = 2**26  # what is calibrated or evaluated on is a few megabytes; a data set may be terabytes
+_FORM = f"{HUB}ORG/NAME?name=CONFIG&split=train&column=text&rows=1000"
+
+
+def hub_text(source: str) -> str:
+    """Return the text of the data set that `source` names, its rows joined by empty lines; at most 64 Mi characters of it.
+
+    A row's column holds a text, or turns of a conversation whose ``content`` is taken.
+
+    Raises
+    ------
+    UsageError
+        If `source` is not understood.
+    DataError
+        If the data set cannot be had, or has no such column.
+    """
+    name, options = _parsed(source)
+    column, most = options.get("column", "text"), int(options.get("rows", 0)) or None
+    texts, size = [], 0
+    for number, row in enumerate(_rows(source, name, options)):
+        if number == most or size > _MOST_CHARACTERS:
+            break
+        texts.append(_text(row, column, f"{source}, row {number}"))
+        size += len(texts[-1]) + 2
+    joined = "\n\n".join(texts)
+    if not joined.strip():
+        raise DataError(f"{source} has {len(texts)} rows and no text in them; expected text in the column {column!r}")
+    return joined
+
+
+def _parsed(source: str) -> tuple[str, dict[str, str]]:
+    name, _, query = source.removeprefix(HUB).partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for key in options:
+        if key not in _KEYS:
+            raise UsageError(f"data {source!r} has {key!r}{did_you_mean(key, _KEYS)}; known are {', '.join(_KEYS)}: {_FORM}")
+    rows = options.get("rows", "1")
+    if not name or not rows.isdecimal() or int(rows) < 1:
+        found = "no name" if not name else f"rows={rows!r}"
+        raise UsageError(f"data {source!r} has {found}; expected {_FORM}, with one row or more")
+    return name, options
+
+
+def _rows(source: str, name: str, options: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
+    from datasets import load_dataset
+
+    split = options.get("split", "train")
+    try:
+        yield from load_dataset(name, options.get("name"), split=split, revision=options.get("revision"), streaming=True)
+    except Exception as error:  # the ways of a hub and of its formats to fail have no common base
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"data {source} cannot be had ({type(error).__name__}: {reason}); expected {_FORM}, online or in the hub's cache; "
+            "a UTF-8 text file needs neither"
+        ) from error
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise DataError(f"{where} has no column {column!r}{did_you_mean(column, row)}; it has {', '.join(row)}: use &column=")
+    value = row[column]
+    if isinstance(value, str):
+        return value
+    turns = value if isinstance(value, list) else [value]
+    contents = [turn.get("content") for turn in turns if isinstance(turn, Mapping)]
+    if not contents or not all(isinstance(content, str) for content in contents):
+        raise DataError(f"{where}: {column} is {str(value)[:40]!r}; expected a text, or turns with a 'content' each")
+    return "\n".join(map(str, contents))
