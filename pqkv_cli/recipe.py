@@ -61,7 +61,7 @@ class CalibrationRecipe(_Section):
     samples: int = Field(128, ge=2)
     seq_len: int = Field(2048, ge=8)
     batch_size: int = Field(1, ge=1)
-    reservoir_size: int = Field(16384, ge=1)
+    reservoir_size: int = Field(65536, ge=1)
     recall_share: float = Field(0.125, ge=0, le=1)
     fisher: int = Field(0, ge=0)
 
@@ -103,8 +103,9 @@ class EvaluationRecipe(_Section):
 
     `context` (tokens, the longest of them for pass keys), `limit` (text windows, or pass keys per length and depth) and
     `prompts` (pass keys alone, before `limit`) are the task's own choice where they are None, and so is `max_new_tokens`
-    (tasks that generate and leave it open). `gates` are what the results
-    must reach, such as ``perplexity.kl_bits<=0.02``; they decide the exit code and change no result.
+    (tasks that generate and leave it open). With a `stride` text windows overlap: they begin so many tokens apart, and only the
+    last so many tokens of each are scored. `gates` are what the results must reach, such as ``perplexity.kl_bits<=0.02``; they
+    decide the exit code and change no result.
     """
 
     tasks: Annotated[tuple[Annotated[str, Field(pattern=_TASK)], ...], Field(strict=False, min_length=1)] = (
@@ -117,6 +118,7 @@ class EvaluationRecipe(_Section):
     limit: int | None = Field(None, ge=1)
     prompts: int | None = Field(None, ge=1)
     max_new_tokens: int | None = Field(None, ge=1)
+    stride: int | None = Field(None, ge=1)
     gates: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_consistent)] = ()
 
 

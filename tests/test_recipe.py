@@ -26,7 +26,7 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(name: str) -> None:
 
 def test_defaults() -> None:
     recipe = parse_recipe(GOOD, "test")
-    assert (recipe.calibration.samples, recipe.calibration.seq_len, recipe.calibration.reservoir_size) == (128, 2048, 16384)
+    assert (recipe.calibration.samples, recipe.calibration.seq_len, recipe.calibration.reservoir_size) == (128, 2048, 65536)
     assert (recipe.cache.num_sinks, recipe.cache.window_tokens, recipe.codebooks.bits) == (4, 64, 4)
 
 
@@ -90,7 +90,7 @@ def test_a_recipe_is_frozen() -> None:
 
 def test_override_changes_what_is_given_only() -> None:
     recipe = override(named_recipe("demo"), {"codebooks.bits": 2, "calibration.samples": None, "device": "cpu"})
-    assert (recipe.codebooks.bits, recipe.calibration.samples, recipe.device) == (2, 64, "cpu")
+    assert (recipe.codebooks.bits, recipe.calibration.samples, recipe.device) == (2, 96, "cpu")
 
 
 def test_a_rate_is_the_same_however_it_is_written() -> None:

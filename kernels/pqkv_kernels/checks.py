@@ -1,4 +1,4 @@
-"""Whether the arguments of attention over codes fit together. Says what was found and what was expected; computes nothing."""
+"""Whether the arguments of attention over codes, and of encoding, fit together. Says what was found; computes nothing."""
 
 from collections.abc import Sequence
 
@@ -47,7 +47,9 @@ def check_attention(
         for slab in slabs:
             _check_slab(slab, batch, tables, side)
     _check_devices(query, [*key_pages, *value_pages, first_token, key_tables.codebooks[0][0], value_tables.codebooks[0][0]])
-    _check_angles(angles, key_tables, batch, sum(found_pages))
+    # A page has one angle, and a table of 64 that all share; or every token has its own.
+    per_page = 1 if isinstance(angles, PageAngles) else PAGE_TOKENS
+    check_angles(angles, key_tables, batch, sum(found_pages) * per_page)
 
 
 def _check_slab(slab: torch.Tensor, batch: int, tables: CodecTables, side: str) -> None:
@@ -67,15 +69,20 @@ def _check_devices(query: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
         )
 
 
-def _check_angles(angles: Angles | PageAngles | None, tables: CodecTables, batch: int, num_pages: int) -> None:
+def check_angles(angles: Angles | PageAngles | None, tables: CodecTables, batch: int, count: int) -> None:
+    """Check the `count` angles, of tokens or pages, of keys coded before rotary embedding; other vectors need none.
+
+    Raises
+    ------
+    KernelError
+        If they are missing or of another shape.
+    """
     if tables.rotary is None:
         return
     if angles is None:
         raise KernelError("keys coded before rotary embedding need the angles of their positions; none were given")
-    pairs = tables.rotary.num_pairs
-    if isinstance(angles, PageAngles):
-        found, expected = list(angles.base[0].shape), [num_pages, pairs]
-    else:
-        found, expected = list(angles[0].shape), [num_pages * PAGE_TOKENS, pairs]
-    if len(found) != 3 or found[1:] != expected or found[0] not in (1, batch):
-        raise KernelError(f"angles have shape {found}; expected [{batch}, {expected[0]}, {expected[1]}]")
+    turning = angles.base if isinstance(angles, PageAngles) else angles
+    expected = [count, tables.rotary.num_pairs]
+    for found in (list(part.shape) for part in turning):
+        if len(found) != 3 or found[1:] != expected or found[0] not in (1, batch):
+            raise KernelError(f"angles have shape {found}; expected [{batch}, {expected[0]}, {expected[1]}]")

@@ -3,8 +3,10 @@
 import torch
 
 from pqkv_kernels.angles import Angles
+from pqkv_kernels.checks import check_angles
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import PAGE_TOKENS, RotaryLayout
+from pqkv_kernels.native_points import can_place, native_points
 from pqkv_kernels.packing import pack_known, unpack_codes
 from pqkv_kernels.quantize import dequantize, quantize
 from pqkv_kernels.rope import rotate, unrotate
@@ -94,10 +96,12 @@ def to_code_space(x: torch.Tensor, tables: CodecTables, angles: Angles | None = 
     """
     if x.ndim != 4 or (x.shape[1], x.shape[3]) != (tables.num_heads, tables.layout.head_dim):
         raise KernelError(f"vectors have shape {list(x.shape)}; expected [B, {tables.num_heads}, T, {tables.layout.head_dim}]")
+    turn = _turn(tables, angles, x) if rotated else None
+    if can_place(x, tables):
+        return native_points(x, tables, turn)
     x = x.float()
-    if tables.rotary is not None and rotated:
-        cos, sin = _required(angles)
-        x = unrotate(x, cos[:, None], sin[:, None], tables.rotary)
+    if turn is not None and tables.rotary is not None:
+        x = unrotate(x, turn[0][:, None], turn[1][:, None], tables.rotary)
     if tables.map is not None:
         x = x * tables.map[:, None] if tables.map.ndim == 2 else _mapped(x, tables.map, tables.rotary)
     return x if tables.permutation is None else _take_channels(x, tables.permutation)
@@ -111,9 +115,9 @@ def from_code_space(
         x = _take_channels(x, tables.permutation.long().argsort(-1))
     if tables.map is not None:
         x = x / tables.map[:, None] if tables.inverse is None else _mapped(x, tables.inverse, tables.rotary)
-    if tables.rotary is not None and rotated:
-        cos, sin = _required(angles)
-        x = rotate(x, cos[:, None], sin[:, None], tables.rotary)
+    turn = _turn(tables, angles, x) if rotated else None
+    if turn is not None and tables.rotary is not None:
+        x = rotate(x, turn[0][:, None], turn[1][:, None], tables.rotary)
     return x
 
 
@@ -135,7 +139,7 @@ def _take_channels(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(-1, index.long()[None, :, None].expand(x.shape))
 
 
-def _required(angles: Angles | None) -> Angles:
-    if angles is None:
-        raise KernelError("keys coded before rotary embedding need the angles of their positions; none were given")
-    return angles
+def _turn(tables: CodecTables, angles: Angles | None, x: torch.Tensor) -> Angles | None:
+    """Return the angles by which `x` [B, Hkv, T, D] are turned, None where the codec does not ask."""
+    check_angles(angles, tables, x.shape[0], x.shape[2])
+    return angles if tables.rotary is not None else None

@@ -68,7 +68,7 @@ def few_kernel(
         p_line = p_prototypes + (i_h * K + rows) * D + o_d
         lines = tl.load(p_line, mask=m_d & (rows < K), other=0.0).to(tl.float32)
         # |x - c|^2 without |x|^2, and its sign turned: [64, BK]
-        score = 2 * tl.dot(point, tl.trans(lines), input_precision="ieee") - tl.sum(lines * lines, 1)[None, :]
+        score = 2 * tl.dot(point, tl.trans(lines), input_precision="tf32x3") - tl.sum(lines * lines, 1)[None, :]
         score = tl.where(start + o_k[None, :] < K, score, float("-inf"))
         for _ in tl.static_range(4):
             place = tl.argmax(score, 1)

@@ -7,6 +7,7 @@ import triton
 
 from pqkv_kernels.angles import Angles
 from pqkv_kernels.channel_tables import channel_tables
+from pqkv_kernels.checks import check_angles
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import PAGE_TOKENS, TRIED_PROTOTYPES, CodeGroup
 from pqkv_kernels.packing import pack_known
@@ -113,10 +114,4 @@ def check_encode(x: torch.Tensor, tables: CodecTables, angles: Angles | None) ->
         raise KernelError(f"vectors have shape {list(x.shape)}; expected [B, {heads}, a multiple of {PAGE_TOKENS}, {dim}]")
     if x.device != tables.codebooks[0][0].device:
         raise KernelError(f"vectors lie on {x.device}, tables on {tables.codebooks[0][0].device}; expected one device")
-    if tables.rotary is None:
-        return
-    if angles is None:
-        raise KernelError("keys coded before rotary embedding need the angles of their positions; none were given")
-    expected = [x.shape[2], tables.rotary.num_pairs]
-    if list(angles[0].shape[1:]) != expected or angles[0].shape[0] not in (1, x.shape[0]):
-        raise KernelError(f"angles have shape {list(angles[0].shape)}; expected [{x.shape[0]}, {expected[0]}, {expected[1]}]")
+    check_angles(angles, tables, x.shape[0], x.shape[2])

@@ -41,7 +41,7 @@ class CollectSettings:
     num_samples: int
     seq_len: int
     batch_size: int = 1
-    reservoir_size: int = 16384
+    reservoir_size: int = 65536
     seed: int = 0
     held_out_share: float = 1 / 8
     queries_per_window: int = 32

@@ -111,9 +111,9 @@ class CalibrationStore:
             raise self._damaged(layer_file(index), f"holds {sorted(tensors)}")
         return LayerSamples(**tensors)
 
-    def num_vectors(self) -> int:
-        """Return how many vectors are kept of each layer and head."""
-        return len(self._load(WINDOWS_FILE)["positions"])
+    def positions(self) -> torch.Tensor:
+        """Return the positions [N] int32 of the sampled tokens in their windows, window after window."""
+        return self._load(WINDOWS_FILE)["positions"]
 
     def first_vectors(self, index: int, side: Side, most: int) -> torch.Tensor:
         """Return the first sampled keys or values of a layer, at most `most`, [Hkv, n, D]; nothing else is read.

@@ -7,6 +7,7 @@ import torch
 from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.fitting.sensitivity import as_gradients_see
 from pqkv_cli.fitting.settings import FitSettings, Weighting
+from pqkv_cli.fitting.split import split_samples
 from pqkv_cli.quantizers.grouping import balanced_pairs
 from pqkv_cli.quantizers.maps import metric_rotation, pair_metric, pair_scale, range_factor
 from pqkv_cli.quantizers.product import Codebooks, fit_product, relative_error
@@ -16,11 +17,8 @@ from pqkv_kernels.codec import to_code_space
 from pqkv_kernels.layout import CodeLayout, RotaryLayout
 from pqkv_kernels.tables import CodecTables
 
-# Codebooks of parts have few entries per channel and are fitted to at most so many vectors; prototypes need all there are.
-PART_VECTORS = 16384
-# One vector in so many is not fitted but measures the error; from so many vectors on.
-JUDGED_EVERY = 16
-LEAST_SPLIT = 4096
+# Codebooks of parts are fitted to at most so many vectors: at 4 bits per channel a quarter of them leaves a quarter more over.
+PART_VECTORS = 65536
 
 
 class SideFit:
@@ -45,7 +43,7 @@ class SideFit:
             samples = as_gradients_see(samples, side)
         self._samples, self._spec, self._side, self._settings = samples, spec, side, settings
         everything = (samples.keys if side == "keys" else samples.values).float()
-        fitted, judged = _split(everything.shape[1])
+        fitted, judged = split_samples(samples.positions)
         self._vectors, self._judged = everything[:, fitted], everything[:, judged]
         mass = samples.attention_mass[:, fitted].float()
         self._weights = sample_weights(mass, settings.weighting(side), settings.damping)
@@ -102,21 +100,6 @@ def fit_side(
         If the samples are degenerate or fewer than centroids.
     """
     return SideFit(samples, layer, spec, side, index, settings).fit(spec.layout, settings.iterations)
-
-
-def _split(num_vectors: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the numbers of the vectors to fit, and of those the error is measured on: others, where there are enough."""
-    numbers = torch.arange(num_vectors)
-    if num_vectors < LEAST_SPLIT:
-        return numbers, numbers
-    last = numbers % JUDGED_EVERY == JUDGED_EVERY - 1
-    return numbers[~last], numbers[last]
-
-
-def fitted_vectors(num_vectors: int, part_vectors: int = PART_VECTORS) -> int:
-    """Return how many of `num_vectors` the codes of parts are fitted to, `part_vectors` at most."""
-    fitted = len(_split(num_vectors)[0])
-    return -(-fitted // -(-fitted // part_vectors))
 
 
 def sample_weights(mass: torch.Tensor, weighting: Weighting, damping: float) -> torch.Tensor | None:

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import FittedLayer, checked_side
 from pqkv_cli.fitting.layer_file import load_layer, save_layer
 from pqkv_cli.fitting.settings import FitSettings
-from pqkv_cli.fitting.side import SideFit, fitted_vectors
+from pqkv_cli.fitting.side import SideFit
+from pqkv_cli.fitting.split import num_fitted
 from pqkv_cli.specs import SIDES, CodecSpec, LayerGeometry, Side
 from pqkv_kernels.tables import CodecTables
 
@@ -69,9 +72,9 @@ def try_layer(
     return Trial(errors, tables)
 
 
-def num_trial_vectors(num_vectors: int) -> int:
-    """Return how many of the `num_vectors` sampled ones the codebooks of a trial are fitted to."""
-    return fitted_vectors(num_vectors, TRIAL_VECTORS)
+def num_trial_vectors(positions: torch.Tensor) -> int:
+    """Return how many of the samples at `positions` [N] the codebooks of a trial are fitted to."""
+    return num_fitted(positions, TRIAL_VECTORS)
 
 
 def save_trial(directory: Path, index: int, trial: Trial, request_sha256: str) -> None:

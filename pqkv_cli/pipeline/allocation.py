@@ -52,7 +52,7 @@ class Allocation:
         self._run, self._geometry, self._settings = run, geometry, settings
         self._bits, self._style = bits, style
         self._store = CalibrationStore(run.calibration)
-        self._menus = _menus(geometry, bits, style, num_trial_vectors(self._store.num_vectors()))
+        self._menus = _menus(geometry, bits, style, num_trial_vectors(self._store.positions()))
 
     def plan(self, model: Any, cache: CacheSpec, reporter: Reporter) -> CompressionPlan:
         """Return the plan, and write down how it came about.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.quantizers.seeding import WIDE_CHANNELS, choose_seeds
+from pqkv_cli.quantizers.seeding import choose_seeds
 from pqkv_kernels.nearest import nearest_centroids
 
 # An iteration that improves the distortion by less than this share is a subspace's last one.
@@ -17,9 +17,13 @@ TOLERANCE = 1e-4
 # How far centroids go towards the mean of their points. Below 2 no step makes the distortion larger, as for fixed codes it is
 # ``constant + mass * ||centroid - mean||^2``; 1 would be Lloyd's, and leaves 1 to 2 % more after 12 or 25 iterations.
 RELAXATION = 1.8
+# From this many channels on, squared distances are gathered vector by vector.
+WIDE_CHANNELS = 16
 SAMPLE_SHARE = 4
 SAMPLE_POINTS = 4096
 SAMPLE_POINTS_PER_CENTROID = 8
+# Coordinates fitted at a time; an iteration holds some 30 bytes of each.
+CHUNK_COORDINATES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,18 @@ def kmeans(
         If there are fewer points than centroids, or a point or weight is not finite, or a weight is negative.
     """
     _check(points, num_centroids, weights)
+    rows = max(1, CHUNK_COORDINATES // max(1, points[0].numel()))
+    spread = [None] * -(-len(points) // rows) if weights is None else weights.split(rows)
+    found = [
+        _fitted(part, num_centroids, part_weights, iterations, generator)
+        for part, part_weights in zip(points.split(rows), spread, strict=True)
+    ]
+    return KMeansResult(torch.cat([f.centroids for f in found]), torch.cat([f.distortion for f in found]))
+
+
+def _fitted(
+    points: torch.Tensor, num_centroids: int, weights: torch.Tensor | None, iterations: int, generator: torch.Generator
+) -> KMeansResult:
     points = points.float()
     center = points.mean(dim=1, keepdim=True)  # small coordinates keep the fp32 scores of nearest_centroids sharp
     points = points - center

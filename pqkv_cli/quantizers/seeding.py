@@ -1,11 +1,14 @@
-"""k-means++ seeding of many subspaces at once (Arthur and Vassilvitskii, 2007). Knows points and weights only."""
+"""k-means++ seeding of many subspaces at once (Arthur and Vassilvitskii, 2007). Knows points and weights only.
 
-from collections.abc import Callable
+Once there are many seeds, several are drawn at a time, as in k-means|| (Bahmani et al., 2012): none of them changes much for
+the others, and distances to all come from one matrix product.
+"""
 
 import torch
 
-# From this many channels on, distances to a seed come from a matrix product.
-WIDE_CHANNELS = 16
+# Seeds drawn at a time: a share of those there are, up to a number.
+ROUND_SHARE = 32
+MOST_AT_ONCE = 4
 
 
 def choose_seeds(points: torch.Tensor, weights: torch.Tensor, num_seeds: int, generator: torch.Generator) -> torch.Tensor:
@@ -28,44 +31,36 @@ def choose_seeds(points: torch.Tensor, weights: torch.Tensor, num_seeds: int, ge
         [S, num_seeds, d] fp32.
     """
     planes = points.transpose(1, 2).contiguous()  # [S, d, N]: distances vectorize along the points
-    distances = _narrow_distances(planes) if planes.shape[1] < WIDE_CHANNELS else _wide_distances(planes)
-    draws = torch.rand(num_seeds, len(points), 1, generator=generator).to(points.device)
-    seeds = torch.empty(len(points), points.shape[2], num_seeds, device=points.device)
-    nearest = torch.ones_like(weights)
-    for i in range(num_seeds):
-        chosen = _draw(weights * nearest, draws[i])
-        seed = planes.gather(2, chosen[:, None].expand(-1, planes.shape[1], -1))  # [S, d, 1]
-        seeds[:, :, i] = seed[:, :, 0]
-        distance = distances(seed)
-        nearest = distance if i == 0 else torch.minimum(nearest, distance)
+    squares = planes.square().sum(dim=1)
+    seeds = torch.empty(*planes.shape[:2], num_seeds, device=points.device)
+    nearest, done = torch.ones_like(weights), 0
+    while done < num_seeds:
+        count = min(max(1, done // ROUND_SHARE), MOST_AT_ONCE, num_seeds - done)
+        start = torch.rand(len(points), 1, generator=generator).to(points.device)
+        chosen = _draw(weights * nearest, start, count)
+        new = planes.gather(2, chosen[:, None].expand(-1, planes.shape[1], -1))  # [S, d, count]
+        seeds[:, :, done : done + count] = new
+        distance = _distances(planes, squares, new)
+        nearest = distance if done == 0 else torch.minimum(nearest, distance)
         nearest.scatter_(1, chosen, 0.0)  # whatever rounding says
+        done += count
     return seeds.transpose(1, 2).contiguous()
 
 
-def _narrow_distances(planes: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what gives the squared distances [S, N] of the points `planes` [S, d, N] to a seed [S, d, 1]."""
-    difference = torch.empty_like(planes)
-
-    def distances(seed: torch.Tensor) -> torch.Tensor:
-        torch.sub(planes, seed, out=difference)
-        return difference.square_().sum(dim=1) if planes.shape[1] > 1 else difference.square_()[:, 0].clone()
-
-    return distances
+def _distances(planes: torch.Tensor, squares: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """Return the squared distances [S, N] of points `planes` [S, d, N] to the nearest of `seeds` [S, d, n], up to rounding."""
+    lengths = seeds.square().sum(dim=1)[..., None]  # [S, n, 1]
+    least = torch.baddbmm(lengths, seeds.transpose(1, 2), planes, alpha=-2).amin(dim=1)
+    return least.add_(squares).clamp_(min=0)
 
 
-def _wide_distances(planes: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the same by one matrix product, up to fp32 rounding: several times faster where there are many channels."""
-    squares = planes.square().sum(dim=1)
+def _draw(mass: torch.Tensor, start: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `count` indices [S, count] per row of `mass` [S, N], each with probability in proportion to it.
 
-    def distances(seed: torch.Tensor) -> torch.Tensor:
-        products = torch.bmm(seed.transpose(1, 2), planes)[:, 0]
-        return (squares + seed.square().sum(dim=1) - 2 * products).clamp(min=0)
-
-    return distances
-
-
-def _draw(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Return one index [S, 1] per row of `mass` [S, N], with probability in proportion to it, from uniform `draws` [S, 1]."""
+    They lie at equal steps of the cumulative mass, from a uniform `start` [S, 1] on: none comes twice unless it has more than a
+    step of all mass.
+    """
     cumulative = mass.cumsum(dim=1)
-    index = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+    steps = (start + torch.arange(count, device=mass.device)) / count  # [S, count]
+    index = torch.searchsorted(cumulative, steps * cumulative[:, -1:], right=True)
     return index.clamp(max=mass.shape[1] - 1)

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests_support import key_tables, random_angles, random_codebooks, value_tables
 
-from pqkv_kernels.codec import decode, encode, round_trip
+from pqkv_kernels import native_points
+from pqkv_kernels.codec import decode, encode, round_trip, to_code_space
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import SUPPORTED_NBITS, CodeGroup, CodeLayout, RotaryLayout
 from pqkv_kernels.quantize import dequantize, quantize
@@ -96,6 +97,37 @@ def test_position_does_not_change_the_code_of_a_key_before_rotation(generator: t
     assert (pages[0] != pages[1]).float().mean() < 0.01  # rounding in a rotation may tip a tie
 
 
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("map_kind", ["blocks", "scale", None])
+@pytest.mark.parametrize(("rotary_dim", "interleaved"), [(16, False), (16, True), (8, False), (None, False)])
+def test_the_loop_reaches_the_code_space_of_torch(
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    rotary_dim: int | None,
+    interleaved: bool,
+    map_kind,
+    rotated: bool,
+) -> None:
+    rotary = None if rotary_dim is None else RotaryLayout(rotary_dim, interleaved)
+    maps = {"scale": 0.5 + torch.rand(3, 16, generator=generator), None: None}
+    maps["blocks"] = None if rotary is None else torch.randn(3, 8, 2, 2, generator=generator)
+    layout = CodeLayout.uniform(16, 4, 3)
+    order = torch.stack([torch.randperm(16, generator=generator) for _ in range(3)])
+    tables = CodecTables(layout, random_codebooks(layout, 3, generator), maps[map_kind], order.to(torch.int16), rotary)
+    x = torch.randn(2, 70, 3, 16, generator=generator).transpose(1, 2)  # as projections come
+    angles = None if rotary is None else random_angles(rotary, (1, 70), generator)
+    fast = to_code_space(x, tables, angles, rotated=rotated)
+    monkeypatch.setattr(native_points, "_library", lambda: None)
+    torch.testing.assert_close(fast, to_code_space(x, tables, angles, rotated=rotated), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_pass_to_the_vectors(generator: torch.Generator) -> None:
+    tables = key_tables(generator)
+    x = torch.randn(1, tables.num_heads, 5, 16, generator=generator, requires_grad=True)
+    to_code_space(x, tables, rotated=False).sum().backward()
+    assert x.grad is not None and bool(x.grad.abs().sum() > 0)
+
+
 def test_bad_input_is_named(generator: torch.Generator) -> None:
     tables = key_tables(generator)
     layout = tables.layout
@@ -104,6 +136,7 @@ def test_bad_input_is_named(generator: torch.Generator) -> None:
         (lambda: encode(x[:, :, :63], tables), "63 tokens to encode; expected a multiple of 64"),
         (lambda: encode(x, tables), "need the angles"),
         (lambda: encode(x[..., :8], tables), "expected [B, 2, T, 16]"),
+        (lambda: encode(x, tables, (torch.ones(1, 63, 8), torch.zeros(1, 63, 8))), "expected [1, 64, 8]"),
         (lambda: decode(torch.zeros(1, 1, 2, 5, dtype=torch.uint8), tables), "pages have shape"),
         (lambda: CodecTables(layout, ((torch.zeros(2, 1, 1, 1),),)), "codebook 0.0 has shape"),
         (lambda: CodecTables(layout, tables.codebooks, map=torch.ones(3, 16)), "map has shape"),
