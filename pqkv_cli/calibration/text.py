@@ -55,12 +55,19 @@ def load_text(source: str) -> str:
 
 
 def token_windows(
-    tokenizer: Any, text: str, num_windows: int | None, window_tokens: int, seed: int, *, at_most: bool = False
+    tokenizer: Any,
+    text: str,
+    num_windows: int | None,
+    window_tokens: int,
+    seed: int,
+    *,
+    at_most: bool = False,
+    stride: int | None = None,
 ) -> torch.Tensor:
-    """Return [num_windows, window_tokens] int64 disjoint windows of the tokens of `text`, chosen and ordered by `seed`.
+    """Return [num_windows, window_tokens] int64 windows of the tokens of `text`, chosen and ordered by `seed`.
 
-    Each starts with the beginning-of-sequence token where the tokenizer adds one. None takes all windows there are;
-    `at_most` is content with fewer, but not with none.
+    They are disjoint, or begin `stride` tokens apart. Each starts with the beginning-of-sequence token where the tokenizer adds
+    one. None takes all windows there are; `at_most` is content with fewer, but not with none.
 
     Raises
     ------
@@ -76,17 +83,18 @@ def token_windows(
             f"{num_windows} windows of {window_tokens} tokens were asked for; expected at least 1 of {len(bos) + 1}."
         )
     tokens = torch.tensor(plain_ids(tokenizer, text), dtype=torch.int64)
-    available = len(tokens) // body
+    step = stride or body
+    available = max(0, (len(tokens) - body) // step + 1)
     if at_most:
         num_windows = max(1, min(num_windows, available))
     if available < num_windows:
         raise DataError(
             f"the text has {len(tokens)} tokens, enough for {available} windows of {window_tokens}; {num_windows} windows need "
-            f"{num_windows * body} tokens. Give more text, fewer samples or shorter windows."
+            f"{(num_windows - 1) * step + body} tokens. Give more text, fewer samples or shorter windows."
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:num_windows]
-    windows = tokens[: available * body].view(available, body)[chosen]
+    windows = tokens.unfold(0, body, step)[chosen]
     start = torch.tensor(bos, dtype=torch.int64).expand(num_windows, -1)
     return torch.cat((start, windows), dim=1)
 

@@ -22,6 +22,7 @@ from pqkv_cli.cli.options import (
     ModeOption,
     RunOption,
     SeedOption,
+    StrideOption,
     TargetArgument,
     TaskOption,
 )
@@ -38,6 +39,7 @@ class EvaluateWords:
     data: EvaluationDataOption = None
     mode: ModeOption = None
     context: ContextOption = None
+    stride: StrideOption = None
     limit: LimitOption = None
     generated: GeneratedOption = False
     max_new_tokens: ContinuationOption = None
@@ -80,6 +82,7 @@ def evaluate(words: EvaluateWords) -> None:
         "evaluation.data": file_reference(words.data),
         "evaluation.modes": mode,
         "evaluation.context": words.context,
+        "evaluation.stride": words.stride,
         "evaluation.limit": words.limit,
         "evaluation.prompts": words.limit,
         "evaluation.max_new_tokens": words.max_new_tokens,

@@ -102,6 +102,9 @@ EvaluationDataOption = Annotated[
     typer.Option("--data", metavar="PATH", help="UTF-8 text, stdlib:evaluation, hf:ORG/NAME, or rows (*.jsonl, their folder)."),
 ]
 ContextOption = Annotated[int | None, typer.Option("--context", help="Tokens of an evaluation window.")]
+StrideOption = Annotated[
+    int | None, typer.Option("--stride", help="Text windows begin so many tokens apart; their last so many are scored.")
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="At most this many examples of a task.")]
 MinRecoveryOption = Annotated[
     str | None, typer.Option("--min-recovery", metavar="SHARE", help="Fail (exit 3) below this recovery, such as 0.99 or 99%.")

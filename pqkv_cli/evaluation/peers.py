@@ -14,14 +14,13 @@ import numpy as np
 import torch
 
 from pqkv_cli.artifact.store import Artifact
-from pqkv_cli.calibration.text import token_windows
 from pqkv_cli.errors import DataError, PqkvError
 from pqkv_cli.evaluation.bits import codec_bits
 from pqkv_cli.evaluation.divergence import Divergence, diverge
 from pqkv_cli.evaluation.peers_fit import SampleSource, fit_rival
 from pqkv_cli.evaluation.perplexity import perplexity_metric
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
-from pqkv_cli.evaluation.windows import check_context, divergence_metrics, positions_of
+from pqkv_cli.evaluation.windows import check_context, divergence_metrics, positions_of, scored, windows_of
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.quantizers.rivals.protocol import Rival, RivalCodec
 from pqkv_cli.quantizers.rivals.stored import StoredBits
@@ -127,26 +126,26 @@ def compare(
         If the text is too short, or the uncompressed model's logits are not finite.
     """
     check_context(subject, settings.context)
-    windows = token_windows(subject.tokenizer, subject.text, settings.limit, settings.context, settings.seed, at_most=True)
+    windows = windows_of(subject, settings)
     model = subject.model
     for index, window in enumerate(windows):
         ids = window[None].to(model.device)
-        positions = positions_of(ids, settings)
-        baseline = model(ids, position_ids=positions, use_cache=False).logits[0]
+        baseline = model(ids, position_ids=positions_of(ids, settings), use_cache=False).logits[0]
         diverge(baseline[:1], baseline[:1], ids[0, 1:2])  # a broken model is nobody's failure but its own
         for contestant in contestants:
             if not contestant.failures:
-                _judge(model, ids, positions, baseline, contestant)
+                _judge(model, ids, settings, baseline, contestant)
         on_progress(index + 1, len(windows))
     return int(windows.numel())
 
 
-def _judge(model: Any, ids: torch.Tensor, positions: torch.Tensor, baseline: torch.Tensor, own: Contestant) -> None:
+def _judge(model: Any, ids: torch.Tensor, settings: EvaluationSettings, baseline: torch.Tensor, own: Contestant) -> None:
+    counted = scored(settings)
     try:
         with simulate(model, own.codecs) as simulation:
             cache = simulation.new_cache()
-            logits = model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
-        own.parts.append(diverge(baseline[:-1], logits[:-1], ids[0, 1:]))
+            logits = model(ids, position_ids=positions_of(ids, settings), past_key_values=cache, use_cache=True).logits[0]
+        own.parts.append(diverge(baseline[:-1][counted], logits[:-1][counted], ids[0, 1:][counted]))
     except PqkvError as error:
         own.failures.append(str(error))
 

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pqkv_cli.calibration.text import token_windows
 from pqkv_cli.evaluation.bits import fullest_bits
 from pqkv_cli.evaluation.bootstrap import Floats, interval95
 from pqkv_cli.evaluation.contender import contender
@@ -23,8 +22,10 @@ from pqkv_cli.evaluation.windows import (
     logits_of,
     measured,
     positions_of,
+    scored,
     table,
     timed,
+    windows_of,
 )
 
 Progress = Callable[[int, int], None]
@@ -32,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @torch.no_grad()
 def perplexity(subject: Subject, settings: EvaluationSettings, on_progress: Progress) -> TaskOutcome:
-    """Compare next-token distributions on disjoint windows of the text.
+    """Compare next-token distributions on windows of the text, disjoint or, with a stride, overlapping.
 
     Raises
     ------
@@ -40,8 +41,8 @@ def perplexity(subject: Subject, settings: EvaluationSettings, on_progress: Prog
         If the text is too short for one window, windows exceed the model's positions, or no logits are finite.
     """
     check_context(subject, settings.context)
-    windows = token_windows(subject.tokenizer, subject.text, settings.limit, settings.context, settings.seed, at_most=True)
-    model = subject.model
+    windows = windows_of(subject, settings)
+    model, counted = subject.model, scored(settings)
     with contender(subject, settings.mode) as new_cache:
 
         def measure(index: int) -> Compared:
@@ -51,12 +52,15 @@ def perplexity(subject: Subject, settings: EvaluationSettings, on_progress: Prog
             between = timed(model.device)
             quantized, cache = logits_of(model, ids, settings, new_cache)
             seconds = {"baseline": between - started, "quantized": timed(model.device) - between}
-            return Compared(diverge(baseline[:-1], quantized[:-1], ids[0, 1:]), cache, seconds)
+            return Compared(diverge(baseline[:-1][counted], quantized[:-1][counted], ids[0, 1:][counted]), cache, seconds)
 
         groups = measured(subject, len(windows), measure, on_progress)
     rows = table(groups)
     metrics = divergence_metrics(rows, settings.seed)
-    metrics |= {"perplexity": perplexity_metric(rows, settings.seed), "by_context": by_context(rows)}
+    metrics |= {
+        "perplexity": perplexity_metric(rows, settings.seed),
+        "by_context": by_context(rows, windows.shape[1] - 1 - rows["kl_bits"].shape[1]),
+    }
     bits = fullest_bits([group.facts["bits"] for group in groups], subject.artifact)
     return TaskOutcome(metrics, bits, int(windows.numel()), cost(groups), ("kl_bits", "perplexity"), failures(groups))
 

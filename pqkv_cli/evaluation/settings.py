@@ -34,6 +34,9 @@ class EvaluationSettings:
         Most padded tokens, answers included, of the prompts answered at once; at least one prompt is.
     max_new_tokens
         Longest continuation, where the task leaves it open.
+    stride
+        Tasks on text: windows begin so many tokens apart, and only the last so many predictions of each count; with None they
+        are disjoint and all count.
 
     Raises
     ------
@@ -49,15 +52,26 @@ class EvaluationSettings:
     position_offset: int = 0
     batch_tokens: int = 8192
     max_new_tokens: int | None = None
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UsageError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}{did_you_mean(self.mode, MODES)}")
-        least = {"context": 2, "chunk_tokens": 1, "position_offset": 0, "batch_tokens": 1, "limit": 1, "max_new_tokens": 1}
+        least = {
+            "context": 2,
+            "chunk_tokens": 1,
+            "position_offset": 0,
+            "batch_tokens": 1,
+            "limit": 1,
+            "max_new_tokens": 1,
+            "stride": 1,
+        }
         for name, low in least.items():
             found = getattr(self, name)
             if found is not None and found < low:
                 raise UsageError(f"{name} is {found}; expected at least {low}")
+        if self.stride is not None and self.stride >= self.context:
+            raise UsageError(f"stride is {self.stride}; expected less than the context of {self.context} tokens")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pqkv_cli.cache.cache import QuantizedCache
+from pqkv_cli.calibration.text import token_windows
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.bits import cache_bits
 from pqkv_cli.evaluation.bootstrap import Floats, interval95
@@ -69,6 +70,23 @@ def logits_of(model: Any, ids: torch.Tensor, settings: EvaluationSettings, new_c
         chunk = slice(start, start + size)
         logits.append(model(ids[:, chunk], position_ids=positions[:, chunk], past_key_values=cache, use_cache=True).logits[0])
     return torch.cat(logits), cache
+
+
+def windows_of(subject: Subject, settings: EvaluationSettings) -> torch.Tensor:
+    """Return the windows [windows, context] of the subject's text that are read.
+
+    Raises
+    ------
+    DataError
+        If the text is too short for one.
+    """
+    limit, context = settings.limit, settings.context
+    return token_windows(subject.tokenizer, subject.text, limit, context, settings.seed, at_most=True, stride=settings.stride)
+
+
+def scored(settings: EvaluationSettings) -> slice:
+    """Return which of a window's predictions count: all, or with a stride those of its last tokens."""
+    return slice(-settings.stride if settings.stride else None, None)
 
 
 def positions_of(ids: torch.Tensor, settings: EvaluationSettings) -> torch.Tensor:
@@ -139,14 +157,17 @@ def spans(length: int) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
-def by_context(rows: dict[str, Floats]) -> list[dict[str, Any]]:
-    """Return the metrics by how many tokens a prediction looks back at."""
+def by_context(rows: dict[str, Floats], num_before: int = 0) -> list[dict[str, Any]]:
+    """Return the metrics by how many tokens a prediction looks back at; the first of `rows` at one more than `num_before`."""
     cells = []
-    for start, stop in spans(rows["kl_bits"].shape[1]):
-        part = {name: values[:, start:stop] for name, values in rows.items()}
+    for start, stop in spans(num_before + rows["kl_bits"].shape[1]):
+        if stop <= num_before:
+            continue
+        first = max(start, num_before)
+        part = {name: values[:, first - num_before : stop - num_before] for name, values in rows.items()}
         cells.append(
             {
-                "from": start + 1,
+                "from": first + 1,
                 "to": stop,
                 "kl_bits": float(part["kl_bits"].mean()),
                 "p99": float(np.quantile(part["kl_bits"], 0.99)),

@@ -49,7 +49,7 @@ def task_settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> Ev
         room = wanted.context or longest
         return EvaluationSettings(mode, room, wanted.limit, recipe.seed, batch_tokens=_batch_tokens(subject))
     context = wanted.context or min(recipe.calibration.seq_len, positions)
-    return EvaluationSettings(mode, context, wanted.limit or _DEFAULT_WINDOWS, recipe.seed)
+    return EvaluationSettings(mode, context, wanted.limit or _DEFAULT_WINDOWS, recipe.seed, stride=wanted.stride)
 
 
 def _batch_tokens(subject: Subject) -> int:

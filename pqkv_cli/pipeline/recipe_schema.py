@@ -37,6 +37,7 @@ MEANINGS: Mapping[str, str] = {
     "evaluation.limit": "Most examples of a task; null takes all.",
     "evaluation.prompts": "Pass keys per length and depth, before limit; null leaves it to limit.",
     "evaluation.max_new_tokens": "Tokens of a continuation, where the task leaves it open.",
+    "evaluation.stride": "Text windows begin so many tokens apart, and their last so many count; null: disjoint, all count.",
     "evaluation.gates": "What the results must reach, such as perplexity.kl_bits<=0.02; decides the exit code.",
     "generation.prompt": "What `pqkv run` continues at its end.",
     "generation.max_new_tokens": "Tokens of that continuation.",

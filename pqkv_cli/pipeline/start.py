@@ -121,7 +121,7 @@ def _for_tasks(recipe: Recipe, changes: Changes) -> Recipe:
     named, wanted = changes.get("evaluation.tasks"), recipe.evaluation
     if not isinstance(named, list | tuple) or set(named) & set(wanted.tasks):
         return recipe
-    sizes = {"context": None, "limit": None, "prompts": None, "max_new_tokens": None}
+    sizes = {"context": None, "limit": None, "prompts": None, "max_new_tokens": None, "stride": None}
     return recipe.model_copy(update={"evaluation": wanted.model_copy(update=sizes)})
 
 

@@ -54,6 +54,7 @@ STAGE_FIELDS: Mapping[Stage, tuple[str, ...]] = {
         "evaluation.limit",
         "evaluation.prompts",
         "evaluation.max_new_tokens",
+        "evaluation.stride",
     ),
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pqkv_cli.calibration.text import token_windows
-from pqkv_cli.errors import DataError
+from pqkv_cli.errors import DataError, UsageError
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 
@@ -76,3 +76,24 @@ def test_what_cannot_be_measured(subject: Maker) -> None:
         broken.model.lm_head.weight[3] = float("nan")
     with pytest.raises(DataError, match="the uncompressed model gives logits that are not finite"):
         measure(broken)
+
+
+@torch.no_grad()
+def test_with_a_stride_only_the_last_tokens_of_overlapping_windows_count(subject: Maker) -> None:
+    made = subject()
+    found = measure(made, stride=40)
+    windows = token_windows(made.tokenizer, made.text, 3, 160, seed=0, stride=40)
+    logits = made.model(windows).logits[:, -41:-1].double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, -40:].flatten())
+    assert found["perplexity"]["baseline"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert [(cell["from"], cell["to"]) for cell in found["by_context"]] == [(120, 128), (129, 159)]
+    assert found["kl_bits"]["quantized"] > 0
+
+
+def test_windows_a_stride_apart_share_their_tokens(subject: Maker) -> None:
+    made = subject()
+    windows = token_windows(made.tokenizer, made.text, None, 100, seed=0, stride=30)
+    every = {tuple(window[30:].tolist()) for window in windows}
+    assert sum(tuple(window[:-30].tolist()) in every for window in windows) == len(windows) - 1
+    with pytest.raises(UsageError, match="stride is 160; expected less than the context of 160 tokens"):
+        measure(made, stride=160)
