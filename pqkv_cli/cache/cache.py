@@ -31,6 +31,8 @@ class CacheBytes:
 class TimedCache(Cache):
     """A cache that is told positions and padding of every step before its layers are updated."""
 
+    stands = False  # while a step is captured, which was begun already and changes nothing that the host knows
+
     def __init__(self, layers: list[CacheLayerMixin], timeline: Timeline) -> None:
         super().__init__(layers=[*layers])
         self.timeline = timeline

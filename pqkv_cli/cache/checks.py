@@ -38,3 +38,16 @@ def check_states(states: Mapping[Side, torch.Tensor], held: Mapping[Side, torch.
             f"positions of {num_known} tokens are known and {needed} are needed; "
             "the model must be prepared with `pqkv_cli.runtime.attach` before this cache is used"
         )
+
+
+def check_crop(tokens_to_remove: int, num_held: int) -> int:
+    """Return how many of `num_held` tokens stay where the last ``-tokens_to_remove`` go.
+
+    Raises
+    ------
+    CacheError
+        If the number is positive or larger than what is held.
+    """
+    if tokens_to_remove > 0 or num_held + tokens_to_remove < 0:
+        raise CacheError(f"crop({tokens_to_remove}) on {num_held} tokens; expected minus the number of tokens to remove")
+    return num_held + tokens_to_remove

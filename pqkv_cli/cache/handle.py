@@ -31,6 +31,8 @@ class StepView:
         Exact sinks of ``keys`` and ``values``, [B, Hkv, S, D]; they count where their slot is below `num_coded`.
     exact
         Exact ``keys`` and ``values`` of the slots from `num_coded` on, the step's own included, [B, Hkv, T, D].
+    newest
+        In a captured step of one query: which of `exact` is its own token, [1] int64; those behind it are not there yet.
     """
 
     layer: QuantizedLayer
@@ -39,11 +41,18 @@ class StepView:
     pages: dict[Side, list[torch.Tensor]]
     sinks: dict[Side, torch.Tensor]
     exact: dict[Side, torch.Tensor]
+    newest: torch.Tensor | None = None
 
     @property
     def num_slots(self) -> int:
         """All slots visible in this step."""
         return self.num_coded + self.exact["keys"].shape[2]
+
+    def query_slots(self, num_queries: int) -> torch.Tensor:
+        """Return the slots of the step's queries, [Tq] int64."""
+        if self.newest is not None:
+            return self.num_coded + self.newest
+        return torch.arange(self.num_slots - num_queries, self.num_slots, device=self.exact["keys"].device)
 
     def check_fresh(self) -> None:
         """Refuse to be read after a later step.

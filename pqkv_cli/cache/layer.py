@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from pqkv_cli.cache.checks import check_states
+from pqkv_cli.cache.checks import check_crop, check_states
 from pqkv_cli.cache.drift import LayerDrift
 from pqkv_cli.cache.encoder import EncoderQueue
 from pqkv_cli.cache.handle import LazyStates, StepView
@@ -14,9 +14,9 @@ from pqkv_cli.cache.notices import DECODED
 from pqkv_cli.cache.page_job import PageJob
 from pqkv_cli.cache.pages import PageStore
 from pqkv_cli.cache.sinks import sinks_among, with_sinks
+from pqkv_cli.cache.static_step import StaticStep
 from pqkv_cli.cache.timeline import AngleSource, Timeline
 from pqkv_cli.cache.window import with_room
-from pqkv_cli.errors import CacheError
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.codec import decode
 from pqkv_kernels.dispatch import Backend, prepare_tables
@@ -35,6 +35,7 @@ class QuantizedLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     backend: Backend = "torch"  # what attends to the codes; `attach` chooses
+    static: StaticStep | None = None  # set while a step is captured
 
     def __init__(
         self,
@@ -48,12 +49,14 @@ class QuantizedLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.tables, self.spec, self.timeline, self.angle_source = tables, spec, timeline, angle_source
         self._drift = drift
-        self._encoder = EncoderQueue() if encoder is None else encoder
+        self.encoder = EncoderQueue() if encoder is None else encoder
         self.num_updates = self.num_materialized = self._last_job = 0
+        self.pages: dict[Side, PageStore] = {side: PageStore() for side in SIDES}
         self._clear()
 
     def _clear(self) -> None:
-        self.pages: dict[Side, PageStore] = {side: PageStore() for side in SIDES}
+        for store in self.pages.values():
+            store.truncate(0)
         self.sinks: dict[Side, torch.Tensor] = {}
         self.window: dict[Side, torch.Tensor] = {}
         self.num_window = 0
@@ -69,7 +72,8 @@ class QuantizedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
-    def _capacity(self) -> int:
+    def capacity(self) -> int:
+        """Tokens at which the window is flushed."""
         return self.spec.window_tokens + PAGE_TOKENS
 
     @property
@@ -92,13 +96,15 @@ class QuantizedLayer(CacheLayerMixin):
             If shape, dtype or device differ from the cache's, or the step's positions are unknown.
         """
         states: dict[Side, torch.Tensor] = {"keys": key_states.detach(), "values": value_states.detach()}
+        if self.static is not None:
+            return self.static.update(self, states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         check_states(states, self.window, self.get_seq_length(), self.timeline.num_slots)
-        self._encoder.wait(self._last_job)
+        self.encoder.wait(self._last_job)
         self.num_updates += 1
         num_exact = self.num_window + key_states.shape[2]
-        fits = num_exact < self._capacity
+        fits = num_exact < self.capacity
         exact = {side: self._joined(side, states[side], fits) for side in SIDES}
         pages = {side: self.pages[side].views(self.device) for side in SIDES}
         view = StepView(self, self.num_updates, self.num_coded, pages, dict(self.sinks), exact)
@@ -132,7 +138,7 @@ class QuantizedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Drop all tokens."""
-        self._encoder.finish()
+        self.encoder.finish()
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -143,12 +149,8 @@ class QuantizedLayer(CacheLayerMixin):
         CacheError
             If the number is positive or larger than what is held.
         """
-        kept = self.get_seq_length() + tokens_to_remove
-        if tokens_to_remove > 0 or kept < 0:
-            raise CacheError(
-                f"crop({tokens_to_remove}) on {self.get_seq_length()} tokens; expected minus the number of tokens to remove"
-            )
-        self._encoder.finish()
+        kept = check_crop(tokens_to_remove, self.get_seq_length())
+        self.encoder.finish()
         if kept >= self.num_coded:
             self.num_window = kept - self.num_coded
             return
@@ -157,7 +159,7 @@ class QuantizedLayer(CacheLayerMixin):
             start = num_pages * PAGE_TOKENS
             page = self.pages[side].page(num_pages).to(self.device)
             decoded = self._decoded(side, page, start, start + PAGE_TOKENS, self.sinks[side])
-            self.window[side] = with_room(self.window[side], 0, rest, self._capacity)
+            self.window[side] = with_room(self.window[side], 0, rest, self.capacity)
             self.window[side][:, :, :rest] = decoded[:, :, :rest]
             self.pages[side].truncate(num_pages)
         self.num_window = rest
@@ -176,13 +178,13 @@ class QuantizedLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Keep codes in the memory of the CPU from now on; each step copies this layer's codes to the device and drops them."""
-        self._encoder.finish()
+        self.encoder.finish()
         for store in self.pages.values():
             store.move(torch.device("cpu"))
 
     def prefetch(self) -> None:
         """Keep codes on the layer's device again."""
-        self._encoder.finish()
+        self.encoder.finish()
         for store in self.pages.values():
             store.move(self.device)
 
@@ -194,14 +196,13 @@ class QuantizedLayer(CacheLayerMixin):
     @property
     def exact_bytes(self) -> int:
         """Bytes of sinks and window allocated."""
-        held = [*self.sinks.values(), *self.window.values()]
-        return sum(t.numel() * t.element_size() for t in held)
+        return sum(t.nbytes for t in (*self.sinks.values(), *self.window.values()))
 
     def _joined(self, side: Side, states: torch.Tensor, fits: bool) -> torch.Tensor:
         window, start = self.window[side], self.num_window
         if not fits:
             return torch.cat((window[:, :, :start], states), dim=2) if start else states
-        window = self.window[side] = with_room(window, start, start + states.shape[2], self._capacity)
+        window = self.window[side] = with_room(window, start, start + states.shape[2], self.capacity)
         window[:, :, start : start + states.shape[2]] = states
         return window[:, :, : start + states.shape[2]]
 
@@ -222,8 +223,8 @@ class QuantizedLayer(CacheLayerMixin):
             text_start=starts + self.spec.num_sinks,
         )
         sinks = {s: sinks_among(leaving[s], first, starts, self.spec.num_sinks, self.sinks[s]) for s in SIDES}
-        window = {s: with_room(exact[s][:, :, num_leaving:], num_window, self._capacity, self._capacity) for s in SIDES}
-        self._last_job = self._encoder.submit(job, self.device)
+        window = {s: with_room(exact[s][:, :, num_leaving:], num_window, self.capacity, self.capacity) for s in SIDES}
+        self._last_job = self.encoder.submit(job, self.device)
         # Only now, when nothing can fail any more: keys and values must not come apart.
         self.sinks, self.window, self.num_window = sinks, window, num_window
         for side in SIDES:
@@ -238,11 +239,11 @@ class QuantizedLayer(CacheLayerMixin):
         return None if self.tables[side].rotary is None else self.timeline.angles(self.angle_source, start, stop)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._encoder.finish()  # a copy of what is being written would be neither old nor new
+        self.encoder.finish()  # a copy of what is being written would be neither old nor new
         return self.__dict__
 
     def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._encoder.finish()
+        self.encoder.finish()
         self.sinks = {side: change(t) for side, t in self.sinks.items()}
         self.window = {side: change(t) for side, t in self.window.items()}
         for store in self.pages.values():

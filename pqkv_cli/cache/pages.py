@@ -20,6 +20,16 @@ class PageStore:
         self.num_pages = 0
 
     @property
+    def slabs(self) -> tuple[torch.Tensor, ...]:
+        """All slabs, [B, P, Hkv, page_bytes] each, unused pages of the last included."""
+        return tuple(self._slabs)
+
+    @property
+    def home(self) -> torch.device | None:
+        """Where `move` has put the pages; None wherever they are made."""
+        return self._home
+
+    @property
     def num_bytes(self) -> int:
         """Bytes allocated, unused pages of the last slab included."""
         return sum(slab.numel() for slab in self._slabs)

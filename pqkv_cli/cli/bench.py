@@ -73,15 +73,13 @@ def bench(
     from pqkv_cli.cli.words import checked, target_of
 
     output, reporter = Output(json_target), TerminalReporter()
-    _check(context or [], batch or [], repeats, backend)
+    _check(context or [], batch or [], repeats, backend, bool(shape) or (picture or memory) is None)
     if shape:
         from pqkv_cli.cli.bench_shapes import show_shapes
 
         checked({"device": device})
         lists = shape, context or [], batch or []
         return show_shapes(*lists, repeats, backend, device, memory, picture, output, reporter)
-    if picture is not None or memory is not None:
-        raise UsageError("--picture and --memory belong to --shape; expected --shape beside them")
     if kmeans:
         return _show_kmeans(target_of(target, run, reporter), output, reporter)
 
@@ -113,7 +111,7 @@ def _show_kmeans(target: "Target", output: "Output", reporter: "TerminalReporter
     output.result(report, table(title, columns, rows))
 
 
-def _check(contexts: list[int], batches: list[int], repeats: int, backend: str) -> None:
+def _check(contexts: list[int], batches: list[int], repeats: int, backend: str, has_shape: bool) -> None:
     faults = [
         f"--{name} is {n}; expected at least 1" for name, ns in (("context", contexts), ("batch", batches)) for n in ns if n < 1
     ]
@@ -121,6 +119,8 @@ def _check(contexts: list[int], batches: list[int], repeats: int, backend: str) 
         faults.append(f"--repeats is {repeats}; expected at least 1")
     if backend not in _BACKENDS:
         faults.append(f"--backend is {backend!r}; expected one of {', '.join(_BACKENDS)}")
+    if not has_shape:
+        faults.append("--picture and --memory belong to --shape; expected --shape beside them")
     if faults:
         raise UsageError("; ".join(faults))
 

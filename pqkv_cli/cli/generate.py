@@ -19,6 +19,10 @@ from pqkv_cli.cli.options import (
 )
 from pqkv_cli.errors import UsageError
 
+GraphOption = Annotated[
+    str, typer.Option("--graph", metavar="NAME", help="Whether steps are replayed from a CUDA graph: auto, on or off.")
+]
+
 
 def generate(
     words: Annotated[
@@ -27,6 +31,7 @@ def generate(
     run: RunOption = None,
     max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = 0.0,
+    graph: GraphOption = "auto",
     model: ModelOption = None,
     force: ForceOption = False,
     seed: SeedOption = None,
@@ -55,7 +60,8 @@ def generate(
 
     # With JSON on stdout nothing else may go there.
     stream = None if json_target == "-" else _Stream(prompt)
-    made = generate_from(source, prompt, reporter, temperature=temperature, force=force, on_text=stream)
+    options = {"temperature": temperature, "force": force, "graph": _known_graph(graph)}
+    made = generate_from(source, prompt, reporter, **options, on_text=stream)  # type: ignore[arg-type]
     if stream is not None:
         stream("\n")
     output.result({"schema": "pqkv.generation/1", "prompt": prompt, **asdict(made)})
@@ -71,6 +77,12 @@ class _Stream:
         sys.stdout.write(self._unwritten + text)
         sys.stdout.flush()
         self._unwritten = ""
+
+
+def _known_graph(graph: str) -> str:
+    if graph not in ("auto", "on", "off"):
+        raise UsageError(f"--graph is {graph!r}; expected auto, on or off")
+    return graph
 
 
 def _split(words: list[str]) -> tuple[str | None, str]:

@@ -3,9 +3,10 @@
 The caches are filled with random keys and values: speed does not depend on them, and no prefill of a long text is needed.
 """
 
-import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedCache as TransformersQuantizedCache
 
-from pqkv_cli.cache.cache import QuantizedCache, tensor_bytes
+from pqkv_cli.evaluation.captured_steps import CAPTURED, OURS, ROOM, STATIC, Step, captured_steps
+from pqkv_cli.evaluation.decode_step import cache_bytes, filled, plain_step, wall_ms
 from pqkv_cli.runtime.attach import Attached
+from pqkv_cli.runtime.step_graph import Capture
 from pqkv_kernels.bench import Quantiles, quantiles
 
-OURS = "pqkv"
 _QUANTO = "optimum.quanto"
 
 
@@ -31,9 +33,10 @@ class TokenTimes:
     cache_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def ratio(self, other: str) -> float | None:
-        """Return how many times faster ours is than `other`."""
+        """Return how many times faster ours is than `other`; captured steps are compared with captured ones."""
         found = self.ms_per_token.get(other)
-        return None if found is None else found.p50 / self.ms_per_token[OURS].p50
+        ours = self.ms_per_token.get(OURS + CAPTURED if other.endswith(CAPTURED) else OURS)
+        return None if found is None or ours is None else found.p50 / ours.p50
 
     def row(self) -> dict[str, Any]:
         """Return the measurement and what follows from it, as JSON can hold it."""
@@ -41,30 +44,30 @@ class TokenTimes:
 
 
 @torch.no_grad()
-def time_tokens(attached: Attached, context: int, repeats: int) -> TokenTimes:
-    """Decode `repeats` tokens (after two to warm up) at `context` cached tokens, in turns over the caches."""
+def time_tokens(attached: Attached, context: int, repeats: int, capture: Capture | None = None) -> TokenTimes:
+    """Decode `repeats` tokens (after two to warm up) at `context` cached tokens, in turns over the caches.
+
+    On a GPU our cache and the static one are timed a second time with their steps replayed from a CUDA graph (`capture`).
+    """
     model = attached.model
-    makers, missing = _makers(attached, context + repeats + 2)
+    makers, missing = _makers(attached, context + repeats + ROOM)
     caches = {name: filled(model, make(), context) for name, make in makers.items()}
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
-    times: dict[str, list[float]] = {name: [] for name in caches}
+    steps: dict[str, Step] = {name: partial(plain_step, model, token, cache) for name, cache in caches.items()}
     ours = model.config._attn_implementation
-    try:
+    with ExitStack() as stack:
+        replayed, obstacles = captured_steps(attached, makers, token, context, capture, stack)
+        steps, missing = steps | replayed, missing | obstacles
+        stack.callback(model.set_attn_implementation, ours)
+        times: dict[str, list[float]] = {name: [] for name in steps}
         for repeat in range(repeats + 2):
-            for name, cache in caches.items():
-                model.set_attn_implementation(ours if name == OURS else "sdpa")
-                elapsed = step_ms(model, token, cache, context + repeat)
+            for name, step in steps.items():
+                model.set_attn_implementation(ours if name.startswith(OURS) else "sdpa")
+                elapsed = wall_ms(partial(step, context + repeat), token.device)
                 if repeat >= 2:
                     times[name].append(elapsed)
-    finally:
-        model.set_attn_implementation(ours)
     held = {name: cache_bytes(cache) for name, cache in caches.items() if name != "QuantizedCache"}
     return TokenTimes(context, {name: quantiles(found) for name, found in times.items()}, missing, held)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Return the bytes of a cache's tensors; quanto's packed tensors do not tell theirs."""
-    return cache.num_bytes().total if isinstance(cache, QuantizedCache) else sum(map(tensor_bytes, cache.layers))
 
 
 def _makers(attached: Attached, capacity: int) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
@@ -72,7 +75,7 @@ def _makers(attached: Attached, capacity: int) -> tuple[dict[str, Callable[[], A
     makers: dict[str, Callable[[], Any]] = {
         OURS: attached.new_cache,
         "DynamicCache": lambda: DynamicCache(config=config),
-        "StaticCache": lambda: StaticCache(config=config, max_cache_len=capacity),
+        STATIC: lambda: StaticCache(config=config, max_cache_len=capacity),
     }
     missing = {}
     if find_spec(_QUANTO.split(".")[0]) and find_spec(_QUANTO):
@@ -80,42 +83,3 @@ def _makers(attached: Attached, capacity: int) -> tuple[dict[str, Callable[[], A
     else:
         missing["QuantizedCache"] = "optimum-quanto is not installed"
     return makers, missing
-
-
-def filled(model: Any, cache: Any, context: int, batch: int = 1, chunk: int | None = None) -> Any:
-    """Return `cache` with `context` random tokens in each of `batch` rows, put in `chunk` (by default all) at a time."""
-    config = model.config.get_text_config()
-    heads, dim = (
-        config.num_key_value_heads,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
-    generator = torch.Generator(model.device).manual_seed(0)
-    for start in range(0, context, chunk or context):
-        stop = min(start + (chunk or context), context)
-        if isinstance(cache, QuantizedCache):
-            cache.begin_step(torch.arange(start, stop, device=model.device).expand(batch, -1), None)
-        for index in range(config.num_hidden_layers):
-            shape = (2, batch, heads, stop - start, dim)
-            states = torch.randn(shape, generator=generator, device=model.device, dtype=torch.float32).to(model.dtype)
-            cache.update(states[0], states[1], index)
-    return cache
-
-
-def step_ms(model: Any, tokens: torch.Tensor, cache: Any, position: int) -> float:
-    """Return the milliseconds of a step over `tokens` [B, T], all at `position`, on the clock of the wall."""
-    where = torch.full_like(tokens, position)
-    return wall_ms(lambda: model(tokens, position_ids=where, past_key_values=cache, use_cache=True), tokens.device)
-
-
-def wall_ms(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the milliseconds until `run` is done and the device has nothing left to do."""
-    _wait(device)
-    started = time.perf_counter()
-    run()
-    _wait(device)
-    return (time.perf_counter() - started) * 1e3
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -3,16 +3,21 @@
 The largest batch follows from computed footprints; it is then filled, weighed and timed. Knows no command line.
 """
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import StaticCache
 
 from pqkv_cli.cache.pages import SLAB_PAGES
-from pqkv_cli.evaluation.decode_speed import cache_bytes, filled, step_ms
+from pqkv_cli.errors import CacheError
+from pqkv_cli.evaluation.captured_steps import ROOM, Step, captured_static
+from pqkv_cli.evaluation.decode_step import cache_bytes, filled, plain_step, wall_ms
 from pqkv_cli.evaluation.shapes import ModelShape
 from pqkv_cli.runtime.attach import Attached
+from pqkv_cli.runtime.step_graph import Capture, step_graph
 from pqkv_cli.specs import CacheSpec
 from pqkv_kernels.bench import Quantiles, quantiles
 from pqkv_kernels.layout import PAGE_TOKENS
@@ -25,11 +30,12 @@ _LEAST_CHUNK = 8 * PAGE_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Decode steps of one cache at a batch; `cache_bytes` are weighed after the last step."""
+    """Decode steps of one cache at a batch, `captured` in a graph or not; `cache_bytes` are weighed after the last step."""
 
     batch: int
     cache_bytes: int
     ms_per_step: Quantiles
+    captured: bool
 
     @property
     def tokens_per_s(self) -> float:
@@ -62,26 +68,48 @@ def codes_row_bytes(
 
 
 @torch.no_grad()
-def static_throughput(model: Any, batch: int, context: int, repeats: int) -> Throughput:
-    """Time `batch` rows over transformers' StaticCache with torch's own attention."""
+def static_throughput(model: Any, batch: int, context: int, repeats: int, capture: Capture | None) -> Throughput:
+    """Time `batch` rows over transformers' StaticCache with torch's own attention; captured, if `capture` can."""
     before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:
-        cache = StaticCache(config=model.config, max_cache_len=context + repeats + WARM_UP)
-        return _throughput(model, cache, batch, context, repeats)
+        cache = StaticCache(config=model.config, max_cache_len=context + repeats + ROOM)
+        tokens = _fill(model, cache, batch, context)
+        step: Step = partial(plain_step, model, tokens, cache)
+        if capture is not None:
+            try:
+                step = captured_static(model, cache, tokens, context, capture)
+            except CacheError:
+                capture = None  # the record says so
+        times = _times(step, tokens.device, context, repeats)
     finally:
         model.set_attn_implementation(before)
+    return Throughput(batch, cache_bytes(cache), times, capture is not None)
 
 
 @torch.no_grad()
-def codes_throughput(attached: Attached, batch: int, context: int, repeats: int) -> Throughput:
-    """Time `batch` rows over codes."""
-    return _throughput(attached.model, attached.new_cache(), batch, context, repeats)
+def codes_throughput(attached: Attached, batch: int, context: int, repeats: int, capture: Capture | None) -> Throughput:
+    """Time `batch` rows over codes; captured by `capture` where it is given.
+
+    Raises
+    ------
+    CacheError
+        If the step cannot be captured.
+    """
+    model, cache = attached.model, attached.new_cache()
+    tokens = _fill(model, cache, batch, context)
+    step = partial(plain_step, model, tokens, cache)
+    with nullcontext() if capture is None else step_graph(attached, cache, capture):
+        times = _times(step, tokens.device, context, repeats)
+    return Throughput(batch, cache_bytes(cache), times, capture is not None)
 
 
-def _throughput(model: Any, cache: Any, batch: int, context: int, repeats: int) -> Throughput:
-    chunk = max(_LEAST_CHUNK, _CHUNK_ROWS // batch // PAGE_TOKENS * PAGE_TOKENS)
-    filled(model, cache, context, batch, chunk)
-    tokens = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
-    times = [step_ms(model, tokens, cache, context + step) for step in range(repeats + WARM_UP)]
-    return Throughput(batch, cache_bytes(cache), quantiles(times[WARM_UP:]))
+def _fill(model: Any, cache: Any, batch: int, context: int) -> torch.Tensor:
+    """Fill `cache` and return the tokens [B, 1] of a step."""
+    filled(model, cache, context, batch, max(_LEAST_CHUNK, _CHUNK_ROWS // batch // PAGE_TOKENS * PAGE_TOKENS))
+    return torch.ones(batch, 1, dtype=torch.int64, device=model.device)
+
+
+def _times(step: Step, device: torch.device, context: int, repeats: int) -> Quantiles:
+    times = [wall_ms(partial(step, context + number), device) for number in range(repeats + WARM_UP)]
+    return quantiles(times[WARM_UP:])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from pqkv_cli.evaluation.decode_speed import wall_ms
+from pqkv_cli.evaluation.decode_step import wall_ms
 from pqkv_cli.runtime.attach import Attached
 from pqkv_kernels.angles import Angles
 from pqkv_kernels.bench import Quantiles, quantiles

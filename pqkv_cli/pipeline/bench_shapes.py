@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from pqkv_cli.errors import RunError
+from pqkv_cli.evaluation.captured_steps import ROOM
 from pqkv_cli.evaluation.decode_speed import time_tokens
 from pqkv_cli.evaluation.environment import environment
 from pqkv_cli.evaluation.equal_memory import (
-    WARM_UP,
     Throughput,
     codes_row_bytes,
     codes_throughput,
@@ -27,6 +27,7 @@ from pqkv_cli.evaluation.prefill_speed import time_prefill
 from pqkv_cli.evaluation.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.runtime.attach import Attached
+from pqkv_cli.runtime.step_graph import capture_cuda, choose_graph
 from pqkv_cli.specs import CacheSpec
 from pqkv_kernels.bench import copy_bandwidth, time_attention
 from pqkv_kernels.dispatch import BackendRequest, choose_backend
@@ -42,7 +43,7 @@ GPU_EQUAL, CPU_EQUAL = 32768, 1024  # tokens of each row where batches are compa
 MOST_PROMPT = 8192
 _CPU_BUDGET = 1 << 26
 _CPU_BYTES = 1 << 31  # what a measurement may take where the device does not say what is free
-_NUM_CACHES = 4  # caches that lie side by side when whole steps are timed
+_NUM_CACHES = 6  # caches that lie side by side when whole steps are timed, those of captured steps included
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +171,15 @@ class _Bench:
                     row_bytes = codes_row_bytes(shape, keys, values, SPEC, self._last(context), self.dtype.itemsize)
                     batch = self._batch(f"{name}, {label}", context, budget, row_bytes)
                     if batch and plain is not None:
-                        coded = codes_throughput(attached, batch, context, repeats)
+                        capture = capture_cuda if choose_graph("auto", attached, attached.new_cache()).used else None
+                        coded = codes_throughput(attached, batch, context, repeats, capture)
                         yield "equal_memory", named | _compared(context, budget, plain, coded)
 
     def _static(self, name: str, shape: ModelShape, model: Any, context: int, budget: int) -> Throughput | None:
         row_bytes = static_row_bytes(shape, self._last(context), self.dtype.itemsize)
         batch = self._batch(f"{name}, uncompressed", context, budget, row_bytes)
-        return static_throughput(model, batch, context, self.settings.repeats) if batch else None
+        capture = capture_cuda if self.device.type == "cuda" else None
+        return static_throughput(model, batch, context, self.settings.repeats, capture) if batch else None
 
     def _batch(self, what: str, context: int, budget: int, row_bytes: int) -> int:
         """Return the largest batch whose cache fits; none is said."""
@@ -187,7 +190,7 @@ class _Bench:
         return budget // row_bytes
 
     def _last(self, context: int) -> int:
-        return context + self.settings.repeats + WARM_UP
+        return context + self.settings.repeats + ROOM
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":

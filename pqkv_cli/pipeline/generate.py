@@ -8,6 +8,7 @@ from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.runtime.attach import attach
 from pqkv_cli.runtime.generate import GenerateSettings, Generation, generate
+from pqkv_cli.runtime.step_graph import GraphRequest
 
 
 def generate_from(
@@ -17,6 +18,7 @@ def generate_from(
     *,
     temperature: float = 0.0,
     force: bool = False,
+    graph: GraphRequest = "auto",
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue `prompt` over the quantized cache of `source`; `on_text` receives the text as it comes.
@@ -27,11 +29,13 @@ def generate_from(
         If the artifact is damaged or, without `force`, of another model.
     DataError
         If the prompt does not fit the model.
+    CacheError
+        If a captured step was asked for and cannot be.
     """
     # Before the model: a damaged artifact shows at once.
     artifact = open_artifact(source.artifact, device_of(source.recipe))
     model, tokenizer = open_model(source.recipe)
-    settings = GenerateSettings(source.recipe.generation.max_new_tokens, temperature, source.recipe.seed)
+    settings = GenerateSettings(source.recipe.generation.max_new_tokens, temperature, source.recipe.seed, graph)
     if force:
         reporter.note("--force: the artifact is used whatever model it was made for")
     with attach(model, artifact, force=force) as attached:

@@ -7,7 +7,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from pqkv_cli.cache.handle import LazyStates, StepView
+from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.runtime.dense_attention import dense_attention, sink_share
+from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.attention import Part, exact_attention, merge
 from pqkv_kernels.dispatch import attend_codes
 from pqkv_kernels.layout import PAGE_TOKENS
@@ -73,10 +75,10 @@ def _exact_parts(
     query: torch.Tensor, block: slice, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None
 ) -> list[Part]:
     """Attend with the queries of `block` to the exact sinks and to the tokens after the codes."""
-    queries, num_queries = query[:, :, block], query.shape[2]
+    queries = query[:, :, block]
     keys, values = view.exact["keys"], view.exact["values"]
     exact_slots = view.num_coded + torch.arange(keys.shape[2], device=query.device)
-    query_slots = view.num_slots - num_queries + torch.arange(num_queries, device=query.device)[block]
+    query_slots = view.query_slots(query.shape[2])[block]
     causal = exact_slots[None, :] <= query_slots[:, None]
     valid = causal[None] & (exact_slots >= row_start[:, None])[:, None]
     if num_sinks := view.sinks["keys"].shape[2]:
@@ -89,10 +91,7 @@ def _exact_parts(
 
 def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None) -> Part:
     layer = view.layer
-    tables = layer.tables
-    angles = None
-    if tables["keys"].rotary is not None and layer.angle_source is not None:
-        angles = layer.timeline.page_angles(layer.angle_source, view.num_coded // PAGE_TOKENS)
+    tables, angles = layer.tables, angles_of_pages(layer, view.num_coded)
     first_token = row_start + view.sinks["keys"].shape[2]
     pages = view.pages
     return attend_codes(
@@ -107,3 +106,10 @@ def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, sc
         angles,
         softcap,
     )
+
+
+def angles_of_pages(layer: QuantizedLayer, num_coded: int) -> Angles | PageAngles | None:
+    """Return the angles of the first `num_coded` slots, whole pages, where keys are coded before rotary embedding."""
+    if layer.tables["keys"].rotary is None or layer.angle_source is None:
+        return None
+    return layer.timeline.page_angles(layer.angle_source, num_coded // PAGE_TOKENS)

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import TextStreamer
@@ -12,11 +13,12 @@ from pqkv_cli.cache.cache import CacheBytes
 from pqkv_cli.errors import DataError, UsageError
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.runtime.attach import Attached
+from pqkv_cli.runtime.step_graph import GraphChoice, GraphRequest, choose_graph, step_graph
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateSettings:
-    """How to generate; `temperature` 0 is greedy.
+    """How to generate; `temperature` 0 is greedy, `graph` says whether decode steps are captured (`choose_graph`).
 
     Raises
     ------
@@ -27,23 +29,30 @@ class GenerateSettings:
     max_new_tokens: int = 64
     temperature: float = 0.0
     seed: int = 0
+    graph: GraphRequest = "auto"
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise UsageError(f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)")
+        if self.graph not in get_args(GraphRequest):
+            raise UsageError(f"graph is {self.graph!r}; expected one of {', '.join(get_args(GraphRequest))}")
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A continuation, with the bytes of the cache that carried it and of an uncompressed one of the same tokens."""
+    """A continuation, with the bytes of the cache that carried it and of an uncompressed one of the same tokens.
+
+    `graph` says whether its steps were replayed from a CUDA graph, and why.
+    """
 
     text: str
     num_prompt_tokens: int
     num_new_tokens: int
     cache_bytes: CacheBytes
     baseline_bytes: int
+    graph: GraphChoice
 
 
 def generate(
@@ -59,30 +68,27 @@ def generate(
     ------
     DataError
         If the prompt has no tokens or leaves no room in the model's positions.
+    CacheError
+        If a captured step was asked for and cannot be.
     """
     model = attached.model
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    max_positions = geometry(model.config).max_positions or sys.maxsize
-    room = max_positions - ids.shape[1]
-    if ids.shape[1] == 0:
-        raise DataError("the prompt has no tokens; give at least one word")
-    if room < settings.max_new_tokens:
-        raise DataError(
-            f"the prompt has {ids.shape[1]} tokens and {settings.max_new_tokens} more are asked for; the model has "
-            f"{max_positions} positions: shorten the prompt or ask for at most {max(room, 0)}"
-        )
+    _check_room(model, ids.shape[1], settings.max_new_tokens)
     cache = attached.new_cache()
+    choice = choose_graph(settings.graph, attached, cache)
     torch.manual_seed(settings.seed)
     sampling = {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=settings.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=None if on_text is None else _CallbackStreamer(tokenizer, on_text),
-        **sampling,
-    )
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with step_graph(attached, cache) if choice.used else nullcontext():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=settings.max_new_tokens,
+            pad_token_id=padding,
+            streamer=None if on_text is None else _CallbackStreamer(tokenizer, on_text),
+            **sampling,
+        )
     new = output[0, ids.shape[1] :]
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True),
@@ -90,7 +96,19 @@ def generate(
         num_new_tokens=len(new),
         cache_bytes=cache.num_bytes(),
         baseline_bytes=_baseline_bytes(cache, model.dtype.itemsize),
+        graph=choice,
     )
+
+
+def _check_room(model: Any, num_tokens: int, num_new: int) -> None:
+    max_positions = geometry(model.config).max_positions or sys.maxsize
+    if num_tokens == 0:
+        raise DataError("the prompt has no tokens; give at least one word")
+    if max_positions - num_tokens < num_new:
+        raise DataError(
+            f"the prompt has {num_tokens} tokens and {num_new} more are asked for; the model has "
+            f"{max_positions} positions: shorten the prompt or ask for at most {max(max_positions - num_tokens, 0)}"
+        )
 
 
 def _baseline_bytes(cache: Any, element_bytes: int) -> int:

@@ -27,7 +27,7 @@ def install_step_hook(model: Any) -> RemovableHandle:
 def _begin_step(max_positions: int | None, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     cache = arguments.get("past_key_values")
-    if not isinstance(cache, TimedCache):
+    if not isinstance(cache, TimedCache) or cache.stands:
         return
     cache.check_owner(module)
     tokens = arguments.get("input_ids")
@@ -83,7 +83,11 @@ def row_starts(attention_mask: Any, batch: int, num_slots: int) -> torch.Tensor 
     padding = attention_mask == 0
     starts = padding.long().cumprod(dim=1).sum(dim=1)
     left_only = padding.sum(dim=1) == starts
-    message = "attention_mask has padding after real tokens; expected left padding: set tokenizer.padding_side = 'left'"
+    # Without a mask, generate() takes every pad token for padding, those of an earlier turn's answer too.
+    message = (
+        "attention_mask has padding after real tokens; expected left padding: set tokenizer.padding_side = 'left', or give "
+        "attention_mask=torch.ones_like(input_ids) where tokens that look like padding belong to the text"
+    )
     if padding.is_cuda:
         torch._assert_async(left_only.all(), message)  # no host synchronization in the middle of decoding
     elif not bool(left_only.all()):

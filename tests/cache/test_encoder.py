@@ -92,10 +92,11 @@ def story(bench, queue):
                 met.add(name)
             changed = change(cache)
             cache = changed if name == "copy" else cache
-            queue = cache.quantized_layers[0]._encoder
+            queue = cache.quantized_layers[0].encoder
             rows = {"repeat": 4, "select": 2}.get(name, rows)
             seen.append(bench.model(fed[2][:rows].repeat(rows // len(fed[2]) or 1, 1), past_key_values=cache).logits)
-            stores = [store for layer in copy.deepcopy(cache).quantized_layers for store in layer.pages.values()]
+            queue.finish()
+            stores = [store for layer in cache.quantized_layers for store in layer.pages.values()]
             seen += [torch.cat(store.views(), dim=1) for store in stores if store.num_pages]
     return [tensor.clone() for tensor in seen], [str(w.message) for w in caught], met
 
@@ -128,13 +129,13 @@ def test_a_job_that_cannot_begin_leaves_keys_and_values_as_they_were(bench) -> N
     ids, more = bench.tokens(1, 150), bench.tokens(1, 200, seed=1)
     for each in (cache, twin):
         bench.model(ids, past_key_values=each)
-    right = cache.quantized_layers[0]._encoder
+    right = cache.quantized_layers[0].encoder
     for layer in cache.quantized_layers:
-        layer._encoder = Fault()
+        layer.encoder = Fault()
     with pytest.raises(torch.OutOfMemoryError):
         bench.model(more, past_key_values=cache)
     for layer in cache.quantized_layers:
-        layer._encoder = right
+        layer.encoder = right
     assert cache.get_seq_length() == 150
     assert torch.equal(*(bench.model(more, past_key_values=each).logits for each in (cache, twin)))
 

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from tape import Capturer
 
 from pqkv_cli.cache.pages import SLAB_PAGES
-from pqkv_cli.evaluation.decode_speed import filled, step_ms
+from pqkv_cli.evaluation.decode_speed import time_tokens
+from pqkv_cli.evaluation.decode_step import filled, plain_step
 from pqkv_cli.evaluation.equal_memory import codes_row_bytes
 from pqkv_cli.evaluation.shape_picture import shape_picture
 from pqkv_cli.evaluation.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
@@ -64,7 +66,7 @@ def test_equal_memory_compares_the_largest_batches_that_fit(document: dict[str, 
             found = row[side]
             assert found["cache_bytes"] <= row["budget_bytes"] == 300_000, "what is measured fits"
             assert found["tokens_per_s"] == found["batch"] / found["ms_per_step"]["p50"] * 1e3
-        assert row["static"]["batch"] == 300_000 // (2 * 2 * 16 * 4 * (row["context"] + 3))
+        assert row["static"]["batch"] == 300_000 // (2 * 2 * 16 * 4 * (row["context"] + 5))
         assert row["static"]["cache_bytes"] + row["static"]["cache_bytes"] // row["static"]["batch"] > 300_000
         assert row["ratio"] == row["codes"]["tokens_per_s"] / row["static"]["tokens_per_s"]
     assert any("tiny, uncompressed, equal memory: a row of 65536 tokens needs" in why for why in document["skipped"])
@@ -77,7 +79,7 @@ def test_footprints_are_what_caches_weigh(context: int, steps: int) -> None:
     with Attached(model, [{"keys": keys, "values": values}], SPEC, backend="torch") as attached, torch.no_grad():
         cache = filled(model, attached.new_cache(), context, batch=3)
         for step in range(steps):
-            step_ms(model, torch.ones(3, 1, dtype=torch.int64), cache, context + step)
+            plain_step(model, torch.ones(3, 1, dtype=torch.int64), cache, context + step)
         found = cache.num_bytes().total
     most = 3 * codes_row_bytes(TINY, keys, values, SPEC, context + steps, 4)
     slab = 3 * SLAB_PAGES * TINY.num_kv_heads * (keys.layout.page_bytes + values.layout.page_bytes)
@@ -102,3 +104,18 @@ def test_formats_have_the_rates_they_are_named_for() -> None:
                 assert keys.layout.bits_per_channel == values.layout.bits_per_channel == float(label.split()[1])
                 assert keys.rotary is not None and values.rotary is None
                 assert planes_of(keys) is not None and planes_of(values) is not None  # read by the fast kernels
+
+
+def test_captured_steps_are_timed_where_there_are_graphs() -> None:
+    keys, values = random_tables(TINY, "speed 4 b/ch", CPU)
+    model = random_model(TINY, 2048, CPU, torch.float32)
+    with Attached(model, [{"keys": keys, "values": values}], SPEC, backend="torch") as attached:
+        plain = time_tokens(attached, 200, 1)
+        found = time_tokens(attached, 200, 1, Capturer())
+        assert model.config._attn_implementation == "pqkv" and "forward" not in vars(model)
+    names = {"pqkv, captured", "StaticCache, captured"}
+    assert {name: plain.missing[name] for name in names} == dict.fromkeys(names, "the device is cpu and graphs are CUDA's")
+    assert names <= set(found.ms_per_token) and not names & set(found.missing)
+    ms = found.ms_per_token
+    assert found.ratio("StaticCache, captured") == ms["StaticCache, captured"].p50 / ms["pqkv, captured"].p50
+    assert found.ratio("StaticCache") == ms["StaticCache"].p50 / ms["pqkv"].p50
