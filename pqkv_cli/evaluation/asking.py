@@ -21,8 +21,9 @@ from pqkv_cli.models.memory import free_memory
 Score = Callable[[Question, str], float]
 SIDES = ("baseline", "quantized")
 # Prompts of unequal length are padded, and attention then no longer skips what lies ahead of a query: more work for the prompt,
-# with the square of its length, for fewer steps of answering. It pays up to so many squared tokens per token of answer.
-_PADDED_SQUARE = 2**18
+# with the square of its length, for fewer steps of answering. It pays up to so many squared tokens per token of answer; on a
+# CPU up to fewer, because prompts are slow there and a step of several rows costs nearly as much as their own steps.
+_PADDED_SQUARE, _PADDED_SQUARE_CPU = 2**18, 2**16
 _MASK_ENTRIES = 2**27  # of the mask that padding needs: rows times the square of the length
 
 
@@ -64,7 +65,8 @@ def ask(
 
     A batch for which memory does not suffice is halved, with a warning, and so are those after it that are as large.
     """
-    groups, done, waiting = [], 0, list(reversed([batch for _, batch in _batches(questions, settings.batch_tokens)]))
+    pays = _PADDED_SQUARE_CPU if subject.model.device.type == "cpu" else _PADDED_SQUARE
+    groups, done, waiting = [], 0, list(reversed([batch for _, batch in _batches(questions, settings.batch_tokens, pays)]))
     too_large = math.inf  # padded tokens
     with contender(subject, settings.mode) as new_cache:
         while waiting:
@@ -86,11 +88,14 @@ def ask(
     return Answers(samples, bits, {**answering_cost(costs), "batch_size": batch_size})
 
 
-def _batches(questions: Sequence[Question], budget: int) -> Iterator[tuple[str, list[Question]]]:
-    """Cut `questions` into batches of at most `budget` padded tokens, whose names and content depend on nothing else."""
+def _batches(questions: Sequence[Question], budget: int, pays: int) -> Iterator[tuple[str, list[Question]]]:
+    """Cut `questions` into batches of at most `budget` padded tokens, whose names and content depend on nothing else.
+
+    Rows of unequal length share one up to `pays` squared tokens per token of answer.
+    """
     batch: list[Question] = []
     for question in questions:
-        if batch and not _belongs(question, batch, budget):
+        if batch and not _belongs(question, batch, budget, pays):
             yield _name(batch), batch
             batch = []
         batch.append(question)
@@ -106,14 +111,14 @@ def _padded_tokens(batch: Sequence[Question]) -> int:
     return len(batch) * (max(len(question.ids) for question in batch) + batch[0].max_new_tokens)
 
 
-def _belongs(question: Question, batch: Sequence[Question], budget: int) -> bool:
+def _belongs(question: Question, batch: Sequence[Question], budget: int, pays: int) -> bool:
     """Return whether `question` is better answered together with `batch` than alone."""
     lengths = [len(other.ids) for other in (*batch, question)]
     rows, longest = len(lengths), max(lengths)
     if batch[0].decoding != question.decoding or rows * (longest + question.max_new_tokens) > budget:
         return False
     square = longest**2
-    return min(lengths) == longest or (square <= _PADDED_SQUARE * question.max_new_tokens and rows * square <= _MASK_ENTRIES)
+    return min(lengths) == longest or (square <= pays * question.max_new_tokens and rows * square <= _MASK_ENTRIES)
 
 
 def _asked(subject: Subject, batch: list[Question], new_cache: CacheFactory, score: Score) -> Group | None:

@@ -137,14 +137,15 @@ def test_own_stop_tokens_end_an_answer_but_not_before_its_least_length(subject: 
 
 
 def test_rows_of_unequal_length_are_padded_only_where_answers_are_long() -> None:
-    def cut(lengths: list[int], new_tokens: int, budget: int = 65536) -> list[int]:
+    def cut(lengths: list[int], new_tokens: int, budget: int = 65536, pays: int = 2**18) -> list[int]:
         asked = [Question(f"q{i}", torch.zeros(n, dtype=torch.int64), new_tokens) for i, n in enumerate(lengths)]
-        return [len(batch) for _, batch in _batches(asked, budget)]
+        return [len(batch) for _, batch in _batches(asked, budget, pays)]
 
     assert cut([7616] * 9, 32) == [8, 1]
     assert cut([7000, 7616, 7616], 32) == [1, 2]
     assert cut([3000, 3100, 3200], 32) == [1, 1, 1]
     assert cut([3000, 3100, 3200], 512) == [3]
+    assert (cut([3400, 3600, 4000], 64), cut([3400, 3600, 4000], 64, pays=2**16)) == ([3], [1, 1, 1])
     assert cut([7000, 7100, 7200, 7616], 512) == [2, 2]  # a mask of three would be too large
 
 
