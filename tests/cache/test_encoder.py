@@ -65,7 +65,7 @@ class Forgetful(Latest):
 CHANGES = {
     "nothing": lambda cache: cache,
     "crop in the window": lambda cache: cache.crop(-1),
-    "crop into pages": lambda cache: cache.crop(-90),
+    "crop into pages": lambda cache: cache.crop(-170),
     "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
     "repeat": lambda cache: cache.batch_repeat_interleave(2),
     "select": lambda cache: cache.batch_select_indices(torch.tensor([2, 1])),
