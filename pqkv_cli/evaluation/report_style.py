@@ -46,7 +46,7 @@ svg .on-dark{fill:var(--on-heat)}
 footer{margin-top:2rem;color:var(--soft);font-size:.85rem;border-top:1px solid var(--rule)}
 :focus-visible{outline:2px solid var(--c0);outline-offset:2px}
 @media(max-width:40rem){.chart .tick,.chart .axis{font-size:19px}.legend{margin-top:0}
-tbody th,thead th:first-child{position:sticky;left:0;background:var(--ground);max-width:9rem}}
+th,td{padding:.35rem .4rem}tbody th,thead th:first-child{position:sticky;left:0;background:var(--ground);max-width:8rem}}
 @media print{body{max-width:none}.scroll{overflow:visible}}
 """ + "".join(
     f".line.c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i})}}.key.c{i}{{background:var(--c{i})}}\n" for i in range(8)

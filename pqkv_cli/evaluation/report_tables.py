@@ -1,12 +1,13 @@
 """Numbers of result records as people read them, and tables of them as HTML. Knows the keys of a record, no pictures."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 Record = Mapping[str, Any]
 _PARTS = ("baseline", "quantized")
-_HEADLINE = ("result", "mode", "bits/channel", "uncompressed", "compressed", "recovery", "95 % interval", "state")
+_HEADLINE = ("result", "mode", "uncompressed", "compressed", "recovery", "95 % interval", "bits/channel", "state")
 
 
 def number(value: object) -> str:
@@ -36,13 +37,18 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -
     """Return an HTML table; the first column names its rows. Cells are texts."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
+        f'<tr><th scope="row">{_breakable(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
         for first, *rest in rows
     )
     return (
         f'<div class="scroll" tabindex="0"><table><caption>{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _breakable(name: str) -> str:
+    """Return `name` as HTML that a narrow column may break behind an underscore or an at sign."""
+    return re.sub(r"([_@])", r"\1<wbr>", escape(name))
 
 
 def headline_table(records: Sequence[Record]) -> str:
@@ -57,7 +63,7 @@ def headline_rows(records: Sequence[Record]) -> list[dict[str, str]]:
         total = number(record["bits_per_channel"]["total"])
         for name, metric in headline_metrics(record):
             shown = [number(metric.get(part)) for part in _PARTS]
-            cells = [f"{record['task']}: {name}", record["mode"], total, *shown, *_recovery(metric), state(record)]
+            cells = [f"{record['task']}: {name}", record["mode"], *shown, *_recovery(metric), total, state(record)]
             rows.append(dict(zip(_HEADLINE, cells, strict=True)))
     return rows
 
@@ -113,6 +119,6 @@ def longbench_table(record: Record) -> str:
             continue
         shown = [f"{metric[side]:.2f}" if metric[side] is not None else "–" for side in _PARTS]
         samples = number(metric.get("samples"))
-        rows.append([name, str(metric.get("category", "")), samples, *shown, *_recovery(metric)])
-    columns = ("task", "kind", "samples", "uncompressed", "compressed", "recovery", "95 % interval")
+        rows.append([name, *shown, *_recovery(metric), samples, str(metric.get("category", ""))])
+    columns = ("task", "uncompressed", "compressed", "recovery", "95 % interval", "samples", "kind")
     return table(f"LongBench, mode {record['mode']}", columns, rows)

@@ -109,12 +109,12 @@ def test_perplexity(pqkv: Callable, run: Path, texts: tuple[Path, Path]) -> None
     assert record["metrics"]["kl_bits"]["quantized"] >= 0
     assert json.loads((run / "results" / "perplexity-all.json").read_text()) == record
     card = (run / "artifact" / "README.md").read_text()
-    assert "| result | mode | bits/channel |" in card and "| 95 % interval | state |" in card
+    assert "| result | mode | uncompressed | compressed | recovery | 95 % interval | bits/channel | state |" in card
     (line,) = (line for line in card.splitlines() if line.startswith("| perplexity: perplexity |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert (cells[1], cells[7]) == ("all", "complete")
-    assert cells[5] == f"{100 * record['metrics']['perplexity']['recovery']:.1f} %"
-    assert " to " in cells[6]
+    assert cells[4] == f"{100 * record['metrics']['perplexity']['recovery']:.1f} %"
+    assert " to " in cells[5]
 
 
 def test_passkey(pqkv: Callable, run: Path, texts: tuple[Path, Path]) -> None:
