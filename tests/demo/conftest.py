@@ -32,11 +32,12 @@ def reference_model() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def make_run() -> Callable[[Path], None]:
-    """Return what calibrates, fits (with few iterations) and exports the reference model into a directory."""
+    """Return what calibrates, fits (few vectors, few iterations) and exports the reference model into a directory."""
 
     def make(run: Path) -> None:
         fit = ["fit-codebooks", str(run), "--bits", "4", "--iterations", "6"]
-        for words in (["calibrate", "demo", "--no-fisher", "-o", str(run)], fit, ["export", str(run)]):
+        few = ["--no-fisher", "--samples", "64", "--reservoir-size", "16384"]
+        for words in (["calibrate", "demo", *few, "-o", str(run)], fit, ["export", str(run)]):
             assert main(words) == 0
 
     return make
