@@ -5,16 +5,32 @@ from collections.abc import Sequence
 import torch
 
 
-def whole_slabs(slabs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+class Slabs(list[torch.Tensor]):
+    """Slabs of pages [B, P, Hkv, page_bytes] that stay where they are, and know the addresses of their pages once asked."""
+
+    addresses: torch.Tensor | None = None
+
+
+def whole_slabs(slabs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Return `slabs` [B, P, Hkv, page_bytes], copied where the bytes of a page do not lie together.
 
     Kernels address whole pages; keep what is returned alive until the kernel is done.
     """
+    if all(slab[:1, :1].is_contiguous() for slab in slabs):
+        return slabs
     return [slab if slab[:1, :1].is_contiguous() else slab.contiguous() for slab in slabs]
 
 
 def page_addresses(slabs: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the address of every page of every row, [B, P] int64: slabs need not lie together."""
+    if isinstance(slabs, Slabs):
+        if slabs.addresses is None:
+            slabs.addresses = _page_addresses(slabs)
+        return slabs.addresses
+    return _page_addresses(slabs)
+
+
+def _page_addresses(slabs: Sequence[torch.Tensor]) -> torch.Tensor:
     found = []
     for slab in slabs:
         rows = slab.data_ptr() + torch.arange(slab.shape[0], device=slab.device)[:, None] * slab.stride(0)

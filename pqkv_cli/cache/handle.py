@@ -17,6 +17,7 @@ from pqkv_cli.errors import CacheError
 if TYPE_CHECKING:
     from pqkv_cli.cache.layer import QuantizedLayer
     from pqkv_cli.specs import Side
+    from pqkv_kernels.addresses import Slabs
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class StepView:
     Attributes
     ----------
     pages
-        Code pages of ``keys`` and ``values``, each a list of [B, P, Hkv, page_bytes].
+        Code pages of ``keys`` and ``values``, each slabs [B, P, Hkv, page_bytes].
     sinks
         Exact sinks of ``keys`` and ``values``, [B, Hkv, S, D]; they count where their slot is below `num_coded`.
     exact
@@ -38,7 +39,7 @@ class StepView:
     layer: QuantizedLayer
     step: int
     num_coded: int
-    pages: dict[Side, list[torch.Tensor]]
+    pages: dict[Side, Slabs]
     sinks: dict[Side, torch.Tensor]
     exact: dict[Side, torch.Tensor]
     newest: torch.Tensor | None = None

@@ -11,6 +11,8 @@ from pqkv_kernels.angles import Angles
 from pqkv_kernels.dispatch import Backend, encode_pages
 from pqkv_kernels.tables import CodecTables
 
+_TOKENS = 4096  # encoded at a time; whole pages
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageJob:
@@ -41,9 +43,18 @@ class PageJob:
         """Encode keys and values, and write their pages."""
         for side in SIDES:
             states, tables, angles = self.states[side], self.tables[side], self.angles[side]
-            pages = encode_pages(self.backend, states, tables, angles)
+            pages = self._pages(side)
             if self.drift is not None:
                 self.drift.observe(side, states, pages, tables, angles, self.first_slot, self.text_start)
             for part in self.room[side]:
                 part.copy_(pages[:, : part.shape[1]], non_blocking=True)
                 pages = pages[:, part.shape[1] :]
+
+    def _pages(self, side: Side) -> torch.Tensor:
+        """Encode some tokens at a time: what encoding holds beside its result stays small beside a long prompt's states."""
+        states, angles, made = self.states[side], self.angles[side], []
+        for start in range(0, states.shape[2], _TOKENS):
+            part = slice(start, start + _TOKENS)
+            turn = None if angles is None else (angles[0][:, part].contiguous(), angles[1][:, part].contiguous())
+            made.append(encode_pages(self.backend, states[:, :, part], self.tables[side], turn))
+        return made[0] if len(made) == 1 else torch.cat(made, dim=1)

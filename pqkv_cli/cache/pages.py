@@ -1,8 +1,11 @@
 """Storage of code pages: slabs that never move. Knows nothing of what the bytes mean."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from pqkv_kernels.addresses import Slabs
 
 SLAB_PAGES = 8
 
@@ -18,6 +21,7 @@ class PageStore:
         self._slabs: list[torch.Tensor] = []
         self._home: torch.device | None = None  # None: wherever pages are made
         self.num_pages = 0
+        self._views: Slabs | None = None  # of all pages, until they change
 
     @property
     def slabs(self) -> tuple[torch.Tensor, ...]:
@@ -31,8 +35,9 @@ class PageStore:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes allocated, unused pages of the last slab included."""
-        return sum(slab.numel() for slab in self._slabs)
+        """Bytes allocated, unused pages of the last slab and known addresses of pages included."""
+        addresses = None if self._views is None else self._views.addresses
+        return sum(slab.numel() for slab in self._slabs) + (0 if addresses is None else addresses.nbytes)
 
     def room(self, num_pages: int, page_bytes: int, states: torch.Tensor) -> list[torch.Tensor]:
         """Return where the next `num_pages` pages belong, as parts of slabs in order; `grow` counts them.
@@ -51,11 +56,15 @@ class PageStore:
     def grow(self, num_pages: int) -> None:
         """Count the next `num_pages`, for which there is room."""
         self.num_pages += num_pages
+        self._views = None
 
-    def views(self, device: torch.device | None = None) -> list[torch.Tensor]:
-        """Return the filled parts of the slabs, in order, on `device`; without copying where they lie there."""
-        parts = [slab[:, start:stop] for slab, start, stop in self._parts(0, self.num_pages)]
-        return parts if device is None else [part.to(device, non_blocking=True) for part in parts]
+    def views(self, device: torch.device | None = None) -> Slabs:
+        """Return the filled parts of the slabs, in order, on `device`: the same list until pages change, if they lie there."""
+        if self._views is None:
+            self._views = Slabs(slab[:, start:stop] for slab, start, stop in self._parts(0, self.num_pages))
+        if device is None or all(part.device == device for part in self._views):
+            return self._views
+        return Slabs(part.to(device, non_blocking=True) for part in self._views)
 
     def page(self, index: int) -> torch.Tensor:
         """Return one page, [B, 1, Hkv, page_bytes]."""
@@ -64,18 +73,21 @@ class PageStore:
 
     def truncate(self, num_pages: int) -> None:
         """Keep the first `num_pages` and free slabs that hold none of them."""
-        self.num_pages = num_pages
+        self.num_pages, self._views = num_pages, None
         used = len({id(slab) for slab, _, _ in self._parts(0, num_pages)})
         self._slabs = self._slabs[:used]
 
     def move(self, home: torch.device) -> None:
         """Keep all pages, those to come too, in the memory of `home`."""
-        self._home = home
+        self._home, self._views = home, None
         self._slabs = [slab.to(home) for slab in self._slabs]
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every slab by `change` of it (rows reordered, moved to a device, ...)."""
-        self._slabs = [change(slab) for slab in self._slabs]
+        self._slabs, self._views = [change(slab) for slab in self._slabs], None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_views": None}  # a copy lies elsewhere
 
     def _new_slab(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         home = self._home or device

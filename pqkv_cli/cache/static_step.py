@@ -46,6 +46,7 @@ class StaticStep:
                 layer.window[side][:, :, layer.num_window :] = 0  # no weight makes a number of what is none
         self.newest = torch.tensor([self._layers[0].num_window], device=self._layers[0].device)
         self.tensors, self._num_coded = held_tensors(cache), self._coded()
+        self._pages = [store.views() for layer in self._layers for store in layer.pages.values()]  # with their addresses
 
     def begin(self) -> None:
         """Tell the device where the token of the step to come goes."""

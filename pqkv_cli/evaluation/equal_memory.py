@@ -64,7 +64,8 @@ def codes_row_bytes(
     exact = 2 * shape.num_kv_heads * shape.head_dim * itemsize * (spec.num_sinks + spec.window_tokens + PAGE_TOKENS)
     pairs = 0 if keys.rotary is None else keys.rotary.num_pairs
     positions = 8 + 4 * num_tokens + num_pages * (4 + 2 * 4 * pairs)
-    return shape.num_layers * ((num_pages + SLAB_PAGES) * page_bytes + exact) + positions
+    addresses = 2 * 8 * num_pages
+    return shape.num_layers * ((num_pages + SLAB_PAGES) * page_bytes + exact + addresses) + positions
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a cache weighs, by the bytes of its tensors, sinks, window and positions included."""
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -12,6 +13,7 @@ from pqkv_cli.cache.build import quantized_cache
 from pqkv_cli.rates import key_layout, rate_layout
 from pqkv_cli.runtime.attention import pqkv_attention
 from pqkv_cli.specs import CacheSpec
+from pqkv_kernels.addresses import page_addresses
 from pqkv_kernels.codec import encode
 from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout
 from pqkv_kernels.tables import CodecTables
@@ -55,8 +57,9 @@ def share(cache: Any, num_tokens: int) -> float:
     return quantized / (2 * HEADS * DIM * 2 * num_tokens)
 
 
-@pytest.mark.parametrize("chunk", [32768, 2000])
-@pytest.mark.parametrize(("bits", "at_most"), [(4, 0.27), (3, 0.21), (2, 0.145), (1, 0.085)])
+@pytest.mark.parametrize(
+    ("bits", "at_most", "chunk"), [(4, 0.27, 32768), (4, 0.27, 2000), (3, 0.21, 32768), (2, 0.145, 32768), (1, 0.085, 32768)]
+)
 def test_a_cache_of_32k_tokens_of_llama_3_8b(monkeypatch: pytest.MonkeyPatch, bits: int, at_most: float, chunk: int) -> None:
     monkeypatch.setattr(page_job, "encode_pages", lambda backend, *args: blank_pages(*args))
     cache = one_layer(bits)
@@ -96,3 +99,30 @@ def test_a_prompts_exact_states_die_with_the_handles(bench: Any) -> None:
     gc.collect()
     assert alive() is None
     assert sum(t.shape[2] for t in cache.layers[0].window.values()) <= 2 * (bench.spec.window_tokens + PAGE_TOKENS)
+
+
+@torch.no_grad()
+def test_pages_are_addressed_once_until_they_change(bench: Any) -> None:
+    bench.use("pqkv")
+    cache = bench.quantized()
+    bench.model(bench.tokens(2, 300), past_key_values=cache)
+    store = cache.layers[0].pages["keys"]
+
+    def addresses(of: Any) -> torch.Tensor:
+        found = page_addresses(of.views())
+        assert torch.equal(found, page_addresses(list(of.views()))) and of.views() is of.views(bench.model.device)
+        return found
+
+    known, before = addresses(store), cache.num_bytes().codes
+    assert page_addresses(store.views()) is known and before >= known.nbytes
+    twin = copy.deepcopy(cache).layers[0].pages["keys"]
+    assert not torch.equal(addresses(twin), known)  # a copy lies elsewhere
+    changes = [
+        lambda: bench.model(bench.tokens(2, 130), past_key_values=cache),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.crop(-300),
+        lambda: cache.batch_select_indices(torch.tensor([1])),
+    ]
+    for change in changes:
+        change()
+        assert addresses(store).shape == (store.slabs[0].shape[0], store.num_pages)
