@@ -16,7 +16,7 @@ from pqkv_cli.cache.build import quantized_cache, simulated_cache
 from pqkv_cli.cache.cache import QuantizedCache, TimedCache
 from pqkv_cli.cache.drift import Errors
 from pqkv_cli.cache.timeline import AngleSource
-from pqkv_cli.errors import CacheError, UnsupportedModelError
+from pqkv_cli.errors import CacheError, UnsupportedModelError, UsageError
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.rotary import rotary_angles, rotary_key
@@ -34,9 +34,16 @@ _attached: WeakSet[torch.nn.Module] = WeakSet()
 
 
 class Attached:
-    """A model that can use quantized caches, until `detach`. Also a context manager.
+    """A model that can use quantized caches, until `detach`. Also a context manager. `attach` makes it.
 
-    `backend` says what attends to its codes, and why.
+    Attributes
+    ----------
+    model
+        The model that was given to `attach`.
+    spec
+        How many first and recent tokens of each row its caches keep exact.
+    backend
+        What attends to codes on the model's device, and why.
     """
 
     def __init__(
@@ -66,7 +73,13 @@ class Attached:
     def new_cache(self, *, offload: bool = False) -> QuantizedCache:
         """Return an empty quantized cache for ``model(...)`` or ``model.generate(..., past_key_values=cache)``.
 
-        With `offload` its codes live in the memory of the CPU and visit the device one layer at a time.
+        It holds one batch of texts: `QuantizedCache.reset` empties it for the next, another call of `generate` goes on with it.
+        `QuantizedCache.num_bytes` says what it weighs.
+
+        Parameters
+        ----------
+        offload
+            Keep the codes in the memory of the CPU; they visit the device one layer at a time.
         """
         cache = quantized_cache(self.model.config, self._tables, self.spec, self._angles, self._errors)
         cache.bind(self.model.base_model)
@@ -151,10 +164,13 @@ def attach(
     force
         Attach although the artifact was made for another model.
     backend
-        What attends to codes: ``torch``, ``triton``, or ``auto`` for the best that can run; see `Attached.backend`.
+        What attends to codes: ``torch``, ``native``, ``triton``, or ``auto`` for the best that can run; see
+        `Attached.backend`.
 
     Raises
     ------
+    UsageError
+        If `model` or `artifact` is something else.
     ArtifactError
         If the artifact is of another model, or kernel configurations beside it are unreadable.
     CacheError
@@ -163,6 +179,7 @@ def attach(
     UnsupportedModelError
         If the model cannot use the attention function.
     """
+    _require_kinds(model, artifact)
     if model in _attached:
         raise CacheError("the model is attached already; call detach() on what the first attach returned")
     _require_match(model, artifact, force)
@@ -197,6 +214,16 @@ def simulate_artifact(model: Any, artifact: Artifact, *, force: bool = False) ->
 def artifact_codecs(artifact: Artifact) -> list[dict[Side, VectorCodec] | None]:
     """Return the codecs of `artifact` as `simulate` takes them."""
     return [None if t is None else {side: ProductCodec(t[side]) for side in SIDES} for t in artifact.tables]
+
+
+def _require_kinds(model: Any, artifact: Any) -> None:
+    if not isinstance(artifact, Artifact):
+        raise UsageError(f"the artifact is a {type(artifact).__name__}; expected what pqkv_cli.runtime.load(path) returns")
+    if not all(hasattr(model, name) for name in ("config", "base_model", "set_attn_implementation")):
+        raise UsageError(
+            f"the model is a {type(model).__name__}; expected a causal language model of transformers, as "
+            "AutoModelForCausalLM.from_pretrained returns it: of a pipeline give pipeline.model"
+        )
 
 
 def _require_match(model: Any, artifact: Artifact, force: bool) -> None:

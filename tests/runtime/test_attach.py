@@ -7,7 +7,7 @@ import torch
 from tiny_chain import tiny_llama, tokens
 
 from pqkv_cli.cache.cache import QuantizedCache
-from pqkv_cli.errors import ArtifactError, CacheError, UnsupportedModelError
+from pqkv_cli.errors import ArtifactError, CacheError, UnsupportedModelError, UsageError
 from pqkv_cli.runtime import Artifact, attach, simulate_artifact
 from pqkv_cli.specs import CacheSpec
 
@@ -46,6 +46,14 @@ def test_without_a_quantized_cache_an_attached_model_is_what_it_was(model: Any, 
     before = logits(model)
     with attach(model, artifact):
         assert torch.equal(logits(model), before)
+
+
+def test_other_things_than_a_model_and_an_artifact_are_refused(model: Any, artifact: Artifact) -> None:
+    with pytest.raises(UsageError, match=r"the artifact is a \w+Path; expected what pqkv_cli\.runtime\.load"):
+        attach(model, artifact.path)  # type: ignore[arg-type]
+    for thing in (torch.nn.Linear(2, 2), None):
+        with pytest.raises(UsageError, match=r"the model is a \w+; expected a causal language model.*pipeline\.model"):
+            attach(thing, artifact)
 
 
 def test_attach_twice_is_refused(model: Any, artifact: Artifact) -> None:
