@@ -6,6 +6,7 @@ text of wikitext.
 """
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -57,8 +58,10 @@ def _parsed(source: str) -> tuple[str, dict[str, str]]:
 
 
 def _rows(source: str, name: str, options: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
-    from datasets import load_dataset
-
+    try:
+        load_dataset = import_module("datasets").load_dataset  # the small runtime lives without it
+    except ImportError as error:
+        raise DataError(f"data {source} needs the package datasets, which is not installed: pip install datasets") from error
     split = options.get("split", "train")
     try:
         yield from load_dataset(name, options.get("name"), split=split, revision=options.get("revision"), streaming=True)

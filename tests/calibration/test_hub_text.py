@@ -1,6 +1,7 @@
 """Text of data sets, from a local one: no network."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,9 @@ def test_a_set_that_is_nowhere_is_one_error(tmp_path: Path, local: str) -> None:
         load_text(f"hf:{tmp_path / 'nowhere'}")
     with pytest.raises(UsageError, match="has no name"):
         load_text("hf:")
+
+
+def test_without_the_package_its_install_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="needs the package datasets, which is not installed: pip install datasets"):
+        load_text("hf:org/name")
