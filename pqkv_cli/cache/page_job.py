@@ -52,7 +52,8 @@ class PageJob:
 
     def _pages(self, side: Side) -> torch.Tensor:
         """Encode some tokens at a time: what encoding holds beside its result stays small beside a long prompt's states."""
-        states, angles, made = self.states[side], self.angles[side], []
+        states, angles = self.states[side], self.angles[side]
+        made: list[torch.Tensor] = []
         for start in range(0, states.shape[2], _TOKENS):
             part = slice(start, start + _TOKENS)
             turn = None if angles is None else (angles[0][:, part].contiguous(), angles[1][:, part].contiguous())
