@@ -38,7 +38,9 @@ def show_shapes(
     settings = ShapeSettings(*lists, repeats, backend, device, held)  # type: ignore[arg-type]
     found = bench_shapes(settings, reporter)
     document = found.document()
-    notes: list[RenderableType] = [f"not measured: {why}" for why in found.skipped]
+    missing = {name: why for row in found.tokens for name, why in row["missing"].items()}
+    notes: list[RenderableType] = [f"not measured: {name} ({why})" for name, why in missing.items()]
+    notes += [f"not measured: {why}" for why in found.skipped]
     if picture is not None:
         write_text(picture, shape_picture(document))
         notes.append(f"picture: {picture}")
