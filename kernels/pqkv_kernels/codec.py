@@ -1,5 +1,7 @@
 """Encode and decode: what codes mean, in plain fp32 torch. Defines the meaning of every faster implementation."""
 
+from functools import lru_cache
+
 import torch
 
 from pqkv_kernels.angles import Angles
@@ -126,13 +128,20 @@ def _mapped(x: torch.Tensor, matrices: torch.Tensor, rotary: RotaryLayout | None
     if matrices.ndim == 3:
         return x @ matrices.mT
     assert rotary is not None  # CodecTables accepts blocks only together with it
-    first, second = torch.tensor(rotary.blocks(x.shape[-1]), device=x.device).unbind(1)
+    first, second = _block_channels(rotary, x.shape[-1], x.device)
     a, b = x[..., first], x[..., second]
     rows = matrices[:, None]  # [Hkv, 1, D / 2, 2, 2]
     mapped = torch.empty_like(x)
     mapped[..., first] = rows[..., 0, 0] * a + rows[..., 0, 1] * b
     mapped[..., second] = rows[..., 1, 0] * a + rows[..., 1, 1] * b
     return mapped
+
+
+@lru_cache
+def _block_channels(rotary: RotaryLayout, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first and the second channel of every block; kept, because making them lets a GPU wait for the host."""
+    first, second = torch.tensor(rotary.blocks(dim)).unbind(1)
+    return first.to(device), second.to(device)
 
 
 def _take_channels(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
