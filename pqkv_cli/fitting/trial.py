@@ -22,7 +22,9 @@ from pqkv_kernels.tables import CodecTables
 # A trial tells rates apart; it takes a part of the vectors and of the rounds that a fit takes.
 TRIAL_VECTORS = 8192
 TRIAL_SHARE = 4
-SCHEMA = "pqkv.trial/1"
+SCHEMA = "pqkv.trial/2"
+# Costs are measured where errors are at least this share of the largest: what hardly any error costs says nothing of more.
+LEAST_ERROR = 1 / 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,14 @@ class Trial:
     ----------
     errors
         By side and rate: the relative error in code space, mean over KV heads, on vectors not fitted.
+    base
+        By side: the rate at which its cost is measured.
     tables
-        The codec of each side at the rate where its cost is measured.
+        The codec of each side at that rate.
     """
 
     errors: Mapping[Side, Mapping[float, float]]
+    base: Mapping[Side, float]
     tables: Mapping[Side, CodecTables]
 
 
@@ -45,12 +50,12 @@ def try_layer(
     samples: LayerSamples,
     layer: LayerGeometry,
     specs: Mapping[Side, Mapping[float, CodecSpec]],
-    base: Mapping[Side, float],
+    bits: float,
     *,
     index: int,
     settings: FitSettings,
 ) -> Trial:
-    """Fit a layer shortly at every rate of `specs`; keep the codecs at the rates `base`.
+    """Fit a layer shortly at every rate of `specs`; keep the codecs at the `base_rate` for `bits`.
 
     Raises
     ------
@@ -60,16 +65,23 @@ def try_layer(
     short = replace(settings, iterations=max(1, settings.iterations // TRIAL_SHARE))
     errors: dict[Side, dict[float, float]] = {}
     tables: dict[Side, CodecTables] = {}
+    base: dict[Side, float] = {}
     for side in SIDES:
         first, errors[side] = next(iter(specs[side].values())), {}
         with checked_side(samples, index, side):
-            fit = SideFit(samples, layer, first, side, index, short)
-            for bits, spec in specs[side].items():
-                fitted, error = fit.fit(spec.layout, short.iterations, TRIAL_VECTORS)
-                errors[side][bits] = float(error.mean())
-                if bits == base[side]:
-                    tables[side] = fitted
-    return Trial(errors, tables)
+            fit, fitted = SideFit(samples, layer, first, side, index, short), {}
+            for rate, spec in specs[side].items():
+                fitted[rate], error = fit.fit(spec.layout, short.iterations, TRIAL_VECTORS)
+                errors[side][rate] = float(error.mean())
+        base[side] = base_rate(errors[side], bits)
+        tables[side] = fitted[base[side]]
+    return Trial(errors, base, tables)
+
+
+def base_rate(errors: Mapping[float, float], bits: float) -> float:
+    """Return the rate nearest to `bits` of those that leave errors which can be told from none, the lower of two."""
+    told = [rate for rate, error in errors.items() if error >= LEAST_ERROR * max(errors.values())]
+    return min(told, key=lambda rate: (abs(rate - bits), rate))
 
 
 def num_trial_vectors(positions: torch.Tensor) -> int:
@@ -88,17 +100,23 @@ def save_trial(directory: Path, index: int, trial: Trial, request_sha256: str) -
     mean = {side: tuple(errors.values()) for side, errors in trial.errors.items()}
     save_layer(_tables_path(directory, index), FittedLayer(trial.tables, mean), request_sha256)
     errors = {side: [[bits, error] for bits, error in rates.items()] for side, rates in trial.errors.items()}
-    document = {"schema": SCHEMA, "request_sha256": request_sha256, "errors": errors}
+    document = {"schema": SCHEMA, "request_sha256": request_sha256, "errors": errors, "base": dict(trial.base)}
     write_text(_errors_path(directory, index), json.dumps(document, sort_keys=True) + "\n", RunError)
 
 
-def load_trial(directory: Path, index: int, base: Mapping[Side, CodecSpec], request_sha256: str) -> Trial | None:
-    """Return the trial that answers this request, None where there is none or it is damaged; `base` are its codecs' formats."""
+def load_trial(
+    directory: Path, index: int, specs: Mapping[Side, Mapping[float, CodecSpec]], request_sha256: str
+) -> Trial | None:
+    """Return the trial that answers this request, None where there is none or it is damaged; `specs` as for `try_layer`."""
     with contextlib.suppress(RunError, OSError, ValueError, KeyError, TypeError):
         document = json.loads(_errors_path(directory, index).read_text(encoding="utf-8"))
-        fitted, stamp = load_layer(_tables_path(directory, index), base)
+        base: dict[Side, float] = {side: document["base"][side] for side in SIDES}
+        fitted, stamp = load_layer(_tables_path(directory, index), {side: specs[side][base[side]] for side in SIDES})
         if document["schema"] == SCHEMA and document["request_sha256"] == stamp.request_sha256 == request_sha256:
-            return Trial({side: {bits: error for bits, error in document["errors"][side]} for side in SIDES}, fitted.tables)
+            errors: dict[Side, dict[float, float]] = {
+                side: {rate: error for rate, error in document["errors"][side]} for side in SIDES
+            }
+            return Trial(errors, base, fitted.tables)
     return None
 
 

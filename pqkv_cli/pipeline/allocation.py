@@ -38,8 +38,9 @@ class Allocation:
     """Finds the plan of the least loss whose codes take `bits` per channel and token on average.
 
     Each side of each layer is fitted shortly at the rates around it. What its errors cost is measured once, as the KL
-    divergence on the calibration's held-out windows with only that side quantized, at the rate nearest to `bits`; at other
-    rates it is taken to grow with the squared error, as it does in the metric space. Trials of finished layers are kept.
+    divergence on the calibration's held-out windows with only that side quantized, at the rate nearest to `bits` that leaves
+    errors to speak of; at other rates it is taken to grow with the squared error, as it does in the metric space. Trials of
+    finished layers are kept.
 
     Raises
     ------
@@ -66,7 +67,7 @@ class Allocation:
         """
         trials = self._trials(reporter)
         losses = _losses(model, self._store, len(self._geometry.layers), trials, reporter)
-        bases = {place: _error(trials, place, _nearest(menu, self._bits)) for place, menu in self._menus.items()}
+        bases = {(index, side): _error(trials, (index, side), trials[index].base[side]) for index, side in self._menus}
         slopes = _slopes(bases, losses)
         candidates = [self._candidates(place, trials, slopes[place]) for place in self._menus]
         channels = sum(self._heads(place) * self._geometry.layers[place[0]].head_dim for place in self._menus)
@@ -98,13 +99,12 @@ class Allocation:
             advance(0, len(coded))
             for done, index in enumerate(coded, 1):
                 specs = {side: self._menus[index, side] for side in SIDES}
-                base = {side: _nearest(specs[side], self._bits) for side in SIDES}
                 samples, layer = self._store.layer(index), self._geometry.layers[index]
-                asked = {side: [[*map(asdict, specs[side].values())], base[side]] for side in SIDES}
+                asked = {side: [[*map(asdict, specs[side].values())], self._bits] for side in SIDES}
                 request = layer_request(index, layer, asked, self._settings, samples)
-                trial = load_trial(directory, index, {side: specs[side][base[side]] for side in SIDES}, request)
+                trial = load_trial(directory, index, specs, request)
                 if trial is None:
-                    trial = try_layer(samples, layer, specs, base, index=index, settings=self._settings)
+                    trial = try_layer(samples, layer, specs, self._bits, index=index, settings=self._settings)
                     save_trial(directory, index, trial, request)
                 trials[index] = trial
                 advance(done, len(coded))
@@ -169,10 +169,6 @@ def _slopes(errors: Mapping[Place, float], losses: Mapping[Place, float]) -> dic
 
 def _entries(spec: CodecSpec) -> int:
     return max(group.num_centroids for stage in spec.layout.stages for group in stage)
-
-
-def _nearest(menu: Mapping[float, CodecSpec], bits: float) -> float:
-    return min(menu, key=lambda rate: (abs(rate - bits), rate))
 
 
 def _error(trials: Mapping[int, Trial], place: Place, rate: float) -> float:

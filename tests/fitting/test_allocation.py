@@ -12,7 +12,7 @@ from pqkv_cli.fitting.allocation import Candidate, allocate
 from pqkv_cli.fitting.plan import rated_specs
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side import SideFit, fit_side
-from pqkv_cli.fitting.trial import load_trial, save_trial, try_layer
+from pqkv_cli.fitting.trial import base_rate, load_trial, save_trial, try_layer
 from pqkv_cli.rates import CodeStyle
 from pqkv_cli.specs import SIDES
 
@@ -58,22 +58,33 @@ def specs() -> dict:
 
 
 def test_more_bits_leave_smaller_errors() -> None:
-    trial = try_layer(
-        support.samples(0), support.LAYER, specs(), {"keys": 2, "values": 4}, index=0, settings=FitSettings(iterations=8)
-    )
+    trial = try_layer(support.samples(0), support.LAYER, specs(), 2.2, index=0, settings=FitSettings(iterations=8))
     for side in SIDES:
         errors = trial.errors[side]
         assert all(errors[low] > errors[high] for low, high in ((1, 2), (2, 3), (3, 4)))
-    assert trial.tables["keys"].layout.bits_per_channel == 2 and trial.tables["values"].layout.bits_per_channel == 4
+        assert trial.base[side] == trial.tables[side].layout.bits_per_channel == 2
+
+
+@pytest.mark.parametrize(
+    ("errors", "bits", "expected"),
+    [
+        ({1: 0.3, 2: 0.1, 3: 0.03, 4: 0.01}, 3, 3),
+        ({1: 0.3, 2: 0.1, 3: 0.03, 4: 0.01}, 2.5, 2),
+        ({1.5: 0.05, 2: 0.0003, 3: 0.0003, 4: 0.0003}, 3, 1.5),  # all tokens are known by heart from 2 bits on
+        ({1: 0.3, 2: 0.01, 3: 0.001}, 3, 2),
+        ({1: 0.0, 2: 0.0}, 2, 2),
+    ],
+)
+def test_costs_are_measured_where_there_are_errors(errors: dict[float, float], bits: float, expected: float) -> None:
+    assert base_rate(errors, bits) == expected
 
 
 def test_trials_are_kept_and_belong_to_their_request(tmp_path: Path) -> None:
-    base = {"keys": 2, "values": 4}
-    trial = try_layer(support.samples(0), support.LAYER, specs(), base, index=3, settings=FitSettings(iterations=4))
+    trial = try_layer(support.samples(0), support.LAYER, specs(), 2, index=3, settings=FitSettings(iterations=4))
     save_trial(tmp_path, 3, trial, "a" * 64)
-    formats = {side: specs()[side][base[side]] for side in SIDES}
+    formats = specs()
     loaded = load_trial(tmp_path, 3, formats, "a" * 64)
-    assert loaded is not None and loaded.errors == trial.errors
+    assert loaded is not None and (loaded.errors, loaded.base) == (trial.errors, trial.base)
     assert loaded.tables["values"].codebooks[0][0].equal(trial.tables["values"].codebooks[0][0])
     assert load_trial(tmp_path, 3, formats, "b" * 64) is None
     assert load_trial(tmp_path, 2, formats, "a" * 64) is None
@@ -88,7 +99,7 @@ def test_faulty_samples_are_named() -> None:
     samples = support.samples(0)
     samples.values[1, 5, 0] = float("nan")
     with pytest.raises(DataError, match="layer 7, values: key/value head 1 has NaN"):
-        try_layer(samples, support.LAYER, specs(), {"keys": 2, "values": 4}, index=7, settings=FitSettings(iterations=2))
+        try_layer(samples, support.LAYER, specs(), 2, index=7, settings=FitSettings(iterations=2))
 
 
 def test_a_trial_arranges_parts_for_each_rate() -> None:
