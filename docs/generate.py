@@ -1,7 +1,8 @@
 """Writes the pages that repeat what the code says: `make docs`. A test fails while one of them is not current.
 
 Pages of verbs come from the command line itself, the pages of JSON from the schemas beside this file, the page of recipes from
-the recipe's schema, and the table of `more-context.md` from the published shapes that the tests hold recipes against.
+the recipe's schema, the table of `more-context.md` from the published shapes that the tests hold recipes against, and that of
+`models.md` from the families and ways to generate that the tests go through.
 """
 
 import inspect
@@ -52,8 +53,8 @@ def pages() -> dict[Path, str]:
     made[DOCS / "cli" / "README.md"] = verb_index()
     made[DOCS / "json-output.md"] = json_page()
     made[DOCS / "recipes.md"] = recipe_page(schema)
-    context = DOCS / "more-context.md"
-    made[context] = with_block(context.read_text(encoding="utf-8"), context_table())
+    for name, block in (("more-context.md", context_table), ("models.md", path_table)):
+        made[DOCS / name] = with_block((DOCS / name).read_text(encoding="utf-8"), block())
     return made
 
 
@@ -133,6 +134,16 @@ def context_table() -> str:
             rows.append((name, f"{found.weight_bytes / 1e9:.1f} GB", *(f"{tokens[bits]:,}" for bits in _CONTEXT_RATES)))
     titles = [f"{bits} b/ch" if bits != _CONTEXT_RATES[0] else "bf16" for bits in _CONTEXT_RATES]
     return table(("Model", "Weights (bf16)", *titles), rows)
+
+
+def path_table() -> str:
+    """Return which tiny model is tested on which way to generate."""
+    from family_models import FAMILIES
+    from generation_paths import OTHER_PATHS, PATHS, UNSUPPORTED
+
+    paths = [*PATHS, *OTHER_PATHS]
+    rows = [(f"`{name}`", *("no" if (name, path) in UNSUPPORTED else "✓" for path in paths)) for name in FAMILIES]
+    return table(("Model type", *paths), rows)
 
 
 def with_block(page: str, block: str) -> str:

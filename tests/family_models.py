@@ -22,9 +22,20 @@ _MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_inter
 _MIXED = dict(layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=40)
 _YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=256)
 
-# Family: what its config needs beyond the sizes.
+_LLAMA_3 = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=256,
+)
+
+# Family: what its config needs beyond the sizes. The name is the model type where the row gives none.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": dict(num_hidden_layers=2),
+    "llama2": dict(model_type="llama", num_hidden_layers=2, num_key_value_heads=4),
+    "llama3": dict(model_type="llama", num_hidden_layers=2, rope_parameters=_LLAMA_3),
     "mistral": dict(num_hidden_layers=2, sliding_window=None),
     "mixtral": dict(num_hidden_layers=2, sliding_window=None, **_MOE),
     "qwen2": dict(num_hidden_layers=2),
@@ -70,19 +81,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def family_config(model_type: str, **changes: Any) -> Any:
-    return AutoConfig.for_model(model_type, **{**_SIZES, **FAMILIES[model_type], **changes})
+def family_config(name: str, **changes: Any) -> Any:
+    return AutoConfig.for_model(**{"model_type": name, **_SIZES, **FAMILIES[name], **changes})
 
 
-def family_model(model_type: str, **changes: Any) -> Any:
+def family_model(name: str, **changes: Any) -> Any:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(family_config(model_type, **changes)).eval()
+    model = AutoModelForCausalLM.from_config(family_config(name, **changes)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight", "qkv_proj.weight")):
+        for key, parameter in model.named_parameters():
+            if key.endswith(("q_proj.weight", "k_proj.weight", "qkv_proj.weight")):
                 parameter *= 5  # sharper attention than at initialization, so that a wrong key changes the tokens
-            if name.endswith("sinks"):
+            if key.endswith("sinks"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return model

@@ -21,10 +21,21 @@ _QUERY_BLOCK = 256  # queries scored at a time, so that logits stay small in a l
 def register_attention() -> None:
     """Make `pqkv` known to transformers; harmless when repeated.
 
-    The mask is that of sdpa: layers without codes and steps without coded tokens are left to transformers' own attention.
+    Layers without codes and steps without coded tokens are left to transformers' own attention.
     """
     AttentionInterface.register(ATTENTION_NAME, pqkv_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, pqkv_mask)
+
+
+def pqkv_mask(*, q_length: int, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
+    """Return the mask of sdpa; None only where one query sees all keys, or as many queries as keys are causal.
+
+    sdpa also leaves it out for the first tokens of a longer, static cache. But Gemma 4 drops queries after its mask is made, so
+    that fewer queries than keys without a mask must mean the last ones.
+    """
+    skip = kwargs.pop("allow_is_causal_skip", True) and q_length in (1, kv_length)
+    mask: torch.Tensor | None = sdpa_mask(q_length=q_length, kv_length=kv_length, allow_is_causal_skip=skip, **kwargs)
+    return mask
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -23,9 +23,14 @@ def dense_attention(
 ) -> torch.Tensor:
     """Attend with `query` [B, H, Tq, D] to `key` and `value` [B, Hkv, T, D], as sdpa masks them; return [B, Tq, H, D].
 
+    Without a mask attention is causal, and the queries are those of the last tokens.
     `softcap` (bound of the logits) and `s_aux` (one extra logit per query head [H]) may come in `kwargs`.
     """
     softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if attention_mask is None and 1 < num_queries < num_keys:  # sdpa would take them for the first
+        slots = torch.arange(num_keys, device=query.device)
+        attention_mask = (slots <= slots[num_keys - num_queries :, None])[None, None]
     if softcap is None and sinks is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -61,7 +66,7 @@ def sink_share(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
 def _additive(mask: torch.Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
     """Return what is added to the logits, [B or 1, 1 or H, Tq, T] fp32.
 
-    Without a mask the rule is that of sdpa: one query sees all; several are the first tokens of the keys, and causal.
+    Without a mask one query sees all, and as many queries as keys are causal.
     """
     if mask is None:
         last = torch.arange(num_queries, device=device) if num_queries > 1 else torch.tensor([num_keys], device=device)

@@ -53,6 +53,29 @@ def oracle_cache(config, tables, spec, sources):
     return TimedCache(made, timeline)
 
 
+def oracle_of(attached):
+    """The oracle that stands beside ``attached.new_cache()``."""
+    return oracle_cache(attached.model.config, attached._tables, attached.spec, attached._angles)
+
+
+def plain_attention(model):
+    """The model's own attention for the oracle; that of doge in transformers 5.17 misreads the masks of the eager one."""
+    return "sdpa" if model.config.model_type == "doge" else "eager"
+
+
+def generate(attached, held, ids, **options):
+    """Generate over a cache: codes by `pqkv`, an oracle by the model's own attention; greedy where `options` say nothing."""
+    attached.model.set_attn_implementation(plain_attention(attached.model) if type(held) is TimedCache else "pqkv")
+    torch.manual_seed(5)
+    settings = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5, pad_token_id=0, eos_token_id=1)
+    if ids is not None:
+        settings |= dict(inputs=ids, attention_mask=torch.ones_like(ids))  # answers may contain the pad token
+    try:
+        return attached.model.generate(past_key_values=held, **{**settings, **options})
+    finally:
+        attached.model.set_attn_implementation("pqkv")
+
+
 def reference_angles(model):
     """Angles from the rotary module of a Llama, as it computes them itself."""
 

@@ -1,17 +1,18 @@
 """Every family: calibrate, fit, save, attach; then attention over codes against a dense cache of the decoded values."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from family_models import FAMILIES, family_model
-from tiny_chain import fit_artifact, tokens
+from family_models import FAMILIES
+from tiny_chain import tokens
 
 from pqkv_cli.models.families import family
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.runtime import Attached, attach, load
+from pqkv_cli.runtime import Attached, attach
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
 from oracle import oracle_cache
@@ -20,9 +21,8 @@ STEPS = (150, *[1] * 6, 40, *[1] * 3)
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
-def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    model = family_model(request.param)
-    return model, load(fit_artifact(model, tmp_path_factory.mktemp(request.param)))
+def case(request: Any, family_case: Callable[[str], Any]) -> Any:
+    return family_case(request.param)
 
 
 def oracle(attached: Attached) -> Any:
@@ -55,16 +55,3 @@ def test_logits_are_those_of_the_decoded_values(case: Any) -> None:
     assert cache.num_bytes().codes > 0 and cache.num_bytes().dense >= 0
     reads_codes = family(model.config.model_type).tier == "codes"
     assert (cache.num_materialized == 0) is reads_codes, "the declared tier must be what happens"
-
-
-def test_a_left_padded_batch_generates_the_oracles_tokens(case: Any) -> None:
-    model, artifact = case
-    ids = tokens(2, 140, seed=3)
-    mask = torch.ones_like(ids)
-    mask[0, :33] = 0
-    options = dict(attention_mask=mask, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
-    with attach(model, artifact) as attached:
-        found = model.generate(ids, past_key_values=attached.new_cache(), **options)
-        expected = model.generate(ids, past_key_values=oracle(attached), **options)
-    assert found.shape == (2, 156)
-    assert torch.equal(found, expected)

@@ -1,15 +1,15 @@
-"""All of generate() on two more families, token for token against a dense cache of the decoded values."""
+"""Beside the paths of every family: more options of generate(), a compiled model, a static cache."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from family_models import family_model
-from tiny_chain import fit_artifact, tokens
+from tiny_chain import tokens
 
-from pqkv_cli.runtime import Attached, attach, load
+from pqkv_cli.runtime import Attached, attach
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
 from oracle import oracle_cache
@@ -18,10 +18,8 @@ NEW = 24
 
 
 @pytest.fixture(scope="module", params=["qwen3", "gemma2"])
-def attached(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    model = family_model(request.param)
-    artifact = load(fit_artifact(model, tmp_path_factory.mktemp(request.param)))
-    with attach(model, artifact) as made:
+def attached(request: Any, family_case: Callable[[str], Any]) -> Any:
+    with attach(*family_case(request.param)) as made:
         yield made
 
 
@@ -47,12 +45,7 @@ def padded(ids: torch.Tensor) -> torch.Tensor:
 
 PATHS: dict[str, Any] = {
     "greedy": dict(rows=2, padded=True),
-    "sampling": dict(rows=2, padded=True, do_sample=True, top_k=8),
-    "beams": dict(rows=2, padded=True, num_beams=3),
-    "several-sequences": dict(rows=1, do_sample=True, num_return_sequences=3),
     "beams-sampled": dict(rows=1, do_sample=True, num_beams=2, num_return_sequences=2),
-    "prompt-lookup": dict(rows=1, prompt_lookup_num_tokens=4),
-    "chunked-prefill": dict(rows=2, padded=True, prefill_chunk_size=48),
     "repetition-penalty": dict(rows=1, repetition_penalty=1.3),
 }
 
@@ -68,51 +61,6 @@ def test_tokens_are_the_oracles(attached: Attached, path: str) -> None:
     assert found.shape[1] == 150 + NEW
     assert torch.equal(found, expected)
     assert cache.num_materialized == 0
-
-
-def test_an_assistant_proposes_tokens(attached: Attached) -> None:
-    ids = tokens(1, 150, seed=8)
-    assistant = family_model("llama")
-    found = generate(attached, attached.new_cache(), ids, assistant_model=assistant)
-    assert torch.equal(found, generate(attached, oracle(attached), ids, "eager", assistant_model=assistant))
-
-
-def test_several_turns_on_one_cache(attached: Attached) -> None:
-    results = []
-    for cache, attention in ((attached.new_cache(), "pqkv"), (oracle(attached), "eager")):
-        ids = tokens(1, 130, seed=9)
-        for turn in range(3):
-            ids = generate(attached, cache, ids, attention)
-            ids = torch.cat((ids, tokens(1, 20 + turn, seed=turn)), dim=1)
-        results.append(ids)
-    assert torch.equal(*results)
-
-
-def test_tokens_stream(attached: Attached) -> None:
-    class Collector:
-        def __init__(self) -> None:
-            self.seen: list[torch.Tensor] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.seen.append(value.flatten())
-
-        def end(self) -> None:
-            self.seen.append(torch.tensor([-1]))
-
-    ids, collector = tokens(1, 150, seed=10), Collector()
-    made = generate(attached, attached.new_cache(), ids, streamer=collector)
-    assert torch.equal(torch.cat(collector.seen), torch.cat((made[0], torch.tensor([-1]))))
-
-
-def test_codes_in_the_memory_of_the_cpu_change_nothing(attached: Attached) -> None:
-    ids = tokens(2, 200, seed=11)
-    cache = attached.new_cache(offload=True)
-    found = generate(attached, cache, ids)
-    assert torch.equal(found, generate(attached, attached.new_cache(), ids))
-    layer = cache.quantized_layers[0]
-    before = [view.clone() for view in layer.pages["keys"].views()]
-    layer.prefetch()
-    assert all(torch.equal(a, b) for a, b in zip(before, layer.pages["keys"].views(), strict=True))
 
 
 def test_a_compiled_model_gives_the_same_tokens(attached: Attached) -> None:
