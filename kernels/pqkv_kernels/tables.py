@@ -86,6 +86,10 @@ class CodecTables:
         tensors += [t for t in (self.map, self.permutation) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CodecTables":
+        """Return these tables themselves: nothing changes them, so copies of a cache share them."""
+        return self
+
     def to(self, device: torch.device) -> "CodecTables":
         """Return the same tables on `device`, moved once; themselves, if they lie there already."""
         if self.codebooks[0][0].to(device) is self.codebooks[0][0]:

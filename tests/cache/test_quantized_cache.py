@@ -114,6 +114,8 @@ def test_deepcopy_and_reset(bench) -> None:
     cache = bench.quantized()
     logits_in_steps(bench, cache, tokens, [200], "pqkv")
     twin = copy.deepcopy(cache)
+    for layer, copied in zip(cache.quantized_layers, twin.quantized_layers, strict=True):
+        assert copied.tables is not layer.tables and all(copied.tables[side] is layer.tables[side] for side in layer.tables)
     more = bench.tokens(1, 4, seed=2)
     first = logits_in_steps(bench, cache, more, [1] * 4, "pqkv")
     assert torch.equal(first, logits_in_steps(bench, twin, more, [1] * 4, "pqkv"))
