@@ -1,3 +1,4 @@
+import os
 import resource
 import subprocess
 import sys
@@ -27,10 +28,12 @@ def test_help_is_quick() -> None:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
+    # Whoever counts covered lines counts in this process only: that takes longer than the help.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     seconds = []
     for _ in range(3):
         before = spent()
-        subprocess.run([sys.executable, "-m", "pqkv_cli", "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "pqkv_cli", "--help"], capture_output=True, check=True, env=environment)
         seconds.append(spent() - before)
     assert min(seconds) <= 0.3
 
