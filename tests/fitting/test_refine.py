@@ -25,7 +25,7 @@ from pqkv_kernels.codec import from_code_space
 from pqkv_kernels.layout import CodeLayout
 from pqkv_kernels.tables import CodecTables
 
-WINDOWS, HELD_OUT = tokens(48, 64, seed=11), tokens(8, 64, seed=12)
+WINDOWS, HELD_OUT = tokens(48, 64, seed=11), tokens(24, 64, seed=12)
 
 
 @pytest.fixture(scope="module")
