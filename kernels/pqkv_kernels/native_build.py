@@ -1,7 +1,7 @@
 """Compiles the C++ kernel for this machine, once, and loads it. Knows compilers and folders; no tensors.
 
-The library is kept in the user's cache folder under a name made of its source, its flags and the compiler, and is replaced in
-one step: several processes may build at once.
+The library is kept in the user's cache folder under a name made of its source, the headers beside it, its flags and the
+compiler, and is replaced in one step: several processes may build at once.
 """
 
 import ctypes
@@ -50,7 +50,9 @@ def native_library(source: Path = SOURCE) -> ctypes.CDLL:
     if compiler is None:
         raise KernelError(f"no C++ compiler was found ({', '.join(_COMPILERS)}); install one")
     command = [compiler, *_FLAGS, *_MACHINE_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    key = hashlib.sha256("\n".join([*command, platform.machine()]).encode() + source.read_bytes()).hexdigest()[:20]
+    headers = b"".join(header.read_bytes() for header in sorted(source.parent.glob("*.h")))
+    built_from = "\n".join([*command, platform.machine()]).encode() + headers + source.read_bytes()
+    key = hashlib.sha256(built_from).hexdigest()[:20]
     target = CACHE.expanduser() / f"{source.stem}-{key}.so"
     if target.is_file():
         return ctypes.CDLL(str(target))
@@ -64,6 +66,15 @@ def native_library(source: Path = SOURCE) -> ctypes.CDLL:
         # The user's folder cannot be written or runs no programs: a private one serves this process.
         with tempfile.TemporaryDirectory() as folder:
             return ctypes.CDLL(str(_compiled(command, source, Path(folder))))
+
+
+@lru_cache
+def found_library(source: Path) -> ctypes.CDLL | None:
+    """Return the compiled kernel of `source`, None where this machine cannot build it; asked once."""
+    try:
+        return native_library(source)
+    except KernelError:
+        return None
 
 
 def find_compiler() -> str | None:

@@ -1,8 +1,5 @@
 // The nearest centroid of every point, for short points, and the few largest of scores made elsewhere. See native_nearest.py
 // for what the arguments mean.
-//
-// 64 points of one subspace stay in vector registers while all centroids pass by: a score is a few fused multiply-adds, and
-// the best so far and its index are kept by selection, so nothing but centroids is read in the inner loop.
 
 #include <cstdint>
 #include <cstring>
@@ -12,20 +9,9 @@
 #include <immintrin.h>
 #endif
 
+#include "native_search.h"
+
 namespace {
-
-#ifdef __AVX512F__
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-constexpr int kVectors = 4;
-constexpr int64_t kBlock = kLanes * kVectors;
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 // points [n, D], lines [k, D + 1]: twice a centroid and minus its square; codes [n] get the first largest score.
 template <int D>
@@ -39,21 +25,8 @@ void one_subspace(const float* points, const float* lines, int64_t n, int64_t k,
         const int64_t point = v * kLanes + lane;
         for (int i = 0; i < D; ++i) x[v][i][lane] = point < count ? points[(start + point) * D + i] : 0.0f;
       }
-      best[v] = Floats{} + std::numeric_limits<float>::lowest();
-      index[v] = Ints{};
     }
-    for (int64_t c = 0; c < k; ++c) {
-      const float* line = lines + c * (D + 1);
-      const Ints here = Ints{} + static_cast<int32_t>(c);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        Floats score = Floats{} + line[D];
-        for (int i = 0; i < D; ++i) score += x[v][i] * line[i];
-        const Ints better = score > best[v];
-        best[v] = better ? score : best[v];
-        index[v] = better ? here : index[v];
-      }
-    }
+    largest<D>(x, lines, k, best, index);
     for (int64_t point = 0; point < count; ++point) codes[start + point] = index[point / kLanes][point % kLanes];
   }
 }

@@ -4,14 +4,13 @@ Eight times as fast as a matrix product and an argmax, because points of few cha
 """
 
 import ctypes
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from pqkv_kernels.errors import KernelError
-from pqkv_kernels.native_build import native_library
+from pqkv_kernels.native_build import found_library
 from pqkv_kernels.native_threads import in_shares
+from pqkv_kernels.score_lines import score_lines
 
 SOURCE = Path(__file__).with_name("native_nearest.cpp")
 DIMS = (1, 2, 4, 8)  # channels of a point that the loop knows; more are served better by a matrix product
@@ -28,8 +27,7 @@ def native_nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tenso
     library = _library()
     assert library is not None  # or `can_search` would refuse
     num_subspaces, num_points, dim = points.shape
-    points, centroids = points.detach().float().contiguous(), centroids.detach().float()
-    lines = torch.cat((2 * centroids, -centroids.square().sum(-1, keepdim=True)), dim=-1).contiguous()
+    points, lines = points.detach().float().contiguous(), score_lines(centroids.detach().float())
     codes = torch.empty(num_subspaces, num_points, dtype=torch.int64)
     sizes = [ctypes.c_int64(n) for n in (num_points, centroids.shape[1], dim)]
     addresses = [ctypes.c_void_p(t.data_ptr()) for t in (points, lines, codes)]
@@ -59,9 +57,5 @@ def native_few(scores: torch.Tensor, count: int) -> torch.Tensor:
     return few
 
 
-@lru_cache
 def _library() -> ctypes.CDLL | None:
-    try:
-        return native_library(SOURCE)
-    except KernelError:
-        return None
+    return found_library(SOURCE)

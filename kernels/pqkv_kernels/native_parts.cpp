@@ -1,12 +1,13 @@
 // The best of a few prototypes of every vector: the one whose parts' codes leave least over. See native_parts.py for what the
 // arguments mean.
 //
-// 64 vectors of one head at a time: what a prototype leaves over of them is laid out channel by channel, so that all centroids of
-// a part pass by points that stay in vector registers, as in native_nearest.cpp.
+// 64 vectors of one head at a time: what a prototype leaves over of them is laid out channel by channel, so that the points of a
+// part are loaded as they lie.
 
 #include <cstdint>
-#include <limits>
 #include <vector>
+
+#include "native_search.h"
 
 struct Part {
   int64_t dim, centroids, channel;  // channels of a point, entries, and the first of its channels
@@ -25,42 +26,17 @@ struct Job {
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-constexpr int kVectors = 4;
 constexpr int kTokens = 64;
-
-typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
 
 // points [D, 64], lines [k, D + 1]; codes [64] get the first largest score, errors [64] grow by the squared distance to it.
 template <int D>
 void one_part(const float* points, const float* lines, int64_t k, int32_t* codes, float* errors) {
-  for (int start = 0; start < kTokens; start += kLanes * kVectors) {
+  for (int start = 0; start < kTokens; start += kBlock) {
     Floats x[kVectors][D], best[kVectors];
     Ints index[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v)
       for (int i = 0; i < D; ++i) x[v][i] = *reinterpret_cast<const Floats*>(points + i * kTokens + start + v * kLanes);
-      best[v] = Floats{} + std::numeric_limits<float>::lowest();
-      index[v] = Ints{};
-    }
-    for (int64_t c = 0; c < k; ++c) {
-      const float* line = lines + c * (D + 1);
-      const Ints here = Ints{} + static_cast<int32_t>(c);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        Floats score = Floats{} + line[D];
-        for (int i = 0; i < D; ++i) score += x[v][i] * line[i];
-        const Ints better = score > best[v];
-        best[v] = better ? score : best[v];
-        index[v] = better ? here : index[v];
-      }
-    }
+    largest<D>(x, lines, k, best, index);
     for (int v = 0; v < kVectors; ++v) {
       Floats error = -best[v];
       for (int i = 0; i < D; ++i) error += x[v][i] * x[v][i];

@@ -4,15 +4,14 @@ The meaning is that of `pqkv_kernels.quantize.quantize`, which chooses when this
 """
 
 import ctypes
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import PAGE_TOKENS, CodeGroup
-from pqkv_kernels.native_build import native_library
+from pqkv_kernels.native_build import found_library
 from pqkv_kernels.native_threads import in_shares
+from pqkv_kernels.score_lines import score_lines
 
 SOURCE = Path(__file__).with_name("native_parts.cpp")
 DIMS = (1, 2, 4, 8, 16)  # channels of a part that the loop knows
@@ -65,8 +64,7 @@ def _part_rows(stage: tuple[CodeGroup, ...], tables: tuple[torch.Tensor, ...]) -
     """Return a row of `Part` of the C++ source for every part, [M, 5] int64, and what their addresses point into."""
     rows, held, channel = [], [], 0
     for group, table in zip(stage, tables, strict=True):
-        centroids = table.detach().float()
-        lines = torch.cat((2 * centroids, -centroids.square().sum(-1, keepdim=True)), dim=-1).contiguous()
+        lines = score_lines(table.detach().float())
         held.append(lines)
         for m in range(group.num_subspaces):
             address = lines.data_ptr() + m * lines.stride(1) * lines.element_size()
@@ -75,12 +73,8 @@ def _part_rows(stage: tuple[CodeGroup, ...], tables: tuple[torch.Tensor, ...]) -
     return torch.tensor(rows, dtype=torch.int64), held
 
 
-@lru_cache
 def _library() -> ctypes.CDLL | None:
-    try:
-        return native_library(SOURCE)
-    except KernelError:
-        return None
+    return found_library(SOURCE)
 
 
 assert PAGE_TOKENS == 64  # the C++ source says so, too

@@ -1,15 +1,13 @@
 """Vectors to code space in C++, in one pass over memory. CPU tensors only; the meaning is that of `codec.to_code_space`."""
 
 import ctypes
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from pqkv_kernels.angles import Angles
 from pqkv_kernels.channel_tables import channel_tables
-from pqkv_kernels.errors import KernelError
-from pqkv_kernels.native_build import native_library
+from pqkv_kernels.native_build import found_library
 from pqkv_kernels.native_threads import in_shares
 from pqkv_kernels.tables import CodecTables
 
@@ -55,9 +53,5 @@ def native_points(x: torch.Tensor, tables: CodecTables, angles: Angles | None) -
     return out
 
 
-@lru_cache
 def _library() -> ctypes.CDLL | None:
-    try:
-        return native_library(SOURCE)
-    except KernelError:
-        return None
+    return found_library(SOURCE)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.native_nearest import can_search, can_sort, native_few, native_nearest
+from pqkv_kernels.score_lines import score_lines
 
 # Scores per block. On a CPU the block (1 MiB fp32) has to stay in the second-level cache; on a GPU it only bounds memory.
 CPU_BLOCK_SCORES = 1 << 18
@@ -103,7 +104,7 @@ def _search_rows(
     """Fill `codes` [R, ..., N] of `points` [R, N, d], `columns` points at a time, with `scores` as scratch space."""
     rows, num_points, _ = points.shape
     num_centroids = centroids.shape[1]
-    lines = torch.cat((2 * centroids, -centroids.square().sum(-1, keepdim=True)), dim=-1)
+    lines = score_lines(centroids)
     augmented = torch.cat((points.transpose(1, 2), points.new_ones(rows, 1, num_points)), dim=1)
     for start in range(0, num_points, columns):
         stop = min(start + columns, num_points)

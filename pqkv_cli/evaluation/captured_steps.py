@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pqkv_cli.errors import CacheError
-from pqkv_cli.evaluation.decode_step import filled, plain_step
+from pqkv_cli.evaluation.decode_step import attention, filled, plain_step
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.step_graph import Capture, capture_cuda, choose_graph, step_graph
 
@@ -74,12 +74,9 @@ def captured_static(model: Any, cache: Any, tokens: torch.Tensor, context: int, 
     CacheError
         If it cannot be captured.
     """
-    before, where = model.config._attn_implementation, torch.full_like(tokens, context)
-    model.set_attn_implementation("sdpa")
-    try:
+    where = torch.full_like(tokens, context)
+    with attention(model, "sdpa"):
         captured = capture(partial(model, input_ids=tokens, position_ids=where, past_key_values=cache, use_cache=True))
-    finally:
-        model.set_attn_implementation(before)
 
     def step(position: int) -> Any:
         where.fill_(position + 1)

@@ -1,7 +1,8 @@
 """One decode step over a cache filled at random: filling, running, weighing, the clock. Compares nothing."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,17 @@ def plain_step(model: Any, tokens: torch.Tensor, cache: Any, position: int) -> A
     """Decode `tokens` [B, 1], all at `position`, and return the model's answer."""
     where = torch.full_like(tokens, position)
     return model(input_ids=tokens, position_ids=where, past_key_values=cache, use_cache=True)
+
+
+@contextmanager
+def attention(model: Any, implementation: str) -> Iterator[None]:
+    """Let `model` attend as `implementation` says while the context lasts."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def wall_ms(run: Callable[[], Any], device: torch.device) -> float:

@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticCache
 from pqkv_cli.cache.pages import SLAB_PAGES
 from pqkv_cli.errors import CacheError
 from pqkv_cli.evaluation.captured_steps import ROOM, Step, captured_static
-from pqkv_cli.evaluation.decode_step import cache_bytes, filled, plain_step, wall_ms
+from pqkv_cli.evaluation.decode_step import attention, cache_bytes, filled, plain_step, wall_ms
 from pqkv_cli.evaluation.shapes import ModelShape
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.step_graph import Capture, step_graph
@@ -71,9 +71,7 @@ def codes_row_bytes(
 @torch.no_grad()
 def static_throughput(model: Any, batch: int, context: int, repeats: int, capture: Capture | None) -> Throughput:
     """Time `batch` rows over transformers' StaticCache with torch's own attention; captured, if `capture` can."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
+    with attention(model, "sdpa"):
         cache = StaticCache(config=model.config, max_cache_len=context + repeats + ROOM)
         tokens = _fill(model, cache, batch, context)
         step: Step = partial(plain_step, model, tokens, cache)
@@ -83,8 +81,6 @@ def static_throughput(model: Any, batch: int, context: int, repeats: int, captur
             except CacheError:
                 capture = None  # the record says so
         times = _times(step, tokens.device, context, repeats)
-    finally:
-        model.set_attn_implementation(before)
     return Throughput(batch, cache_bytes(cache), times, capture is not None)
 
 

@@ -7,7 +7,7 @@ import torch
 from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.fitting.sensitivity import as_gradients_see
 from pqkv_cli.fitting.settings import FitSettings, Weighting
-from pqkv_cli.fitting.split import split_samples
+from pqkv_cli.fitting.split import split_samples, stride_within
 from pqkv_cli.quantizers.grouping import balanced_pairs
 from pqkv_cli.quantizers.maps import metric_rotation, pair_metric, pair_scale, range_factor
 from pqkv_cli.quantizers.product import Codebooks, fit_product, relative_error
@@ -74,7 +74,7 @@ class SideFit:
         tables, given = _arranged(
             self._samples, self._spec, self._side, blank, prototypes, weights, self._factor, self._settings
         )
-        stride = -(-self._vectors.shape[1] // part_vectors)
+        stride = stride_within(self._vectors.shape[1], part_vectors)
         points, weights = _coded(self._vectors[:, ::stride], tables), None if weights is None else weights[:, ::stride]
         codebooks = fit_product(points, layout, given=given, weights=weights, iterations=iterations, seed=self._seed)
         return replace(tables, codebooks=codebooks), relative_error(_coded(self._judged, tables), layout, codebooks)

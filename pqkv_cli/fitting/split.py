@@ -30,4 +30,9 @@ def split_samples(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def num_fitted(positions: torch.Tensor, most: int) -> int:
     """Return how many of the samples at `positions` [N] are fitted where one in so many is taken, to stay within `most`."""
     fitted = len(split_samples(positions)[0])
-    return -(-fitted // -(-fitted // most))
+    return -(-fitted // stride_within(fitted, most))
+
+
+def stride_within(count: int, most: int) -> int:
+    """Return the least `n` such that one in `n` of `count` vectors are at most `most`."""
+    return -(-count // most)

@@ -69,6 +69,18 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert built[0].stat().st_mtime_ns == stamp  # loaded, not built again
 
 
+def test_a_changed_header_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native_build, "CACHE", tmp_path)
+    if native_build.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "answer.cpp"
+    source.write_text('#include "answer.h"\nextern "C" int f() { return kAnswer; }')
+    for answer in (7, 8):
+        (tmp_path / "answer.h").write_text(f"constexpr int kAnswer = {answer};")
+        native_build.native_library.cache_clear()
+        assert native_build.native_library(source).f() == answer
+
+
 def test_choosing_for_a_cpu_imports_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "import_module", lambda name: pytest.fail(f"imported {name}"))
     choose_backend("auto", CPU)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pqkv_kernels import native_build
 from pqkv_kernels import native_nearest as native
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.native_nearest import DIMS, can_search
@@ -61,10 +62,10 @@ def test_long_points_and_machines_without_a_compiler_use_products(monkeypatch: p
     def missing(source: object) -> None:
         raise KernelError("no C++ compiler was found")
 
-    native._library.cache_clear()
-    monkeypatch.setattr(native, "native_library", missing)
+    native_build.found_library.cache_clear()
+    monkeypatch.setattr(native_build, "native_library", missing)
     try:
         assert not can_search(x)
         assert torch.equal(nearest_centroids(x, c), expected)
     finally:
-        native._library.cache_clear()
+        native_build.found_library.cache_clear()
