@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from pqkv_cli.errors import UsageError
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import CodeGroup, CodeLayout
+from pqkv_kernels.layout import MOST_JOINT_NBITS, CodeGroup, CodeLayout
 
 # --bits N: channels per subspace. Tables of 64 to 1,024 entries where that can be: more need more calibration vectors than
 # are kept, fewer leave out what the channels of a wider subspace have in common.
@@ -14,9 +14,21 @@ RATES: Mapping[float, int] = {5: 2, 4.5: 2, 4: 2, 3.5: 2, 3: 2, 2.5: 4, 2: 4, 1.
 
 MOST_NBITS: Final = 10
 
-# Profile speed, --bits N: bits of each additive stage of codes of two channels. Their tables of 16 entries can be read without
-# bank conflicts.
-SPEED_RATES: Mapping[float, tuple[int, ...]] = {4: (4, 4), 3: (4, 2), 2: (4,)}
+# Profile speed, --bits N: channels per subspace, and bits of each additive stage of its codes. Tables of up to 16 entries can
+# be read without bank conflicts; what one cannot follow, sums of two or three of them can (`pqkv_kernels.joint`).
+SPEED_RATES: Mapping[float, tuple[int, tuple[int, ...]]] = {
+    5: (2, (4, 4, 2)),
+    4: (2, (4, 4)),
+    3.5: (2, (4, 3)),
+    3: (2, (4, 2)),
+    2.5: (4, (4, 4, 2)),
+    2: (4, (4, 4)),
+    1.5: (4, (4, 2)),
+    1: (8, (4, 4)),
+    0.75: (8, (4, 2)),
+    0.5: (16, (4, 4)),
+}
+MOST_SPEED_NBITS: Final = 4
 
 # Bits of the code of a whole vector. More entries than 1,024 would need more calibration vectors than are kept by default.
 PROTOTYPE_NBITS = (0, 8, 10)
@@ -46,7 +58,17 @@ class CodeStyle:
 
     def subspace_dim(self, bits: float) -> int:
         """Return the channels that a code of a part covers at one of the `rates`."""
-        return RATES[bits] if self.profile == "quality" else 2
+        return RATES[bits] if self.profile == "quality" else SPEED_RATES[bits][0]
+
+    def first_nbits(self, bits: float) -> tuple[int, ...]:
+        """Return the bits of every stage of parts but the last, which gets what is left at one of the `rates`."""
+        return () if self.profile == "quality" else SPEED_RATES[bits][1][:-1]
+
+    def most_nbits(self, bits: float) -> int:
+        """Return the most bits of a code of the last stage at one of the `rates`."""
+        if self.profile == "quality":
+            return MOST_NBITS
+        return min(MOST_SPEED_NBITS, MOST_JOINT_NBITS - sum(self.first_nbits(bits)))
 
 
 USUAL_STYLE: Final = CodeStyle()
@@ -55,8 +77,8 @@ USUAL_STYLE: Final = CodeStyle()
 def key_layout(bits: float, head_dim: int, style: CodeStyle = USUAL_STYLE) -> CodeLayout:
     """Return the code layout of ``--bits`` for keys before rotary embedding.
 
-    Where a code covers one rotary pair, no grouping can balance the pairs' energies, so the bits are spread instead: codes of
-    three neighbouring sizes, for pairs with much, usual and little energy.
+    Where a code covers one rotary pair, no grouping can balance the pairs' energies, so the bits are spread instead: codes (of
+    the last stage) of three neighbouring sizes, for pairs with much, usual and little energy.
 
     Raises
     ------
@@ -64,14 +86,13 @@ def key_layout(bits: float, head_dim: int, style: CodeStyle = USUAL_STYLE) -> Co
         As `rate_layout`.
     """
     layout = rate_layout(bits, head_dim, style)
-    if style.profile == "speed":
-        return layout
     count = head_dim // 2
     lower, more = divmod(sum(group.num_subspaces * group.nbits for group in layout.stages[-1]), count)
-    if RATES[bits] != 2 or lower + 2 > MOST_NBITS:
+    upwards = 2 * more >= count
+    if style.subspace_dim(bits) != 2 or lower + 1 + upwards > style.most_nbits(bits) or lower + upwards < 2:
         return layout
     some = round(count * 3 / 16)
-    if 2 * more >= count:
+    if upwards:
         spread = ((some, lower + 2), (more - 2 * some, lower + 1), (count - more + some, lower))
     else:
         spread = ((more + some, lower + 1), (count - more - 2 * some, lower), (some, lower - 1))
@@ -94,7 +115,7 @@ def rate_layout(bits: float, head_dim: int, style: CodeStyle = USUAL_STYLE) -> C
             f"--bits is {bits:g}; expected one of {rate_names(style.rates)} with profile {style.profile}, or --budget {bits:g} "
             "for a mean of them"
         )
-    subspace_dim, nbits = style.subspace_dim(bits), () if style.profile == "quality" else SPEED_RATES[bits][:-1]
+    subspace_dim, nbits = style.subspace_dim(bits), style.first_nbits(bits)
     try:
         if head_dim % subspace_dim:
             raise KernelError(f"subspaces of {subspace_dim} channels")

@@ -18,8 +18,10 @@ from pqkv_kernels.errors import KernelError
 
 PAGE_TOKENS = 64
 SUPPORTED_NBITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
-# An encoder tries so many prototypes of a vector. Every encoder must try as many, or self-tests find other codes than stored.
+# What every encoder must do alike, or self-tests find other codes than stored: how many prototypes of a vector it tries, and up
+# to how many bits of a part's codes it takes stages together (`pqkv_kernels.joint`).
 TRIED_PROTOTYPES = 4
+MOST_JOINT_NBITS = 10
 
 
 def code_parts(nbits: int) -> tuple[tuple[int, int], ...]:

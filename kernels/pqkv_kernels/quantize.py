@@ -1,13 +1,14 @@
 """Code-space vectors to codes and back, in plain fp32 torch: what an encoder looks for. Knows no packing and no maps.
 
-Additive stages are greedy: a stage codes what the stages before it left over. Only a code of the whole vector with one stage
-after it (a prototype and its parts) is chosen for the sum: of the few nearest prototypes the one whose parts fit best. What is
-stored and how it is read do not depend on that.
+Stages that code the same parts are searched for the nearest sum (`pqkv_kernels.joint`). Others are greedy: a stage codes what
+the stages before it left over. Only a code of the whole vector with one stage after it (a prototype and its parts) is chosen
+for the sum: of the few nearest prototypes the one whose parts fit best. What is stored and how it is read depend on none of it.
 """
 
 import torch
 import torch.nn.functional as F
 
+from pqkv_kernels.joint import joint_layout
 from pqkv_kernels.layout import TRIED_PROTOTYPES, CodeGroup, CodeLayout
 from pqkv_kernels.native_parts import best_prototypes, can_choose
 from pqkv_kernels.nearest import nearest_centroids, nearest_few
@@ -18,10 +19,14 @@ Codebooks = tuple[tuple[torch.Tensor, ...], ...]
 def quantize(x: torch.Tensor, layout: CodeLayout, codebooks: Codebooks) -> list[torch.Tensor]:
     """Return the codes [B, Hkv, M, T] int64 of every group in storage order for code-space `x` [B, Hkv, T, D].
 
-    Where ``layout.has_prototypes``, the `TRIED_PROTOTYPES` nearest are tried and the vector of least squared error is stored;
-    of equal ones that of the nearer prototype.
+    Where the joint layout has prototypes, the `TRIED_PROTOTYPES` nearest are tried and the vector of least squared error is
+    stored; of equal ones that of the nearer prototype.
     """
-    x = x.float()
+    joint = joint_layout(layout)
+    return joint.split(_chosen(x.float(), joint.layout, joint.codebooks(codebooks)), layout)
+
+
+def _chosen(x: torch.Tensor, layout: CodeLayout, codebooks: Codebooks) -> list[torch.Tensor]:
     if not layout.has_prototypes or not x.numel():
         return _greedy(x, layout.stages, codebooks)
     table = codebooks[0][0][:, 0].float()

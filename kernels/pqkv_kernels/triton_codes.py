@@ -59,6 +59,23 @@ def nearest_code(point, p_lines, o_d, m_d, NBITS: tl.constexpr, DSUB: tl.constex
 
 
 @triton.jit
+def pack_code(page, code, o_t, NBITS: tl.constexpr):
+    """Store the lowest `NBITS` bits of 64 codes `code` [64] at `page`, in the parts of `layout.code_parts`."""
+    if NBITS >= 8:
+        tl.store(page + o_t, (code & 255).to(tl.uint8))
+    low: tl.constexpr = 8 if NBITS >= 8 else 0
+    if (NBITS & 4) != 0:
+        four = ((code >> low) & 15) << (4 * (o_t % 2))
+        tl.store(page + 8 * low + tl.arange(0, 32), tl.sum(tl.reshape(four, (32, 2)), 1).to(tl.uint8))
+    if (NBITS & 2) != 0:
+        two = ((code >> (low + (NBITS & 4))) & 3) << (2 * (o_t % 4))
+        tl.store(page + 8 * (low + (NBITS & 4)) + tl.arange(0, 16), tl.sum(tl.reshape(two, (16, 4)), 1).to(tl.uint8))
+    if (NBITS & 1) != 0:
+        one = ((code >> (NBITS - 1)) & 1) << (o_t % 8)
+        tl.store(page + 8 * (NBITS - 1) + tl.arange(0, 8), tl.sum(tl.reshape(one, (8, 8)), 1).to(tl.uint8))
+
+
+@triton.jit
 def encode_kernel(
     p_x,
     p_places,
@@ -80,11 +97,18 @@ def encode_kernel(
     stride_d,
     first_channel,
     page_bytes,
-    byte_offset,
+    offset_0,
+    offset_1,
+    offset_2,
+    offset_3,
     TURN: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     CHOSEN: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    N3: tl.constexpr,
     NBITS: tl.constexpr,
     DSUB: tl.constexpr,
     BD: tl.constexpr,
@@ -94,7 +118,8 @@ def encode_kernel(
     """Encode one subspace of one page of one head; p_pages [B, P, Hkv, page_bytes].
 
     Of vectors (FIRST), less one of CHOSEN prototypes where there are any: p_chosen [B * Hkv, T]; or of what the stages before
-    left over, p_residual [B, Hkv, T, D], which is brought up to date unless this is the LAST stage.
+    left over, p_residual [B, Hkv, T, D], which is brought up to date unless this is the LAST stage. The code of NBITS is that
+    of up to four stages taken together, of N0 bits (the lowest) to N3; 0: there is none.
     """
     i_page = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1).to(tl.int64)
@@ -123,16 +148,11 @@ def encode_kernel(
     code, _ = nearest_code(point, centroids, o_d, m_d, NBITS, DSUB, BK)
     if not LAST:
         tl.store(p_rest, point - tl.load(centroids + code[:, None] * DSUB + o_d, mask=m_d, other=0.0).to(tl.float32), mask=m_d)
-    page = p_pages + ((i_b * num_pages + i_page) * heads + i_h) * page_bytes + byte_offset + i_m * (8 * NBITS)
-    if NBITS >= 8:
-        tl.store(page + o_t, (code & 255).to(tl.uint8))
-    low: tl.constexpr = 8 if NBITS >= 8 else 0
-    if (NBITS & 4) != 0:
-        four = ((code >> low) & 15) << (4 * (o_t % 2))
-        tl.store(page + 8 * low + tl.arange(0, 32), tl.sum(tl.reshape(four, (32, 2)), 1).to(tl.uint8))
-    if (NBITS & 2) != 0:
-        two = ((code >> (low + (NBITS & 4))) & 3) << (2 * (o_t % 4))
-        tl.store(page + 8 * (low + (NBITS & 4)) + tl.arange(0, 16), tl.sum(tl.reshape(two, (16, 4)), 1).to(tl.uint8))
-    if (NBITS & 1) != 0:
-        one = ((code >> (NBITS - 1)) & 1) << (o_t % 8)
-        tl.store(page + 8 * (NBITS - 1) + tl.arange(0, 8), tl.sum(tl.reshape(one, (8, 8)), 1).to(tl.uint8))
+    page = p_pages + ((i_b * num_pages + i_page) * heads + i_h) * page_bytes
+    pack_code(page + offset_0 + i_m * (8 * N0), code, o_t, N0)
+    if N1:
+        pack_code(page + offset_1 + i_m * (8 * N1), code >> N0, o_t, N1)
+    if N2:
+        pack_code(page + offset_2 + i_m * (8 * N2), code >> (N0 + N1), o_t, N2)
+    if N3:
+        pack_code(page + offset_3 + i_m * (8 * N3), code >> (N0 + N1 + N2), o_t, N3)

@@ -9,6 +9,7 @@ from pqkv_kernels.angles import Angles
 from pqkv_kernels.channel_tables import channel_tables
 from pqkv_kernels.checks import check_angles
 from pqkv_kernels.errors import KernelError
+from pqkv_kernels.joint import joint_layout
 from pqkv_kernels.layout import PAGE_TOKENS, TRIED_PROTOTYPES, CodeGroup
 from pqkv_kernels.packing import pack_known
 from pqkv_kernels.tables import CodecTables
@@ -16,6 +17,7 @@ from pqkv_kernels.triton_choose import error_kernel, few_kernel
 from pqkv_kernels.triton_codes import encode_kernel
 
 _BLOCK_CENTROIDS = 32
+_MOST_SHARES = 4  # stages that the kernel packs one joint code to
 _LEAST_DOT = 16  # no side of a matrix product on tensor cores is shorter
 
 
@@ -25,10 +27,10 @@ def triton_encode(x: torch.Tensor, tables: CodecTables, angles: Angles | None = 
         x = x.float() @ tables.map.mT
     job = _Job(x, tables, angles)
     if job.pages.numel():
-        chosen = job.choose_prototypes() if tables.layout.has_prototypes else None
-        for stage, i, group, byte_offset, channel in tables.layout.spans():
+        chosen = job.choose_prototypes() if job.layout.has_prototypes else None
+        for stage, i, group, _, channel in job.layout.spans():
             if stage or chosen is None:
-                job.encode(group, tables.codebooks[stage][i], stage, byte_offset, channel, chosen)
+                job.encode(group, stage, i, channel, chosen)
     return job.pages
 
 
@@ -39,10 +41,12 @@ class _Job:
         self.x, self.tables = x, tables
         self.batch, self.heads, self.tokens, self.dim = x.shape
         self.num_pages = self.tokens // PAGE_TOKENS
-        layout = tables.layout
-        self.pages = torch.empty(self.batch, self.num_pages, self.heads, layout.page_bytes, dtype=torch.uint8, device=x.device)
+        self._joint = joint_layout(tables.layout)
+        self.layout, self._codebooks = self._joint.layout, self._joint.codebooks(tables.codebooks)
+        page_bytes = tables.layout.page_bytes
+        self.pages = torch.empty(self.batch, self.num_pages, self.heads, page_bytes, dtype=torch.uint8, device=x.device)
         channels = channel_tables(tables)
-        additive = len(layout.stages) > 1 and not layout.has_prototypes
+        additive = len(self.layout.stages) > 1 and not self.layout.has_prototypes
         self.residual = torch.empty(x.shape, device=x.device) if additive and x.numel() else x
         cos, sin = (x, x) if angles is None else (t.contiguous() for t in angles)
         self._vectors = (x, channels.places, channels.factors, cos, sin)
@@ -55,16 +59,16 @@ class _Job:
 
     def choose_prototypes(self) -> torch.Tensor:
         """Pack the codes of the prototypes that leave least over; return them, [B * Hkv, T] int32."""
-        group, rows = self.tables.layout.stages[0][0], self.batch * self.heads
+        group, rows = self.layout.stages[0][0], self.batch * self.heads
         few = torch.empty(TRIED_PROTOTYPES, rows, self.tokens, dtype=torch.int32, device=self.x.device)
         errors = torch.zeros(few.shape, device=self.x.device)
-        prototypes = self.tables.codebooks[0][0].contiguous()
+        prototypes = self._codebooks[0][0].contiguous()
         wide = max(triton.next_power_of_2(self.dim), _LEAST_DOT)
         few_kernel[(self.num_pages, rows)](
             *self._vectors, prototypes, few, *self._sizes, K=group.num_centroids, BD=wide, BK=_BLOCK_CENTROIDS, **self._turn()
         )
         channel = 0
-        for parts, table in zip(self.tables.layout.stages[1], self.tables.codebooks[1], strict=True):
+        for parts, table in zip(self.layout.stages[1], self._codebooks[1], strict=True):
             error_kernel[(self.num_pages, rows, TRIED_PROTOTYPES)](
                 *(*self._vectors, prototypes, few, table.contiguous(), errors, *self._sizes, channel),
                 **dict(M=parts.num_subspaces, K=group.num_centroids, **self._part(parts), **self._turn()),
@@ -74,21 +78,25 @@ class _Job:
         for tried, error in zip(few[1:], errors[1:], strict=True):
             better = error < least
             chosen, least = torch.where(better, tried, chosen), torch.where(better, error, least)
-        codes = chosen.view(self.batch, self.heads, self.num_pages, PAGE_TOKENS).transpose(1, 2)
-        self.pages[..., : group.page_bytes] = pack_known(codes, group.nbits)
+        codes, low = chosen.view(self.batch, self.heads, self.num_pages, PAGE_TOKENS).transpose(1, 2), 0
+        for share in self._joint.shares[0][0]:
+            packed = pack_known((codes >> low) & ((1 << share.nbits) - 1), share.nbits)
+            self.pages[..., share.byte_offset : share.byte_offset + packed.shape[-1]] = packed
+            low += share.nbits
         return chosen
 
-    def encode(
-        self, group: CodeGroup, table: torch.Tensor, stage: int, byte_offset: int, channel: int, chosen: torch.Tensor | None
-    ) -> None:
+    def encode(self, group: CodeGroup, stage: int, index: int, channel: int, chosen: torch.Tensor | None) -> None:
         """Pack the nearest centroids of one group, of what `chosen` prototypes or the stages before leave over."""
-        prototypes = table if chosen is None else self.tables.codebooks[0][0].contiguous()
+        table, shares = self._codebooks[stage][index].contiguous(), self._joint.shares[stage][index]
+        prototypes = table if chosen is None else self._codebooks[0][0].contiguous()
+        absent = _MOST_SHARES - len(shares)
         encode_kernel[(self.num_pages, self.batch * self.heads, group.num_subspaces)](
-            *(*self._vectors, prototypes, self.x if chosen is None else chosen, table.contiguous(), self.residual, self.pages),
-            *(*self._sizes, channel, self.tables.layout.page_bytes, byte_offset),
+            *(*self._vectors, prototypes, self.x if chosen is None else chosen, table, self.residual, self.pages),
+            *(*self._sizes, channel, self.tables.layout.page_bytes, *(share.byte_offset for share in shares), *[0] * absent),
             FIRST=stage == 0 or chosen is not None,
-            LAST=stage == len(self.tables.layout.stages) - 1,
-            CHOSEN=0 if chosen is None else self.tables.layout.stages[0][0].num_centroids,
+            LAST=stage == len(self.layout.stages) - 1,
+            CHOSEN=0 if chosen is None else self.layout.stages[0][0].num_centroids,
+            **{f"N{i}": nbits for i, nbits in enumerate([*(share.nbits for share in shares), *[0] * absent])},
             **self._part(group),
             **self._turn(),
         )

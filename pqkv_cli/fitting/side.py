@@ -14,6 +14,7 @@ from pqkv_cli.quantizers.product import Codebooks, fit_product, relative_error
 from pqkv_cli.quantizers.prototypes import Prototypes, fit_prototypes, num_prototype_stages
 from pqkv_cli.specs import CodecSpec, LayerGeometry, Side
 from pqkv_kernels.codec import to_code_space
+from pqkv_kernels.joint import joint_layout
 from pqkv_kernels.layout import CodeLayout, RotaryLayout
 from pqkv_kernels.tables import CodecTables
 
@@ -141,7 +142,7 @@ def _arranged(
     settings: FitSettings,
 ) -> tuple[CodecTables, Codebooks]:
     """Return `tables` with the pairs or directions of the residual dealt to the parts, and the prototypes in that space."""
-    parts = CodeLayout(tables.layout.stages[len(prototypes.centroids) :])
+    parts = joint_layout(CodeLayout(tables.layout.stages[len(prototypes.centroids) :])).layout
     if tables.rotary is not None:
         order = balanced_pairs(_pair_energy(prototypes.residual, weights, tables.rotary), tables.rotary, parts)
         places = order.long()[:, None, None]

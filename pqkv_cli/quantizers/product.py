@@ -5,7 +5,9 @@ from dataclasses import replace
 import torch
 
 from pqkv_cli.errors import DataError
+from pqkv_cli.quantizers.additive import fit_sums
 from pqkv_cli.quantizers.kmeans import kmeans
+from pqkv_kernels.joint import Share, joint_layout
 from pqkv_kernels.layout import CodeGroup, CodeLayout
 from pqkv_kernels.quantize import dequantize, quantize
 
@@ -23,7 +25,8 @@ def fit_product(
 ) -> Codebooks:
     """Fit the codebooks of `layout` to points in code space.
 
-    Each additive stage is fitted to what the stages before it, with their codebooks as stored, leave over.
+    Stages that an encoder takes together (`pqkv_kernels.joint`) are fitted together; others, each to what the stages before it,
+    with their codebooks as stored, leave over.
 
     Parameters
     ----------
@@ -51,15 +54,18 @@ def fit_product(
         If there are fewer points than centroids, points are not finite, or centroids leave the range of fp16.
     """
     generator = torch.Generator().manual_seed(seed)
-    residual = points.float()
-    codebooks: list[tuple[torch.Tensor, ...]] = []
-    for index, stage in enumerate(layout.stages):
-        if index < len(given):
-            codebooks.append(tuple(stored(table) for table in given[index]))
-        else:
-            codebooks.append(_fit_stage(residual, stage, weights, iterations, generator))
-        if len(codebooks) < len(layout.stages):
-            residual = residual - reconstruct(residual, replace(layout, stages=(stage,)), (codebooks[-1],))
+    joint = joint_layout(layout)
+    residual, done = points.float(), 0
+    codebooks = [tuple(stored(table) for table in stage) for stage in given]
+    for index, (stage, shares) in enumerate(zip(joint.layout.stages, joint.shares, strict=True)):
+        members = range(done, done + len(shares[0]))
+        done = members.stop
+        if done > len(given):
+            tables = _fit_stage(residual, stage, shares, weights, iterations, generator)
+            codebooks += [_stage_tables(tables, shares, member) for member in members]
+        if index + 1 < len(joint.layout.stages):
+            part = replace(layout, stages=layout.stages[members.start : done])
+            residual = residual - reconstruct(residual, part, tuple(codebooks[members.start : done]))
     return tuple(codebooks)
 
 
@@ -111,27 +117,47 @@ def stored(centroids: torch.Tensor) -> torch.Tensor:
 def _fit_stage(
     points: torch.Tensor,
     stage: tuple[CodeGroup, ...],
+    shares: tuple[tuple[Share, ...], ...],
     weights: torch.Tensor | None,
     iterations: int,
     generator: torch.Generator,
-) -> tuple[torch.Tensor, ...]:
-    """Return the codebooks of one stage's groups for `points` [Hkv, N, D]."""
+) -> list[list[torch.Tensor]]:
+    """Return for every joint group of a stage the table [Hkv, M, ksub, dsub] of each share of it, for `points` [Hkv, N, D]."""
     offset, tables = 0, []
-    for group in stage:
+    for group, shared in zip(stage, shares, strict=True):
         part = points[..., offset : offset + group.num_channels]
-        tables.append(_fit_group(part, group, weights, iterations, generator))
+        tables.append(_fit_group(part, group, shared, weights, iterations, generator))
         offset += group.num_channels
-    return tuple(tables)
+    return tables
 
 
 def _fit_group(
-    points: torch.Tensor, group: CodeGroup, weights: torch.Tensor | None, iterations: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Return the codebook [Hkv, M, ksub, dsub] fp16 of one group's channels, `points` [Hkv, N, M * dsub]."""
-    num_heads, num_points, _ = points.shape
-    split = points.reshape(num_heads, num_points, group.num_subspaces, group.subspace_dim).transpose(1, 2).flatten(0, 1)
-    spread = None
-    if weights is not None:
-        spread = weights[:, None].expand(num_heads, group.num_subspaces, num_points).flatten(0, 1)
-    result = kmeans(split, group.num_centroids, weights=spread, iterations=iterations, generator=generator)
-    return stored(result.centroids).view(num_heads, group.num_subspaces, group.num_centroids, group.subspace_dim)
+    points: torch.Tensor,
+    group: CodeGroup,
+    shares: tuple[Share, ...],
+    weights: torch.Tensor | None,
+    iterations: int,
+    generator: torch.Generator,
+) -> list[torch.Tensor]:
+    """Return the tables [Hkv, M, ksub, dsub] fp16 of one group's channels, `points` [Hkv, N, M * dsub]."""
+    num_heads, num_vectors, _ = points.shape
+    split = points.unflatten(-1, (group.num_subspaces, group.subspace_dim)).transpose(1, 2).flatten(0, 1)
+    spread = None if weights is None else weights.repeat_interleave(group.num_subspaces, dim=0)
+    if len(shares) == 1:
+        found = [kmeans(split, group.num_centroids, weights=spread, iterations=iterations, generator=generator).centroids]
+    else:
+        sizes = [1 << share.nbits for share in shares]
+        found = fit_sums(split, sizes, weights=spread, iterations=iterations, generator=generator)
+    return [stored(table).unflatten(0, (num_heads, group.num_subspaces)) for table in found]
+
+
+def _stage_tables(
+    tables: list[list[torch.Tensor]], shares: tuple[tuple[Share, ...], ...], stage: int
+) -> tuple[torch.Tensor, ...]:
+    """Return the codebooks of one stored stage: of neighbouring joint groups that share a table, their parts of it together."""
+    found: dict[int, list[torch.Tensor]] = {}
+    for of_group, shared in zip(tables, shares, strict=True):
+        for table, share in zip(of_group, shared, strict=True):
+            if share.stage == stage:
+                found.setdefault(share.group, []).append(table)
+    return tuple(torch.cat(parts, dim=1) for _, parts in sorted(found.items()))

@@ -10,6 +10,7 @@ import torch
 
 from pqkv_cli.quantizers.kmeans import kmeans
 from pqkv_cli.quantizers.product import reconstruct, stored
+from pqkv_kernels.joint import joint_layout
 from pqkv_kernels.layout import CodeLayout
 
 
@@ -22,10 +23,13 @@ class Prototypes:
 
 
 def num_prototype_stages(layout: CodeLayout) -> int:
-    """Return how many stages code the whole vector at once before the last one, which never counts as such."""
-    count = 0
-    for stage in layout.stages[:-1]:
-        if len(stage) != 1 or stage[0].num_subspaces != 1:
+    """Return how many stages code the whole vector at once before the last one, which never counts as such.
+
+    Nor do stages that an encoder takes together: their tables are fitted together, too.
+    """
+    joint, count = joint_layout(layout), 0
+    for stage, shares in zip(joint.layout.stages[:-1], joint.shares, strict=False):
+        if len(stage) != 1 or stage[0].num_subspaces != 1 or len(shares[0]) > 1:
             break
         count += 1
     return count

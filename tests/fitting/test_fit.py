@@ -12,6 +12,7 @@ from pqkv_cli.fitting.side import sample_weights
 from pqkv_cli.rates import RATES, SPEED_RATES, CodeStyle, key_layout, rate_layout
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, LayerGeometry, ModelGeometry
 from pqkv_kernels.codec import round_trip, to_code_space
+from pqkv_kernels.joint import joint_layout
 from pqkv_kernels.layout import CodeLayout, RotaryLayout
 from pqkv_kernels.quantize import quantize
 
@@ -182,12 +183,18 @@ def test_layouts_have_exactly_their_rate(bits: float, head_dim: int, prototype_b
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256])
 @pytest.mark.parametrize("bits", list(SPEED_RATES))
 def test_speed_layouts_have_small_tables(bits: float, head_dim: int, prototype_bits: int | None) -> None:
-    style = CodeStyle("speed", prototype_bits)
-    layout = rate_layout(bits, head_dim, style)
-    assert layout == key_layout(bits, head_dim, style) and layout.bits_per_channel == bits
-    parts = layout.stages[-len(SPEED_RATES[bits]) :]
-    assert len(layout.stages) - len(parts) == bool(prototype_bits and (bits, head_dim) != (3, 8))  # no room for one there
-    assert all(group.nbits <= 4 and group.subspace_dim == 2 for stage in parts for group in stage)
+    style, (dim, stages) = CodeStyle("speed", prototype_bits), SPEED_RATES[bits]
+    if head_dim % dim:
+        with pytest.raises(UsageError, match="not divisible"):
+            rate_layout(bits, head_dim, style)
+        return
+    for layout in (rate_layout(bits, head_dim, style), key_layout(bits, head_dim, style)):
+        assert layout.bits_per_channel == bits
+        parts = layout.stages[-len(stages) :]
+        assert len(layout.stages) - len(parts) in ({0, 1} if prototype_bits else {0})
+        assert len(layout.stages) > len(parts) or not prototype_bits or head_dim < 64
+        assert all(group.nbits <= 4 and group.subspace_dim == dim for stage in parts for group in stage)
+        assert len(joint_layout(CodeLayout(parts)).layout.stages) == 1  # their sums are searched, not one after the other
 
 
 @pytest.mark.parametrize(("bits", "subspaces", "nbits"), [(4, 32, 8), (3, 32, 6), (2, 16, 8), (1, 8, 8)])
