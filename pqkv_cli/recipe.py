@@ -71,12 +71,14 @@ class CodebookRecipe(_Section):
 
     With `allocation` ``measured``, `bits` is the mean over all keys and values, and each layer's get the rate that helps most;
     with ``uniform`` it is the rate of all of them. Profile ``speed`` has tables of 16 entries, and no prototypes unless asked.
+    `key_space` is where keys with rotary embedding are coded; ``measured`` tries both in every layer.
     """
 
     allocation: Literal["measured", "uniform"] = "measured"
     profile: Profile = "quality"
     bits: Annotated[float, PlainSerializer(_written_rate)] = 4
     prototype_bits: Literal[0, 8, 10] | None = None
+    key_space: Literal["pre_rope", "post_rope", "measured"] = "pre_rope"
     iterations: int = Field(25, ge=1)
     refine: bool = False
 

@@ -44,7 +44,7 @@ struct Job {
   const float *step_real, *step_imag;    // [Hkv, D2, 64, 2]: (cos, cos) and (-sin, sin)
   const float *row_real, *row_imag;      // [Hkv, 64, D2, 2], the same
   float *out, *lse;                      // [B, Hkv, Q, C, N, D], [B, Hkv, Q, C, N]
-  int64_t batch, heads, query_blocks, chunks, chunk_pages, num_pages, planes, num_pairs, base_row;
+  int64_t batch, heads, query_blocks, block, chunks, chunk_pages, num_pages, planes, num_pairs, base_row;  // block: N
   float softcap;  // 0: none
 };
 
@@ -353,9 +353,9 @@ int run_turned(const Job& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern "C" int pqkv_attend(const Job* job, int64_t num_queries, int64_t begin, int64_t end) {
-  if (num_queries == 1) return run_turned<1>(*job, begin, end);
-  if (num_queries == 2) return run_turned<2>(*job, begin, end);
-  if (num_queries == 4) return run_turned<4>(*job, begin, end);
+extern "C" int pqkv_attend(const Job* job, int64_t begin, int64_t end) {
+  if (job->block == 1) return run_turned<1>(*job, begin, end);
+  if (job->block == 2) return run_turned<2>(*job, begin, end);
+  if (job->block == 4) return run_turned<4>(*job, begin, end);
   return 1;
 }

@@ -35,7 +35,7 @@ class _Side(ctypes.Structure):
 
 
 _POINTERS = ("query", "first_token", "pair", "base_cos", "base_sin", "step_real", "step_imag", "row_real", "row_imag")
-_NUMBERS = ("batch", "heads", "query_blocks", "chunks", "chunk_pages", "num_pages", "planes", "num_pairs", "base_row")
+_SIZES = ("batch", "heads", "query_blocks", "block", "chunks", "chunk_pages", "num_pages", "planes", "num_pairs", "base_row")
 
 
 class _Job(ctypes.Structure):
@@ -43,7 +43,7 @@ class _Job(ctypes.Structure):
         ("keys", _Side),
         ("values", _Side),
         *((name, ctypes.c_void_p) for name in (*_POINTERS, "out", "lse")),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
         ("softcap", ctypes.c_float),
     ]
 
@@ -86,8 +86,8 @@ def native_attention(
     out, lse = rows.new_empty(batch, heads, blocks, chunks, block, dim), rows.new_empty(batch, heads, blocks, chunks, block)
     tables = [_tables(planes) for planes in (keys, values)]
     held = {"query": rows, "first_token": first_token.contiguous(), "out": out, "lse": lse}
-    numbers = dict(batch=batch, heads=heads, query_blocks=blocks, chunks=chunks, chunk_pages=chunk_pages, num_pages=num_pages)
-    numbers |= {"planes": dim // 2, "num_pairs": 0, "base_row": 0}
+    numbers = dict(batch=batch, heads=heads, query_blocks=blocks, block=block, chunks=chunks, chunk_pages=chunk_pages)
+    numbers |= {"num_pages": num_pages, "planes": dim // 2, "num_pairs": 0, "base_row": 0}
     if angles is not None and keys.pairs is not None:
         held |= _turning(keys, angles)
         base = angles.base[0]
@@ -97,7 +97,9 @@ def native_attention(
         for t, where, slabs in zip(tables, addresses, (key_pages, value_pages), strict=True)
     ]
     job = _Job(*sides, softcap=softcap or 0.0, **{name: t.data_ptr() for name, t in held.items()}, **numbers)
-    _run(job, block, batch * heads * blocks * chunks, batch * heads * blocks * num_pages)
+    # Its loops know every block that `_blocks` makes.
+    most = max(1, batch * heads * blocks * num_pages // _THREAD_PAGES)
+    in_shares(native_library().pqkv_attend, job, batch * heads * blocks * chunks, most)
     return _merged(out, lse, group, num_queries)
 
 
@@ -165,16 +167,6 @@ def _group_row(part: PlaneGroup, planes: torch.Tensor, held: list[torch.Tensor])
         held.append(planes)
     place = [part.byte_offset, group.num_subspaces, group.nbits, width, part.first_plane]
     return [*place, planes.data_ptr(), planes.stride(0), int(is_wide)]
-
-
-def _run(job: _Job, block: int, num_units: int, num_pages: int) -> None:
-    attend = native_library().pqkv_attend
-    failed = in_shares(
-        lambda begin, end: attend(ctypes.byref(job), ctypes.c_int64(block), begin, end),
-        num_units,
-        max(1, num_pages // _THREAD_PAGES),
-    )
-    assert not any(failed)  # the kernel knows every block that `_blocks` makes
 
 
 def _merged(out: torch.Tensor, lse: torch.Tensor, group: int, num_queries: int) -> Part:

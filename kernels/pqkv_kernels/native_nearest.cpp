@@ -1,9 +1,9 @@
-// The nearest centroid of every point, for short points, and the few largest of scores made elsewhere. See native_nearest.py
+// The nearest centroid of every point, for points of few channels, and the nearest few for points of any. See native_nearest.py
 // for what the arguments mean.
 
 #include <cstdint>
-#include <cstring>
 #include <limits>
+#include <vector>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -44,74 +44,86 @@ inline bool any(Ints mask) {
 #endif
 }
 
-// scores [k, n]: codes [N, n] get the rows of the N largest scores of each column, from the largest; ties to the smaller row.
-// Two vectors of columns at a time: rows lie far apart, so more of each line that a cache fetches is used.
+// How many centroids pass at a time by points of many channels, so that a loaded channel serves several of them.
+#ifdef __AVX512F__
+constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 2;
+#endif
+
+// Keep the N largest scores and their rows, from the largest; of equal ones the smaller row, if rows come in order.
 template <int N>
-void one_row(const float* scores, int64_t* codes, int64_t k, int64_t n) {
-  constexpr int kWide = 2;
-  for (int64_t start = 0; start < n; start += kWide * kLanes) {
-    const int64_t count = n - start < kWide * kLanes ? n - start : kWide * kLanes;
-    Floats best[kWide][N];
-    Ints index[kWide][N];
-    for (int v = 0; v < kWide; ++v)
-      for (int j = 0; j < N; ++j) {
-        best[v][j] = Floats{} + std::numeric_limits<float>::lowest();
-        index[v][j] = Ints{};
-      }
-    for (int64_t c = 0; c < k; ++c) {
-      Floats row[kWide];
-      if (count == kWide * kLanes) {
-        std::memcpy(row, scores + c * n + start, sizeof(row));
-      } else {
-        for (int v = 0; v < kWide; ++v) row[v] = Floats{} + std::numeric_limits<float>::lowest();
-        std::memcpy(row, scores + c * n + start, count * sizeof(float));
-      }
-      for (int v = 0; v < kWide; ++v) {
-        if (!any(row[v] > best[v][N - 1])) continue;
-        Floats score = row[v];
-        Ints here = Ints{} + static_cast<int32_t>(c);
-        for (int j = 0; j < N; ++j) {  // what is better moves in, what it displaces moves on
-          const Ints better = score > best[v][j];
-          const Floats old = best[v][j];
-          const Ints place = index[v][j];
-          best[v][j] = better ? score : old;
-          index[v][j] = better ? here : place;
-          score = better ? old : score;
-          here = better ? place : here;
-        }
-      }
-    }
-    for (int j = 0; j < N; ++j)
-      for (int64_t point = 0; point < count; ++point)
-        codes[j * n + start + point] = index[point / kLanes][j][point % kLanes];
+inline void keep(Floats score, int64_t row, Floats (&best)[N], Ints (&index)[N]) {
+  if (!any(score > best[N - 1])) return;
+  Ints here = Ints{} + static_cast<int32_t>(row);
+  for (int j = 0; j < N; ++j) {  // what is better moves in, what it displaces moves on
+    const Ints better = score > best[j];
+    const Floats old = best[j];
+    const Ints place = index[j];
+    best[j] = better ? score : old;
+    index[j] = better ? here : place;
+    score = better ? old : score;
+    here = better ? place : here;
   }
+}
+
+// Scores of T neighbouring rows of `lines` for kBlock points, channel by channel in `x` [d, kBlock].
+template <int N, int T>
+inline void pass(const float* x, const float* lines, int64_t d, int64_t row, Floats (&best)[kVectors][N],
+                 Ints (&index)[kVectors][N]) {
+  const float* own = lines + row * (d + 1);
+  Floats score[T][kVectors];
+  for (int j = 0; j < T; ++j)
+    for (int v = 0; v < kVectors; ++v) score[j][v] = Floats{} + own[j * (d + 1) + d];
+  for (int64_t i = 0; i < d; ++i) {
+    Floats point[kVectors];
+    for (int v = 0; v < kVectors; ++v) point[v] = *reinterpret_cast<const Floats*>(x + i * kBlock + v * kLanes);
+#pragma GCC unroll 4
+    for (int j = 0; j < T; ++j) {
+      const float line = own[j * (d + 1) + i];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) score[j][v] += point[v] * line;
+    }
+  }
+  for (int j = 0; j < T; ++j)
+    for (int v = 0; v < kVectors; ++v) keep<N>(score[j][v], row + j, best[v], index[v]);
+}
+
+// points [count, d] of one subspace, at most kBlock; codes [N, n] get the rows of the N largest scores; x is scratch space.
+template <int N>
+void one_block(const float* points, const float* lines, int64_t count, int64_t k, int64_t d, float* x, int64_t n, int64_t* codes) {
+  for (int64_t p = 0; p < kBlock; ++p)
+    for (int64_t i = 0; i < d; ++i) x[i * kBlock + p] = p < count ? points[p * d + i] : 0.0f;
+  Floats best[kVectors][N];
+  Ints index[kVectors][N];
+  for (int v = 0; v < kVectors; ++v)
+    for (int j = 0; j < N; ++j) {
+      best[v][j] = Floats{} + std::numeric_limits<float>::lowest();
+      index[v][j] = Ints{};
+    }
+  int64_t row = 0;
+  for (; row + kTogether <= k; row += kTogether) pass<N, kTogether>(x, lines, d, row, best, index);
+  for (; row < k; ++row) pass<N, 1>(x, lines, d, row, best, index);
+  for (int j = 0; j < N; ++j)
+    for (int64_t p = 0; p < count; ++p) codes[j * n + p] = index[p / kLanes][j][p % kLanes];
 }
 
 }  // namespace
 
-// scores [rows, k, n], codes [rows, count, n]; returns 1 where `count` is not known here.
-extern "C" int pqkv_few(const float* scores, int64_t* codes, int64_t rows, int64_t k, int64_t n, int64_t count) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* own = scores + row * k * n;
-    int64_t* found = codes + row * count * n;
-    switch (count) {
-      case 1: one_row<1>(own, found, k, n); break;
-      case 2: one_row<2>(own, found, k, n); break;
-      case 3: one_row<3>(own, found, k, n); break;
-      case 4: one_row<4>(own, found, k, n); break;
-      default: return 1;
-    }
-  }
-  return 0;
-}
+struct Job {
+  const float* points;  // [S, n, d]
+  const float* lines;   // [S, k, d + 1]
+  int64_t* codes;       // [S, few, n]
+  int64_t n, k, d, few;
+};
 
-// Subspaces begin..end-1 of points [S, n, d], lines [S, k, d + 1] and codes [S, n]; returns 1 where `d` is not known here.
-extern "C" int pqkv_nearest(const float* points, const float* lines, int64_t* codes, int64_t n, int64_t k, int64_t d,
-                            int64_t begin, int64_t end) {
+// Subspaces begin..end-1, the nearest one of each point; returns 1 where `d` is not known here.
+extern "C" int pqkv_nearest(const Job* job, int64_t begin, int64_t end) {
+  const int64_t n = job->n, k = job->k, d = job->d;
   for (int64_t s = begin; s < end; ++s) {
-    const float* own = points + s * n * d;
-    const float* scored = lines + s * k * (d + 1);
-    int64_t* found = codes + s * n;
+    const float* own = job->points + s * n * d;
+    const float* scored = job->lines + s * k * (d + 1);
+    int64_t* found = job->codes + s * n;
     switch (d) {
       case 1: one_subspace<1>(own, scored, n, k, found); break;
       case 2: one_subspace<2>(own, scored, n, k, found); break;
@@ -122,3 +134,25 @@ extern "C" int pqkv_nearest(const float* points, const float* lines, int64_t* co
   }
   return 0;
 }
+
+// Blocks begin..end-1 of kBlock points, counted over all subspaces, of any channels; returns 1 where `few` is not known here.
+extern "C" int pqkv_few(const Job* job, int64_t begin, int64_t end) {
+  const int64_t n = job->n, k = job->k, d = job->d, blocks = (n + kBlock - 1) / kBlock;
+  std::vector<float> x(d * kBlock);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t s = unit / blocks, start = unit % blocks * kBlock, count = n - start < kBlock ? n - start : kBlock;
+    const float* points = job->points + (s * n + start) * d;
+    const float* lines = job->lines + s * k * (d + 1);
+    int64_t* codes = job->codes + s * job->few * n + start;
+    switch (job->few) {
+      case 1: one_block<1>(points, lines, count, k, d, x.data(), n, codes); break;
+      case 2: one_block<2>(points, lines, count, k, d, x.data(), n, codes); break;
+      case 3: one_block<3>(points, lines, count, k, d, x.data(), n, codes); break;
+      case 4: one_block<4>(points, lines, count, k, d, x.data(), n, codes); break;
+      default: return 1;
+    }
+  }
+  return 0;
+}
+
+extern "C" int64_t pqkv_block() { return kBlock; }

@@ -55,8 +55,8 @@ def best_prototypes(
     numbers = dict(heads=heads, tokens=tokens, dim=dim, num_prototypes=table.shape[1], tried=few.shape[2], num_parts=len(rows))
     job = _Job(**{name: t.data_ptr() for name, t in tensors.items()}, **numbers)
     blocks = batch * heads * -(-tokens // PAGE_TOKENS)
-    failed = in_shares(lambda begin, end: library.pqkv_parts(ctypes.byref(job), begin, end), blocks)
-    assert held and not any(failed)  # the loop knows all of `DIMS`
+    in_shares(library.pqkv_parts, job, blocks)
+    assert held  # lived until here
     return list(codes.split([1, *(group.num_subspaces for group in stage)], dim=2))
 
 

@@ -49,7 +49,7 @@ def native_points(x: torch.Tensor, tables: CodecTables, angles: Angles | None) -
         numbers |= {"pairs": pairs, "angle_stride": tokens * pairs if rows > 1 else 0}
     job = _Job(**{name: t.data_ptr() for name, t in held.items()}, **numbers)
     count = batch * heads * tokens
-    in_shares(lambda begin, end: library.pqkv_points(ctypes.byref(job), begin, end), count, max(1, count // _THREAD_TOKENS))
+    in_shares(library.pqkv_points, job, count, max(1, count // _THREAD_TOKENS))
     return out
 
 

@@ -1,7 +1,7 @@
 """The nearest centroid of every point, for many subspaces at once. Knows nothing of codecs or layouts.
 
 ``argmin ||x - c||^2 = argmax (2 x . c - ||c||^2)``: one augmented matrix product per block, then an argmax over centroids; on a
-CPU with a compiler, short points are searched in C++. Both give the same up to fp32 rounding of the scores.
+CPU with a compiler, a loop in C++. Both give the same up to fp32 rounding of the scores.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.native_nearest import can_search, can_sort, native_few, native_nearest
+from pqkv_kernels.native_nearest import can_search, native_few
 from pqkv_kernels.score_lines import score_lines
 
 # Scores per block. On a CPU the block (1 MiB fp32) has to stay in the second-level cache; on a GPU it only bounds memory.
@@ -32,7 +32,7 @@ def nearest_centroids(points: torch.Tensor, centroids: torch.Tensor, *, block_sc
     centroids
         [S, K, d], any float dtype.
     block_scores
-        Scores held at a time by matrix products, which a number asks for; None chooses by device.
+        Scores held at a time by matrix products, which a number asks for; None leaves the choice of both.
 
     Returns
     -------
@@ -46,10 +46,9 @@ def nearest_centroids(points: torch.Tensor, centroids: torch.Tensor, *, block_sc
     """
     _check(points, centroids)
     if block_scores is None and can_search(points):
-        return native_nearest(points, centroids)
+        return native_few(points, centroids, 1)[:, 0]
     codes = torch.empty(*points.shape[:2], dtype=torch.int64, device=points.device)
-    choose = _largest if block_scores is None and can_sort(points, 1) else _argmax
-    return _searched(points, centroids, codes, choose, block_scores)
+    return _searched(points, centroids, codes, _argmax, block_scores)
 
 
 def nearest_few(points: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
@@ -60,9 +59,10 @@ def nearest_few(points: torch.Tensor, centroids: torch.Tensor, count: int) -> to
     _check(points, centroids)
     if not 1 <= count <= centroids.shape[1]:
         raise KernelError(f"{count} of {centroids.shape[1]} centroids were asked for; expected at least 1 and at most all")
+    if can_search(points, count):
+        return native_few(points, centroids, count)
     codes = torch.empty(len(points), count, points.shape[1], dtype=torch.int64, device=points.device)
-    first_few = native_few if can_sort(points, count) else _first_few
-    return _searched(points, centroids, codes, lambda scores: first_few(scores, count))
+    return _searched(points, centroids, codes, lambda scores: scores.topk(count, dim=1).indices)
 
 
 def _check(points: torch.Tensor, centroids: torch.Tensor) -> None:
@@ -122,13 +122,3 @@ def _argmax(scores: torch.Tensor) -> torch.Tensor:
     image = scores[:, :, None, :].permute(0, 3, 1, 2)
     _, index = functional.max_pool2d(image, (scores.shape[1], 1), return_indices=True)
     return index[:, :, 0, 0]
-
-
-def _largest(scores: torch.Tensor) -> torch.Tensor:
-    """Return what `_argmax` does, in C++."""
-    return native_few(scores, 1)[:, 0]
-
-
-def _first_few(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the [R, count, n] indices of the largest of `scores` [R, K, n] along K, from the largest."""
-    return scores.topk(count, dim=1).indices

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from pqkv_cli.cache.cache import QuantizedCache, TimedCache
-from pqkv_cli.cache.drift import DriftMeter, Errors
+from pqkv_cli.cache.drift import DriftMeter, DriftVoice, Errors
 from pqkv_cli.cache.encoder import EncoderQueue
 from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.cache.simulated import SimulatedLayer
@@ -25,12 +25,13 @@ def quantized_cache(
     spec: CacheSpec,
     angle_sources: AngleSources,
     errors: Errors | None = None,
+    voice: DriftVoice | None = None,
     encoder: EncoderQueue | None = None,
 ) -> QuantizedCache:
     """Return an empty cache for a model of `config`; layers whose `tables` are None stay as transformers makes them.
 
-    Given the `errors` of calibration, the cache warns of a text that quantizes far worse. All layers hand what leaves their
-    windows to one `encoder`; a new one by default.
+    Given the `errors` of calibration, the cache warns with `voice` of a text that quantizes far worse. All layers hand what
+    leaves their windows to one `encoder`; a new one by default.
 
     Raises
     ------
@@ -38,7 +39,7 @@ def quantized_cache(
         If a layer has tables but is not a growing full-attention layer in transformers.
     """
     timeline, encoder = Timeline(), EncoderQueue() if encoder is None else encoder
-    meter = None if errors is None else DriftMeter(errors, timeline.notices)
+    meter = None if errors is None else DriftMeter(errors, voice or DriftVoice())
 
     def make(index: int) -> CacheLayerMixin | None:
         layer_tables = tables[index]

@@ -1,12 +1,12 @@
-"""Does a text quantize as well as the calibration text did? Samples one page in sixteen; warns once. Knows no models."""
+"""Does a text quantize as well as the calibration text did? Samples one page in sixteen and warns. Knows no models."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from pqkv_cli.cache.host_copy import HostCopy
-from pqkv_cli.cache.notices import Notices
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.angles import Angles
 from pqkv_kernels.codec import decode_codes, to_code_space
@@ -20,6 +20,26 @@ Errors = Sequence[Mapping[Side, float] | None]
 """Per layer, the relative squared error of keys and of values in code space at calibration; None for dense layers."""
 
 
+class DriftVoice:
+    """Warns for all caches of a model: of the first text that quantizes badly, then only of one that does twice as badly."""
+
+    def __init__(self) -> None:
+        self._worst: dict[Side, float] = {}
+
+    def say(self, side: Side, live: float, calibrated: float) -> None:
+        """Warn if `live`, a text's relative squared error, is beyond `RATIO` times what was `calibrated` or said before."""
+        ratio = live / calibrated if calibrated else math.inf * live
+        if not ratio > RATIO * self._worst.get(side, 1.0):
+            return
+        self._worst[side] = ratio
+        warnings.warn(
+            f"the {side} of this text quantize {ratio:.1f} times as badly as those of the calibration text "
+            f"(relative squared error {live:.3g}, then {calibrated:.3g}); answers may be worse than measured: "
+            "calibrate on text like this one",
+            stacklevel=3,
+        )
+
+
 class DriftMeter:
     """Relative errors of one cache's sampled pages, beside those of calibration.
 
@@ -27,12 +47,12 @@ class DriftMeter:
     ----------
     expected
         The errors of calibration.
-    notices
-        Where the warning goes.
+    voice
+        Where warnings go.
     """
 
-    def __init__(self, expected: Errors, notices: Notices) -> None:
-        self._expected, self._notices = expected, notices
+    def __init__(self, expected: Errors, voice: DriftVoice) -> None:
+        self._expected, self._voice = expected, voice
         self._last = max((index for index, errors in enumerate(expected) if errors), default=-1)
         self._found: dict[Side, list[HostCopy]] = {side: [] for side in SIDES}
         self._unread: dict[Side, list[HostCopy]] = {}
@@ -57,13 +77,7 @@ class DriftMeter:
             live = sum(found) / len(found) if found else 0.0
             known = [errors[kind] for errors in self._expected if errors]
             calibrated = sum(known) / len(known)
-            if live > RATIO * calibrated:
-                self._notices.once(
-                    "drift",
-                    f"the {kind} of this text quantize {live / calibrated:.1f} times as badly as those of the calibration text "
-                    f"(relative squared error {live:.3g}, then {calibrated:.3g}); answers may be worse than measured: "
-                    "calibrate on text like this one",
-                )
+            self._voice.say(kind, live, calibrated)
         self._unread = {}
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pqkv_cli.calibration.formats import read_json
 from pqkv_cli.errors import RunError
-from pqkv_cli.specs import Side
+from pqkv_cli.specs import KeySpace, Side
 
 SCHEMA = "pqkv.calibration/1"
 
@@ -47,6 +47,8 @@ class LayerSamples:
     key_weight, value_weight
         [Hkv, N] fp32, what an error of each sample costs beside the others of its head, about 1 in the mean
         (`pqkv_cli.calibration.fisher.fisher_weight`); None as well.
+    key_space
+        Where `keys` are: a calibration stores them before rotary embedding.
     """
 
     keys: torch.Tensor
@@ -60,6 +62,7 @@ class LayerSamples:
     value_fisher: torch.Tensor | None = None
     key_weight: torch.Tensor | None = None
     value_weight: torch.Tensor | None = None
+    key_space: KeySpace = "pre_rope"
 
 
 class CalibrationStore:
@@ -104,9 +107,9 @@ class CalibrationStore:
             )
         if reasons[index]:
             raise RunError(f"layer {index} has no samples: it stays dense ({reasons[index]}).")
-        tensors = self._load(layer_file(index))
+        tensors: dict[str, Any] = {**self._load(layer_file(index))}
         tensors["positions"] = self._load(WINDOWS_FILE)["positions"]
-        expected = {field.name for field in fields(LayerSamples)}
+        expected = {field.name for field in fields(LayerSamples)} - {"key_space"}
         if not _REQUIRED <= tensors.keys() <= expected:
             raise self._damaged(layer_file(index), f"holds {sorted(tensors)}")
         return LayerSamples(**tensors)

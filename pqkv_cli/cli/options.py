@@ -69,11 +69,17 @@ BitsOption = Annotated[
     float | None, typer.Option("--bits", metavar="N", help="The same bits of code per channel everywhere: 4, 3.5, 3, ... 0.5.")
 ]
 ProfileOption = Annotated[
-    str | None, typer.Option("--profile", metavar="NAME", help="quality, or speed: tables of 16 entries, at 4, 3 or 2 bits.")
+    str | None, typer.Option("--profile", metavar="NAME", help="quality, or speed: tables of 16 entries and their sums.")
 ]
 PrototypeBitsOption = Annotated[
     int | None,
     typer.Option("--prototype-bits", metavar="N", help="Bits of the code of the whole vector: 10, 8 or 0."),
+]
+KeySpaceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--key-space", metavar="NAME", help="Code keys before rotary embedding (pre_rope), after it (post_rope), or measured."
+    ),
 ]
 IterationsOption = Annotated[int | None, typer.Option("--iterations", help="Most rounds of k-means.")]
 RefineOption = Annotated[

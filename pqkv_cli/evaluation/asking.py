@@ -81,7 +81,8 @@ def ask(
             groups.append(group)
             done += len(batch)
             on_progress(done, len(questions))
-    samples = [sample for group in groups for sample in group.samples]
+    answered = {sample["name"]: sample for group in groups for sample in group.samples}
+    samples = [answered[question.name] for question in questions]
     bits = fullest_bits([group.facts["bits"] for group in groups], subject.artifact)
     costs = {side: [group.facts["cost"][side] for group in groups] for side in SIDES}
     batch_size = max((group.facts["batch"] for group in groups), default=0)
@@ -91,10 +92,11 @@ def ask(
 def _batches(questions: Sequence[Question], budget: int, pays: int) -> Iterator[tuple[str, list[Question]]]:
     """Cut `questions` into batches of at most `budget` padded tokens, whose names and content depend on nothing else.
 
-    Rows of unequal length share one up to `pays` squared tokens per token of answer.
+    Rows of unequal length share one up to `pays` squared tokens per token of answer. The longest come first: prompts that were
+    cut to the same length then share batches, and what memory cannot hold is known early.
     """
     batch: list[Question] = []
-    for question in questions:
+    for question in sorted(questions, key=lambda question: -len(question.ids)):
         if batch and not _belongs(question, batch, budget, pays):
             yield _name(batch), batch
             batch = []

@@ -15,7 +15,11 @@ Codecs = Sequence[dict[Side, VectorCodec] | None]
 
 @torch.no_grad()
 def held_out_losses(
-    model: Any, windows: torch.Tensor, choices: Sequence[Codecs], on_progress: Callable[[int, int], None] | None = None
+    model: Any,
+    windows: torch.Tensor,
+    choices: Sequence[Codecs],
+    on_progress: Callable[[int, int], None] | None = None,
+    position_offset: int = 0,
 ) -> torch.Tensor:
     """Return the mean KL divergence of each window and choice from the uncompressed model, mode `all`.
 
@@ -29,6 +33,8 @@ def held_out_losses(
         Codecs of all layers, once per choice.
     on_progress
         Called with (windows done, N).
+    position_offset
+        Position of every window's first token.
 
     Returns
     -------
@@ -43,10 +49,12 @@ def held_out_losses(
     losses = torch.zeros(len(windows), len(choices), dtype=torch.float64)
     for row, window in enumerate(windows.to(model.device)):
         ids, targets = window[None], window[1:]
-        baseline = model(ids, use_cache=False).logits[0, :-1]
+        positions = torch.arange(len(window), device=ids.device)[None] + position_offset
+        baseline = model(ids, position_ids=positions, use_cache=False).logits[0, :-1]
         for column, codecs in enumerate(choices):
             with simulate(model, codecs) as simulation:
-                quantized = model(ids, past_key_values=simulation.new_cache(), use_cache=True).logits[0, :-1]
+                cache = simulation.new_cache()
+                quantized = model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0, :-1]
             losses[row, column] = diverge(baseline, quantized, targets).kl_bits.mean()
         if on_progress is not None:
             on_progress(row + 1, len(windows))

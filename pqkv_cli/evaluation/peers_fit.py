@@ -5,13 +5,13 @@ from typing import Any, Protocol
 
 import torch
 
+from pqkv_cli.calibration.rotated import rotated
 from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.models.rotary import Angles, rotary_angles
+from pqkv_cli.models.rotary import rotary_angles
 from pqkv_cli.quantizers.rivals.protocol import Rival, RivalCodec, Samples
 from pqkv_cli.specs import SIDES, LayerGeometry, Side
 from pqkv_kernels.layout import RotaryLayout
-from pqkv_kernels.rope import rotate
 
 LayerCodecs = dict[Side, RivalCodec]
 
@@ -54,12 +54,6 @@ def _samples(rival: Rival, samples: LayerSamples, layer: LayerGeometry, model: A
         return Samples(samples.keys.float(), weight, _before_rotation(samples, layer.rotary), layer.rotary)
     keys = rotated(samples.keys.float(), samples.positions, rotary_angles(model, index), layer.rotary)
     return Samples(keys, weight, _diagonal(samples.query_moment))
-
-
-def rotated(keys: torch.Tensor, positions: torch.Tensor, angles: Angles, rotary: RotaryLayout) -> torch.Tensor:
-    """Return `keys` [Hkv, N, D] as the cache sees them at `positions` [N]: after rotary embedding."""
-    cos, sin = angles(positions.long()[None])
-    return rotate(keys, cos, sin, rotary)
 
 
 def _diagonal(moment: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.errors import DataError, UsageError
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side import fit_side
-from pqkv_cli.specs import SIDES, CodecSpec, LayerGeometry, Side
+from pqkv_cli.specs import SIDES, CodecSpec, KeySpace, LayerGeometry, Side
 from pqkv_kernels.tables import CodecTables
 
 
@@ -65,7 +65,7 @@ def fit_layer(
     tables: dict[Side, CodecTables] = {}
     errors: dict[Side, tuple[float, ...]] = {}
     for side in SIDES:
-        _check_spec(specs[side], layer, index, side)
+        _check_spec(specs[side], layer, samples.key_space, index, side)
         with checked_side(samples, index, side):
             tables[side], error = fit_side(samples, layer, specs[side], side, index, settings)
         errors[side] = tuple(error.tolist())
@@ -97,7 +97,7 @@ def _check_finite(vectors: torch.Tensor) -> None:
         )
 
 
-def _check_spec(spec: CodecSpec, layer: LayerGeometry, index: int, side: Side) -> None:
+def _check_spec(spec: CodecSpec, layer: LayerGeometry, sampled: KeySpace, index: int, side: Side) -> None:
     if spec.layout.head_dim != layer.head_dim:
         raise UsageError(
             f"layer {index}, {side}: the codec covers {spec.layout.head_dim} channels; expected head_dim {layer.head_dim}; "
@@ -111,8 +111,8 @@ def _check_spec(spec: CodecSpec, layer: LayerGeometry, index: int, side: Side) -
             f"layer {index}, keys: found {found} for codes before rotary embedding; expected rotary keys and the map "
             "'blocks', 'scale' or 'identity'; plan this layer with the key space 'post_rope'"
         )
-    if spec.key_space == "post_rope" and layer.rotary is not None:
+    if layer.rotary is not None and spec.key_space != sampled:
         raise UsageError(
-            f"layer {index}, keys: codes after rotary embedding are not fitted yet; expected the key space 'pre_rope'; a "
-            "codebook learned after rotation would only hold at the positions it was learned at"
+            f"layer {index}, keys: found samples in the key space {sampled!r} for codes in {spec.key_space!r}; expected the "
+            "same; take them from a RotatedStore where keys are coded after rotary embedding"
         )

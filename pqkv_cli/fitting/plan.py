@@ -1,6 +1,7 @@
 """Plans: which format codes which side of which layer, at what rate. Knows geometry and rates; no data, no torch, no files."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from pqkv_cli.errors import UsageError
 from pqkv_cli.rates import USUAL_STYLE, CodeStyle, key_layout, rate_layout
@@ -9,6 +10,7 @@ from pqkv_cli.specs import (
     CacheSpec,
     CodecSpec,
     CompressionPlan,
+    KeySpace,
     LayerGeometry,
     LayerPlan,
     MapKind,
@@ -16,8 +18,17 @@ from pqkv_cli.specs import (
     Side,
 )
 
+# Where keys of rotary layers are coded, by layer; before rotary embedding where a layer is not named.
+KeySpaces = Mapping[int, KeySpace]
 
-def uniform_plan(geometry: ModelGeometry, bits: float, cache: CacheSpec, style: CodeStyle = USUAL_STYLE) -> CompressionPlan:
+
+def uniform_plan(
+    geometry: ModelGeometry,
+    bits: float,
+    cache: CacheSpec,
+    style: CodeStyle = USUAL_STYLE,
+    key_spaces: KeySpaces = MappingProxyType({}),
+) -> CompressionPlan:
     """Return a plan that codes every layer that can be at `bits` per channel; see `rated_plan`.
 
     Raises
@@ -25,7 +36,7 @@ def uniform_plan(geometry: ModelGeometry, bits: float, cache: CacheSpec, style: 
     UsageError
         If the rate is unknown, does not fit a head_dim, or no layer can be coded.
     """
-    return rated_plan(geometry, lambda index, side: bits, cache, style)
+    return rated_plan(geometry, lambda index, side: bits, cache, style, key_spaces)
 
 
 def rated_plan(
@@ -33,12 +44,13 @@ def rated_plan(
     rate: Callable[[int, Side], float],
     cache: CacheSpec,
     style: CodeStyle = USUAL_STYLE,
+    key_spaces: KeySpaces = MappingProxyType({}),
 ) -> CompressionPlan:
     """Return a plan that codes every layer that can be, each side at its own of the known rates.
 
-    Keys of rotary layers are coded before rotary embedding in the metric of each pair, other keys in the metric of their
-    queries; values in the metric of the output projection. Codecs are named ``k4`` and ``v4``, and ``k4_d128`` where layers
-    differ in width.
+    Keys of rotary layers are coded before rotary embedding in the metric of each pair, unless `key_spaces` says otherwise;
+    other keys in the metric of their queries; values in the metric of the output projection. Codecs are named ``k4`` and
+    ``v4``, ``k4_d128`` where layers differ in width, and ``k4_post`` where keys are coded after a rotary embedding.
 
     Raises
     ------
@@ -55,8 +67,9 @@ def rated_plan(
         names: dict[Side, str] = {}
         for side in SIDES:
             bits = rate(index, side)
-            names[side] = codec_name(geometry, index, side, bits)
-            codecs.setdefault(names[side], side_spec(layer, side, bits, style))
+            space = key_spaces.get(index, "pre_rope")
+            names[side] = codec_name(geometry, index, side, bits, space)
+            codecs.setdefault(names[side], side_spec(layer, side, bits, style, space))
         layers.append(LayerPlan(names["keys"], names["values"]))
     return CompressionPlan(codecs, tuple(layers), cache)
 
@@ -77,8 +90,8 @@ def check_codable(geometry: ModelGeometry) -> None:
         )
 
 
-def side_spec(layer: LayerGeometry, side: Side, bits: float, style: CodeStyle) -> CodecSpec:
-    """Return the format of one side of a layer at `bits` per channel.
+def side_spec(layer: LayerGeometry, side: Side, bits: float, style: CodeStyle, space: KeySpace = "pre_rope") -> CodecSpec:
+    """Return the format of one side of a layer at `bits` per channel; keys that can be are coded in `space`.
 
     Raises
     ------
@@ -87,23 +100,23 @@ def side_spec(layer: LayerGeometry, side: Side, bits: float, style: CodeStyle) -
     """
     if side == "values":
         return CodecSpec(rate_layout(bits, layer.head_dim, style), "matrix")
-    if layer.rotary is None:
+    if layer.rotary is None or space == "post_rope":
         return CodecSpec(rate_layout(bits, layer.head_dim, style), "matrix", "post_rope")
     return CodecSpec(key_layout(bits, layer.head_dim, style), _key_map(layer), "pre_rope")
 
 
-def rated_specs(layer: LayerGeometry, side: Side, style: CodeStyle) -> Mapping[float, CodecSpec]:
+def rated_specs(layer: LayerGeometry, side: Side, style: CodeStyle, space: KeySpace = "pre_rope") -> Mapping[float, CodecSpec]:
     """Return the format of one side of a layer at every rate that fits it, from the lowest."""
     specs = {}
     for bits in sorted(style.rates):
         try:
-            specs[bits] = side_spec(layer, side, bits, style)
+            specs[bits] = side_spec(layer, side, bits, style, space)
         except UsageError:
             continue
     return specs
 
 
-def codec_name(geometry: ModelGeometry, index: int, side: Side, bits: float) -> str:
+def codec_name(geometry: ModelGeometry, index: int, side: Side, bits: float, space: KeySpace = "pre_rope") -> str:
     """Return the name of a layer's codec; suffixes appear only where layers of the model differ."""
     layer = geometry.layers[index]
     coded = [other for other in geometry.layers if not other.dense_reason]
@@ -111,8 +124,9 @@ def codec_name(geometry: ModelGeometry, index: int, side: Side, bits: float) -> 
     width = f"_d{layer.head_dim}" if len({other.head_dim for other in coded}) > 1 else ""
     if side == "values":
         return f"v{rate}{width}"
-    unrotated = "_nope" if layer.rotary is None and any(other.rotary is not None for other in coded) else ""
-    return f"k{rate}{width}{unrotated}"
+    if layer.rotary is not None:
+        return f"k{rate}{width}" + ("_post" if space == "post_rope" else "")
+    return f"k{rate}{width}" + ("_nope" if any(other.rotary is not None for other in coded) else "")
 
 
 def mean_bits(geometry: ModelGeometry, plan: CompressionPlan) -> float:

@@ -62,7 +62,7 @@ def try_layer(
     DataError
         If samples are degenerate or fewer than centroids.
     """
-    short = replace(settings, iterations=max(1, settings.iterations // TRIAL_SHARE))
+    short = shortened(settings)
     errors: dict[Side, dict[float, float]] = {}
     tables: dict[Side, CodecTables] = {}
     base: dict[Side, float] = {}
@@ -76,6 +76,11 @@ def try_layer(
         base[side] = base_rate(errors[side], bits)
         tables[side] = fitted[base[side]]
     return Trial(errors, base, tables)
+
+
+def shortened(settings: FitSettings) -> FitSettings:
+    """Return `settings` with as few rounds as a trial takes."""
+    return replace(settings, iterations=max(1, settings.iterations // TRIAL_SHARE))
 
 
 def base_rate(errors: Mapping[float, float], bits: float) -> float:

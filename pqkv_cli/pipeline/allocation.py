@@ -12,7 +12,7 @@ from pqkv_cli.evaluation.held_out import held_out_losses
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.allocation import Candidate, allocate
 from pqkv_cli.fitting.layer_file import make_directory
-from pqkv_cli.fitting.plan import check_codable, codec_name, rated_plan, rated_specs
+from pqkv_cli.fitting.plan import KeySpaces, check_codable, codec_name, rated_plan, rated_specs
 from pqkv_cli.fitting.run import layer_request
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.trial import Trial, load_trial, num_trial_vectors, save_trial, try_layer
@@ -52,11 +52,14 @@ class Allocation:
         check_codable(geometry)
         self._run, self._geometry, self._settings = run, geometry, settings
         self._bits, self._style = bits, style
-        self._store = CalibrationStore(run.calibration)
-        self._menus = _menus(geometry, bits, style, num_trial_vectors(self._store.positions()))
+        self._num_vectors = num_trial_vectors(CalibrationStore(run.calibration).positions())
+        self._spaces: KeySpaces = {}
+        self._menus = _menus(geometry, bits, style, self._num_vectors, self._spaces)
 
-    def plan(self, model: Any, cache: CacheSpec, reporter: Reporter) -> CompressionPlan:
-        """Return the plan, and write down how it came about.
+    def plan(
+        self, model: Any, store: CalibrationStore, spaces: KeySpaces, cache: CacheSpec, reporter: Reporter
+    ) -> CompressionPlan:
+        """Return the plan, and write down how it came about; `store` has the keys in the `spaces` in which they are coded.
 
         Raises
         ------
@@ -65,8 +68,10 @@ class Allocation:
         RunError
             If files cannot be written.
         """
-        trials = self._trials(reporter)
-        losses = _losses(model, self._store, len(self._geometry.layers), trials, reporter)
+        self._spaces = spaces
+        self._menus = _menus(self._geometry, self._bits, self._style, self._num_vectors, spaces)
+        trials = self._trials(store, reporter)
+        losses = _losses(model, store, len(self._geometry.layers), trials, reporter)
         bases = {(index, side): _error(trials, (index, side), trials[index].base[side]) for index, side in self._menus}
         slopes = _slopes(bases, losses)
         candidates = [self._candidates(place, trials, slopes[place]) for place in self._menus]
@@ -74,7 +79,7 @@ class Allocation:
         found = allocate(candidates, self._bits * channels * PAGE_TOKENS / 8)
         chosen = dict(zip(self._menus, found, strict=True))
         _write(self._run, self._bits, {place: (losses[place], chosen[place]) for place in self._menus})
-        return rated_plan(self._geometry, lambda *place: chosen[place].bits, cache, self._style)
+        return rated_plan(self._geometry, lambda *place: chosen[place].bits, cache, self._style, spaces)
 
     def _heads(self, place: Place) -> int:
         return self._geometry.layers[place[0]].num_kv_heads
@@ -82,7 +87,7 @@ class Allocation:
     def _candidates(self, place: Place, trials: Mapping[int, Trial], slope: float) -> list[Candidate]:
         return [
             Candidate(
-                codec_name(self._geometry, *place, rate),
+                codec_name(self._geometry, *place, rate, self._spaces.get(place[0], "pre_rope")),
                 rate,
                 self._heads(place) * spec.layout.page_bytes,
                 slope * _error(trials, place, rate),
@@ -90,7 +95,7 @@ class Allocation:
             for rate, spec in self._menus[place].items()
         ]
 
-    def _trials(self, reporter: Reporter) -> dict[int, Trial]:
+    def _trials(self, store: CalibrationStore, reporter: Reporter) -> dict[int, Trial]:
         """Return the trials of all coded layers; those found on disk are not made again."""
         coded, directory = sorted({index for index, _ in self._menus}), self._run.codebooks
         trials = {}
@@ -99,7 +104,7 @@ class Allocation:
             advance(0, len(coded))
             for done, index in enumerate(coded, 1):
                 specs = {side: self._menus[index, side] for side in SIDES}
-                samples, layer = self._store.layer(index), self._geometry.layers[index]
+                samples, layer = store.layer(index), self._geometry.layers[index]
                 asked = {side: [[*map(asdict, specs[side].values())], self._bits] for side in SIDES}
                 request = layer_request(index, layer, asked, self._settings, samples)
                 trial = load_trial(directory, index, specs, request)
@@ -111,7 +116,9 @@ class Allocation:
         return trials
 
 
-def _menus(geometry: ModelGeometry, bits: float, style: CodeStyle, num_vectors: int) -> dict[Place, Mapping[float, CodecSpec]]:
+def _menus(
+    geometry: ModelGeometry, bits: float, style: CodeStyle, num_vectors: int, spaces: KeySpaces
+) -> dict[Place, Mapping[float, CodecSpec]]:
     """Return the formats of every side that is coded, by rate around `bits`; no tables with more entries than vectors.
 
     Raises
@@ -120,7 +127,7 @@ def _menus(geometry: ModelGeometry, bits: float, style: CodeStyle, num_vectors: 
         If `bits` is out of their range.
     """
     menus: dict[Place, Mapping[float, CodecSpec]] = {
-        (index, side): {rate: spec for rate, spec in rated_specs(layer, side, style).items() if _entries(spec) <= num_vectors}
+        (index, side): _few_entries(rated_specs(layer, side, style, spaces.get(index, "pre_rope")), num_vectors)
         for index, layer in enumerate(geometry.layers)
         if not layer.dense_reason
         for side in SIDES
@@ -165,6 +172,11 @@ def _slopes(errors: Mapping[Place, float], losses: Mapping[Place, float]) -> dic
     known = {place: losses[place] / error for place, error in errors.items() if error > 0}
     usual = median(known.values()) if known else 1.0
     return {place: known.get(place, usual) for place in errors}
+
+
+def _few_entries(specs: Mapping[float, CodecSpec], most: int) -> dict[float, CodecSpec]:
+    """Return those of `specs` no table of which has more than `most` entries."""
+    return {rate: spec for rate, spec in specs.items() if _entries(spec) <= most}
 
 
 def _entries(spec: CodecSpec) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pqkv_cli import __version__
 from pqkv_cli.artifact.derived import write_derived
 from pqkv_cli.artifact.schema import CalibrationInfo, Header, LayerError, ModelInfo
-from pqkv_cli.artifact.store import save_artifact
+from pqkv_cli.artifact.store import open_artifact, save_artifact
 from pqkv_cli.artifact.summary import summarize_header
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.files import write_text
@@ -58,7 +58,11 @@ def export(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
 
         return act
 
-    return do_stage(run, recipe, StageWork("export", inputs, run.artifact, prepare, keeps_old_files=True), reporter)
+    def read() -> object:
+        return open_artifact(run.artifact_file)
+
+    work = StageWork("export", inputs, run.artifact, prepare, keeps_old_files=True, read=read)
+    return do_stage(run, recipe, work, reporter)
 
 
 def _header(run: Run, recipe: Recipe, record: FitRecord) -> Header:

@@ -6,13 +6,15 @@ from statistics import fmean
 
 from pqkv_cli.calibration.ranks import current_ranks
 from pqkv_cli.calibration.store import CalibrationStore
-from pqkv_cli.fitting.plan import mean_bits, uniform_plan
-from pqkv_cli.fitting.run import fit_codebooks, fit_share
+from pqkv_cli.fitting.plan import KeySpaces, mean_bits, uniform_plan
+from pqkv_cli.fitting.refine_files import final_directory
+from pqkv_cli.fitting.run import fit_codebooks, fit_share, load_fitted
 from pqkv_cli.fitting.settings import FitSettings, Weighting
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.allocation import Allocation
+from pqkv_cli.pipeline.key_space import KeySpaceChoice, planned_spaces, rotary_layers, sample_store
 from pqkv_cli.pipeline.loading import open_model
 from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
 from pqkv_cli.pipeline.refine import OpenModel, RefineStage
@@ -41,12 +43,13 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
         settings = fit_settings(recipe)
         opened = cache(partial(open_model, recipe))
         planned = _planned(run, recipe, shape, settings, reporter, opened)
-        store = CalibrationStore(run.calibration)
+        CalibrationStore(run.calibration)  # or there is nothing to fit
         refinement = RefineStage(run, recipe, reporter, opened) if recipe.codebooks.refine else None
 
         def act() -> Facts:
             ranks = current_ranks()
             plan = ranks.told(planned())
+            store = _store(run, shape, planned_spaces(shape, plan), opened)
             fit_share(store, shape, plan, run.codebooks, settings, ranks)
             with reporter.progress("fit-codebooks") as advance:
                 record = fit_codebooks(store, shape, plan, run.codebooks, settings, advance)
@@ -62,7 +65,10 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
 
         return act
 
-    outcome = do_stage(run, recipe, StageWork("fit-codebooks", inputs, run.codebooks, prepare), reporter)
+    def read() -> object:
+        return load_fitted(final_directory(run.codebooks))
+
+    outcome = do_stage(run, recipe, StageWork("fit-codebooks", inputs, run.codebooks, prepare, read=read), reporter)
     if outcome.was_done:
         current_ranks().told(None)
     return outcome
@@ -74,20 +80,45 @@ def assist_fit(run: Run, recipe: Recipe, reporter: Reporter) -> None:
     plan = ranks.told(None)
     if plan is not None:
         shape = geometry(load_config(resolve_model(recipe.model)))
-        fit_share(CalibrationStore(run.calibration), shape, plan, run.codebooks, fit_settings(recipe), ranks)
+        store = _store(run, shape, planned_spaces(shape, plan), partial(open_model, recipe))
+        fit_share(store, shape, plan, run.codebooks, fit_settings(recipe), ranks)
 
 
 def _planned(
     run: Run, recipe: Recipe, shape: ModelGeometry, settings: FitSettings, reporter: Reporter, opened: OpenModel
 ) -> Callable[[], CompressionPlan]:
     """Return what makes the plan, after everything that can be wrong with the request has been found."""
-    wanted = recipe.codebooks
+    wanted, style, exact = recipe.codebooks, code_style(recipe), cache_spec(recipe)
+    key_spaces = _key_spaces(run, recipe, shape, settings, reporter, opened)
     if wanted.allocation == "uniform":
-        plan = uniform_plan(shape, wanted.bits, cache_spec(recipe), code_style(recipe))
-        return lambda: plan
-    allocation = Allocation(run, shape, wanted.bits, code_style(recipe), settings)
+        uniform_plan(shape, wanted.bits, exact, style)
+        return lambda: uniform_plan(shape, wanted.bits, exact, style, key_spaces())
+    allocation = Allocation(run, shape, wanted.bits, style, settings)
     model, _ = opened()
-    return lambda: allocation.plan(model, cache_spec(recipe), reporter)
+
+    def plan() -> CompressionPlan:
+        spaces = key_spaces()
+        return allocation.plan(model, _store(run, shape, spaces, opened), spaces, exact, reporter)
+
+    return plan
+
+
+def _key_spaces(
+    run: Run, recipe: Recipe, shape: ModelGeometry, settings: FitSettings, reporter: Reporter, opened: OpenModel
+) -> Callable[[], KeySpaces]:
+    """Return what says where keys of rotary layers are coded."""
+    wanted = recipe.codebooks.key_space
+    if wanted != "measured":
+        return lambda: dict.fromkeys(rotary_layers(shape), wanted)
+    choice = KeySpaceChoice(run, shape, recipe.codebooks.bits, code_style(recipe), settings)
+    model, _ = opened()
+    return lambda: choice.spaces(model, reporter)
+
+
+def _store(run: Run, shape: ModelGeometry, spaces: KeySpaces, opened: OpenModel) -> CalibrationStore:
+    """Return the run's samples with keys in `spaces`; a model is opened only for keys after rotary embedding."""
+    needed = "post_rope" in spaces.values()
+    return sample_store(run, shape, spaces, opened()[0] if needed else None)
 
 
 def fit_settings(recipe: Recipe) -> FitSettings:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pqkv_cli.errors import PqkvError
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
-from pqkv_cli.pipeline.state import Stage, begin, finish, is_done, read_records
+from pqkv_cli.pipeline.state import Stage, begin, finish, is_done, read_records, reopen
 from pqkv_cli.recipe import Recipe
 
 Facts = Mapping[str, Any]
@@ -38,6 +39,8 @@ class StageWork:
         Opens what the work needs and finds what is wrong with it, before anything is written; returns the work itself.
     keeps_old_files
         The work replaces a finished file in one step, so an older one stays until then.
+    read
+        Reads what a finished stage left; raises `PqkvError` where that is damaged: the stage then goes on from what is left.
     """
 
     stage: Stage
@@ -45,12 +48,13 @@ class StageWork:
     directory: Path
     prepare: Callable[[], Callable[[], Facts]]
     keeps_old_files: bool = False
+    read: Callable[[], object] | None = None
 
 
 def do_stage(run: Run, recipe: Recipe, work: StageWork, reporter: Reporter) -> StageOutcome:
     """Do `work` unless it is done already; the recipe becomes the effective one as soon as it is known to be good."""
     # Whoever deleted a stage's files wants it done again.
-    was_done = work.directory.is_dir() and is_done(run, work.stage, work.inputs, reporter)
+    was_done = work.directory.is_dir() and is_done(run, work.stage, work.inputs) and _is_whole(run, work, reporter)
     act = None if was_done else work.prepare()
     run.save_recipe(recipe)
     if act is not None:
@@ -59,3 +63,16 @@ def do_stage(run: Run, recipe: Recipe, work: StageWork, reporter: Reporter) -> S
         facts = act()
         finish(run, work.stage, {**facts, "seconds": round(time.monotonic() - started, 1)})
     return StageOutcome(work.stage, str(work.directory), read_records(run)[work.stage].facts or {}, was_done)
+
+
+def _is_whole(run: Run, work: StageWork, reporter: Reporter) -> bool:
+    """Return whether what a finished stage left can be read, and say so; where it cannot, the stage counts as unfinished."""
+    try:
+        if work.read is not None:
+            work.read()
+    except PqkvError as error:
+        reporter.note(f"{work.stage}: was done with these settings, but {error}")
+        reopen(run, work.stage)
+        return False
+    reporter.note(f"{work.stage}: already done with these settings")
+    return True

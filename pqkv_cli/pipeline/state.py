@@ -41,6 +41,7 @@ STAGE_FIELDS: Mapping[Stage, tuple[str, ...]] = {
         "codebooks.bits",
         "codebooks.profile",
         "codebooks.prototype_bits",
+        "codebooks.key_space",
         "codebooks.iterations",
         "codebooks.refine",
     ),
@@ -138,13 +139,16 @@ def require_done(run: Run, recipe: Recipe, stage: Stage) -> StageRecord:
     return record
 
 
-def is_done(run: Run, stage: Stage, inputs: Mapping[str, Any], reporter: Reporter) -> bool:
-    """Return whether `stage` came to its end with just these inputs, and say so."""
+def is_done(run: Run, stage: Stage, inputs: Mapping[str, Any]) -> bool:
+    """Return whether `stage` came to its end with just these inputs."""
     record = read_records(run).get(stage)
-    done = record is not None and record.done and record.key == StageRecord(inputs).key
-    if done:
-        reporter.note(f"{stage}: already done with these settings")
-    return done
+    return record is not None and record.done and record.key == StageRecord(inputs).key
+
+
+def reopen(run: Run, stage: Stage) -> None:
+    """Record that a finished `stage` is unfinished after all."""
+    records = read_records(run)
+    _write(run, records | {stage: StageRecord(records[stage].inputs)})
 
 
 def begin(run: Run, stage: Stage, inputs: Mapping[str, Any], outputs: Path | None, reporter: Reporter) -> None:

@@ -14,7 +14,7 @@ from pqkv_cli.artifact.errors import calibration_errors
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.cache.build import quantized_cache, simulated_cache
 from pqkv_cli.cache.cache import QuantizedCache, TimedCache
-from pqkv_cli.cache.drift import Errors
+from pqkv_cli.cache.drift import DriftVoice, Errors
 from pqkv_cli.cache.timeline import AngleSource
 from pqkv_cli.errors import CacheError, UnsupportedModelError, UsageError
 from pqkv_cli.models.geometry import geometry
@@ -56,7 +56,7 @@ class Attached:
     ) -> None:
         self.model, self.spec = model, spec
         self.backend = backend_for(backend, torch.device(model.device), tables)
-        self._tables, self._errors = tables, errors
+        self._tables, self._errors, self._voice = tables, errors, DriftVoice()
         self._angles = _angle_sources(model, [None if t is None else t["keys"].rotary is not None for t in tables])
         self._previous = model.config._attn_implementation
         self._is_attached = True
@@ -81,7 +81,7 @@ class Attached:
         offload
             Keep the codes in the memory of the CPU; they visit the device one layer at a time.
         """
-        cache = quantized_cache(self.model.config, self._tables, self.spec, self._angles, self._errors)
+        cache = quantized_cache(self.model.config, self._tables, self.spec, self._angles, self._errors, self._voice)
         cache.bind(self.model.base_model)
         if offload:
             for layer in cache.quantized_layers:

@@ -57,3 +57,34 @@ def test_json_without_an_end(name: str, exported: Path, tmp_path: Path) -> None:
     (run / name).write_text("[" * 100_000)
     with pytest.raises(RunError, match="cannot be read"):
         load_fitted(run / "codebooks") if "fit" in name else CalibrationStore(run / "calibration")
+
+
+@pytest.mark.parametrize("name", ["layer_001.safetensors", "fit.json"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_fit_is_mended_by_the_command_that_the_error_names(
+    name: str, cut: bool, pqkv: Callable, exported: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(exported, tmp_path / "run"))
+    files = {path.name: path.read_bytes() for path in (run / "codebooks").iterdir()}
+    shutil.rmtree(run / "artifact")
+    damaged = run / "codebooks" / name
+    if cut:
+        damaged.write_bytes(files[name][:-9])
+    else:
+        damaged.unlink()
+    refused = pqkv("export", run)
+    assert refused.code == 1 and "run pqkv fit-codebooks on this run" in refused.err
+    mended = pqkv("fit-codebooks", run)
+    assert mended.code == 0 and "was done with these settings, but" in mended.err and "going on where it stopped" in mended.err
+    assert {path.name: path.read_bytes() for path in (run / "codebooks").iterdir()} == files
+    assert pqkv("export", run).code == 0
+    assert "already done" in pqkv("fit-codebooks", run).err
+
+
+def test_a_damaged_artifact_is_exported_anew(pqkv: Callable, exported: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(exported, tmp_path / "run"))
+    artifact = next((run / "artifact").glob("*.safetensors"))
+    whole = artifact.read_bytes()
+    artifact.write_bytes(whole[:-100] + b"\0" * 100)
+    assert "was done with these settings, but" in pqkv("export", run).err
+    assert artifact.read_bytes() == whole

@@ -75,7 +75,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(subject: Maker, tmp
 
     def dying(*words: Any) -> Any:
         asked["count"] += 1
-        if asked["count"] == 4:
+        if asked["count"] == 3:
             raise KeyboardInterrupt
         return plain(*words)
 
@@ -142,7 +142,7 @@ def test_rows_of_unequal_length_are_padded_only_where_answers_are_long() -> None
         return [len(batch) for _, batch in _batches(asked, budget, pays)]
 
     assert cut([7616] * 9, 32) == [8, 1]
-    assert cut([7000, 7616, 7616], 32) == [1, 2]
+    assert cut([7616, 7000, 7616], 32) == [2, 1]  # the longest first, so that equal ones meet
     assert cut([3000, 3100, 3200], 32) == [1, 1, 1]
     assert cut([3000, 3100, 3200], 512) == [3]
     assert (cut([3400, 3600, 4000], 64), cut([3400, 3600, 4000], 64, pays=2**16)) == ([3], [1, 1, 1])

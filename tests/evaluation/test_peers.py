@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
+from pqkv_cli.calibration.rotated import rotated
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.evaluation.peers import Contestant, compare, metrics, own_contestant, rival_contestant
-from pqkv_cli.evaluation.peers_fit import fit_rival, rotated
+from pqkv_cli.evaluation.peers_fit import fit_rival
 from pqkv_cli.evaluation.peers_record import peer_records
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject

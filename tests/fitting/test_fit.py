@@ -143,7 +143,11 @@ def test_too_few_vectors_name_the_layer() -> None:
     [
         (support.KEYS, replace(support.LAYER, rotary=None), "a layer without rotary embedding"),
         (replace(support.KEYS, map="matrix"), support.LAYER, "a matrix map"),
-        (replace(support.KEYS, key_space="post_rope"), support.LAYER, "not fitted yet"),
+        (
+            replace(support.KEYS, key_space="post_rope"),
+            support.LAYER,
+            "samples in the key space .pre_rope. for codes in .post_rope.",
+        ),
         (replace(support.KEYS, layout=CodeLayout.uniform(16, 4, 4)), support.LAYER, "covers 16 channels; expected head_dim 8"),
     ],
 )

@@ -23,8 +23,9 @@ def gathered(noise: float, seed: int = 0) -> torch.Tensor:
 
 
 def test_stages_that_code_the_whole_vector_are_counted() -> None:
-    whole = (CodeGroup(1, 4, DIM),)
-    cases = [((PARTS,), 0), ((whole,), 0), ((whole, PARTS), 1), ((whole, whole, PARTS), 2), ((PARTS, whole), 0)]
+    whole, more = (CodeGroup(1, 4, DIM),), (CodeGroup(1, 8, DIM),)
+    cases = [((PARTS,), 0), ((whole,), 0), ((whole, PARTS), 1), ((whole, more, PARTS), 2), ((PARTS, whole), 0)]
+    cases.append(((whole, whole, PARTS), 0))  # few enough bits for an encoder to take both together
     for stages, expected in cases:
         assert num_prototype_stages(CodeLayout(stages)) == expected
 

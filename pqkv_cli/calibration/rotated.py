@@ -1,0 +1,42 @@
+"""Calibration samples with the keys of some layers as a cache is given them. Knows the store and angles; no model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pqkv_cli.calibration.store import CalibrationStore, LayerSamples
+from pqkv_kernels.layout import RotaryLayout
+from pqkv_kernels.rope import rotate
+
+# From positions [B, T] to (cos, sin), each [B, T, rotary_dim / 2] fp32 (`pqkv_cli.models.rotary.rotary_angles`).
+AngleSource = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def rotated(keys: torch.Tensor, positions: torch.Tensor, angles: AngleSource, rotary: RotaryLayout) -> torch.Tensor:
+    """Return `keys` [Hkv, N, D] as the cache sees them at `positions` [N]: after rotary embedding."""
+    cos, sin = angles(positions.long()[None])
+    return rotate(keys, cos, sin, rotary)
+
+
+class RotatedStore(CalibrationStore):
+    """A finished calibration whose keys of the layers in `turned` are given after rotary embedding, in fp32.
+
+    Raises
+    ------
+    RunError
+        As `CalibrationStore`.
+    """
+
+    def __init__(self, directory: Path | str, turned: Mapping[int, tuple[AngleSource, RotaryLayout]]) -> None:
+        super().__init__(directory)
+        self._turned = turned
+
+    def layer(self, index: int) -> LayerSamples:
+        """Return the samples of one layer; see `CalibrationStore.layer`."""
+        samples = super().layer(index)
+        if index not in self._turned:
+            return samples
+        keys = rotated(samples.keys.float(), samples.positions, *self._turned[index])
+        return replace(samples, keys=keys, key_space="post_rope")
