@@ -46,7 +46,7 @@ SHAPES: Mapping[str, ModelShape] = {
 FORMATS: Mapping[str, tuple[int, int, int]] = {
     "quality 4 b/ch": (2, 8, 1),
     "speed 4 b/ch": (2, 4, 2),
-    "speed 2 b/ch": (2, 4, 1),
+    "speed 2 b/ch": (4, 4, 2),
 }
 
 

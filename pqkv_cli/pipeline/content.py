@@ -1,9 +1,12 @@
-"""Identifies models and texts by what they contain, without loading them. Knows files and hashes only."""
+"""Identifies models and texts by what they contain, without loading them. Knows files and hashes."""
 
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from pqkv_cli.calibration.hub_text import HUB
 
 _NUM_BLOCKS = 16
 _BLOCK_BYTES = 4096
@@ -12,20 +15,29 @@ _BLOCK_BYTES = 4096
 def text_identity(source: str) -> str:
     """Return what identifies what lies behind `source`.
 
-    It is the hash of a file or of a directory's rows, the name of a built-in text and its origin, or that of a data set.
+    It is the hash of a file or of a directory's rows, the name of a built-in text and its origin, or that of a data set; of one
+    in a local directory with the hash of its files.
     """
     path = Path(source).expanduser()
     if path.is_file():
         return _file_hash(path)
     if path.is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(path.glob("*.jsonl")):
-            digest.update(f"{file.name}:{_file_hash(file)}\n".encode())
-        return digest.hexdigest()
+        return _files_hash(path, sorted(path.glob("*.jsonl")))
+    if source.startswith(HUB):
+        local = Path(source.removeprefix(HUB).partition("?")[0]).expanduser()
+        if local.is_dir():
+            return f"{source} of {_files_hash(local, sorted(file for file in local.rglob('*') if file.is_file()))}"
     if not source.startswith("stdlib:"):
         return source  # of the hub: what its name says is all that is known without fetching it
     # The standard library is another text under every Python version.
     return f"{source} of Python {sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"
+
+
+def _files_hash(root: Path, files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(root).as_posix()}:{_file_hash(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _file_hash(path: Path) -> str:

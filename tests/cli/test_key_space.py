@@ -32,7 +32,7 @@ def test_keys_after_rotary_embedding_are_fitted_written_and_read(pqkv: Callable,
         *("--context", 96, "--limit", 2, "--json", "-"),
     )
     assert answer.code == 0, answer.err
-    for record in answer.json["results"]:
+    for record in answer.json:
         assert 0 < record["metrics"]["kl_bits"]["quantized"] < 0.5
 
 

@@ -56,7 +56,7 @@ def test_four_bits_cost_little(subject: Subject, mode: str, most_bits: float, le
 
 def test_positions_do_not_matter(subject: Subject) -> None:
     at_zero, _ = kl_bits(subject, "all", limit=4)
-    for offset in (4096, 32768):
+    for offset in (4096, 32768, 131072):
         assert kl_bits(subject, "all", limit=4, offset=offset)[0] == pytest.approx(at_zero, rel=0.05)
 
 

@@ -75,6 +75,17 @@ def test_a_compiled_model_gives_the_same_tokens(attached: Attached) -> None:
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
+def test_graphs_of_a_compiled_model_break_only_at_the_cache(attached: Attached) -> None:
+    ids, cache = tokens(1, 151, seed=12), attached.new_cache()
+    with torch.no_grad():
+        attached.model(ids[:, :150], past_key_values=cache, use_cache=True)
+        told = torch._dynamo.explain(attached.model.forward)(ids[:, 150:], past_key_values=cache, use_cache=True)
+    torch._dynamo.reset()
+    assert told.break_reasons
+    for reason in told.break_reasons:
+        assert any(name in reason.reason for name in ("QuantizedLayer.update", "pqkv_attention")), reason
+
+
 def test_a_static_cache_leaves_the_attached_model_what_it_was(attached: Attached) -> None:
     ids = tokens(1, 60, seed=13)
     found = generate(attached, None, ids, cache_implementation="static", disable_compile=True)

@@ -31,6 +31,22 @@ def test_calibrate_fit_and_generate_with_weights_on_disk(tmp_path: Path) -> None
     assert files[0] == files[1], "the same artifact, byte for byte"
 
 
+def test_accelerate_may_choose_the_places(tmp_path: Path, model: Any, artifact: Artifact) -> None:
+    model.save_pretrained(tmp_path / "model")
+    half = sum(p.numel() * p.element_size() for p in model.parameters()) // 2
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": half}, offload_folder=tmp_path / "w"
+    ).eval()
+    assert {"cpu", "disk"} <= set(map(str, spread.hf_device_map.values()))
+    ids, found = tokens(1, 150), []
+    for placed in (model, spread):
+        with attach(placed, artifact) as attached:
+            cache = attached.new_cache()
+            found.append(placed.generate(ids, past_key_values=cache, **OPTIONS))
+            assert cache.num_materialized == 0
+    assert torch.equal(*found)
+
+
 def test_a_pipeline_takes_the_cache(model: Any, artifact: Artifact) -> None:
     tokenizer = byte_tokenizer()
     prompt = "abcdefghij" * 15

@@ -10,7 +10,7 @@ from pqkv_cli.evaluation.divergence import diverge
 from pqkv_cli.runtime import Artifact, attach, simulate_artifact
 
 NUM_TOKENS, CHUNK = 320, 32
-OFFSETS = (0, 4096, 32768)
+OFFSETS = (0, 4096, 32768, 131072)
 
 
 def compressed(model: Any, cache: Any, ids: torch.Tensor, offset: int, chunk: int) -> torch.Tensor:
