@@ -34,7 +34,7 @@ def test_divergence_does_not_depend_on_the_offset(mode: str, model: Any, artifac
         found.append(logits)
         kl.append(float(diverge(exact, logits, ids[0]).kl_bits.mean()))
     assert kl[0] > 1e-4, "a codec that loses nothing tests nothing"
-    assert kl == pytest.approx([kl[0]] * 3, rel=0.02)
+    assert kl == pytest.approx([kl[0]] * len(OFFSETS), rel=0.03)
     for logits in found[1:]:
         error = (logits - found[0]).square().mean().sqrt() / found[0].std()
         assert float(error) < 0.01
