@@ -34,8 +34,9 @@ build(merge_kernel, dict(D2=32, BP=32), {}, 2)
 ints = ("p_places", "p_few", "p_chosen")
 types = {name: "*i32" for name in ints} | {"p_x": "*bf16", "p_centroids": "*fp16", "p_prototypes": "*fp16", "p_pages": "*u8"}
 part = dict(TURN=True, NBITS=7, DSUB=2, BD=2, D=64, BK=32)
-for first, last, chosen in ((True, False, 0), (False, True, 0), (True, True, 1024)):
-    build(encode_kernel, dict(FIRST=first, LAST=last, CHOSEN=chosen, **part), types, 4)
+shares = [dict(N0=7, N1=0, N2=0, N3=0), dict(N0=4, N1=2, N2=1, N3=0)]
+for first, last, chosen, share in ((True, False, 0, 0), (False, True, 0, 1), (True, True, 1024, 0), (True, True, 1024, 1)):
+    build(encode_kernel, dict(FIRST=first, LAST=last, CHOSEN=chosen, **part, **shares[share]), types, 4)
 build(error_kernel, dict(M=32, K=1024, **part), types, 4)
 build(few_kernel, dict(TURN=True, K=1024, BD=128, D=128, BK=32), types, 4)
 print("compiled")

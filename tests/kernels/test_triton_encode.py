@@ -26,6 +26,10 @@ CASES = [
         ("w1,5", 16, 64, "partial", False),
         ("w6,4+3", 80, 64, "post", True),
         ("w4,w4,2", 16, 64, "post", False),
+        ("4,4,2", 16, 64, "pages", False),
+        ("4,4,3", 16, 64, "pages", False),
+        ("4,3+2", 16, 128, "partial", True),
+        ("w8,4,2+1", 32, 64, "pages", False),
     )
 ]
 
