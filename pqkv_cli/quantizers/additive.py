@@ -4,11 +4,12 @@ Small tables read faster than one large one of as many sums, and bend less to th
 their nearest sum, then all tables at once to the least squared error for those codes, again and again.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from pqkv_cli.quantizers.kmeans import kmeans
+from pqkv_cli.quantizers.kmeans import CHUNK_COORDINATES, kmeans
 from pqkv_kernels.nearest import nearest_centroids
 
 # Share of a subspace's weight that holds every table entry where it was: tables of sums may trade a constant with each other.
@@ -55,7 +56,19 @@ def fit_sums(
     DataError
         As `kmeans`.
     """
-    weights = torch.ones(points.shape[:2]) if weights is None else weights
+    rows = max(1, CHUNK_COORDINATES // max(1, points[0].numel()))
+    spread = torch.ones(points.shape[:2], device=points.device) if weights is None else weights
+    found = [
+        _fit(part, counted, sizes, iterations, generator)
+        for part, counted in zip(points.split(rows), spread.split(rows), strict=True)
+    ]
+    return [torch.cat(tables) for tables in zip(*found, strict=True)]
+
+
+def _fit(
+    points: torch.Tensor, weights: torch.Tensor, sizes: Sequence[int], iterations: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Return the tables of some subspaces: those of the better beginning, on some of the points, and then fitted to all."""
     stride = max(1, points.shape[1] // TRIAL_POINTS)
     some, counted = points[:, ::stride], weights[:, ::stride]
     begun = [_after_each_other(some, counted, sizes, iterations, generator)]
@@ -74,13 +87,14 @@ def _fitted(
     points: torch.Tensor, weights: torch.Tensor, tables: list[torch.Tensor], iterations: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return the tables after up to `iterations` steps and what error they leave, weighted mean [S] fp64."""
-    previous = torch.full((len(points),), torch.inf, dtype=torch.float64)
+    previous = torch.full((len(points),), torch.inf, dtype=torch.float64, device=points.device)
     best, least = tables, previous
+    total = weights.sum(1, dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
     for step in range(iterations + 1):
         sums = all_sums(tables)
         codes = nearest_centroids(points, sums)
         gap = (points - sums.gather(1, codes[..., None].expand(points.shape))).square().sum(-1)
-        error = (gap * weights).sum(1, dtype=torch.float64) / weights.sum(1, dtype=torch.float64)
+        error = (gap * weights).sum(1, dtype=torch.float64) / total
         better = (error < least)[:, None, None]
         best = [torch.where(better, new, old) for new, old in zip(tables, best, strict=True)]
         least = torch.minimum(error, least)
@@ -105,17 +119,18 @@ def _solved(points: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, ta
     """
     num_subspaces, _, dim = points.shape
     sizes = [table.shape[1] for table in tables]
-    num_sums = int(torch.tensor(sizes).prod())
-    flat = (codes + torch.arange(num_subspaces)[:, None] * num_sums).flatten()
+    num_sums = math.prod(sizes)
+    device = points.device
+    flat = (codes + torch.arange(num_subspaces, device=device)[:, None] * num_sums).flatten()
     counted = torch.cat((points * weights[..., None], weights[..., None]), dim=-1).flatten(0, 1).double()
-    totals = torch.zeros(num_subspaces * num_sums, dim + 1, dtype=torch.float64).index_add_(0, flat, counted)
+    totals = torch.zeros(num_subspaces * num_sums, dim + 1, dtype=torch.float64, device=device).index_add_(0, flat, counted)
     totals = totals.view(num_subspaces, num_sums, dim + 1)
-    member = _members(sizes)  # [sums, entries]
+    member = _members(sizes).to(device)  # [sums, entries]
     mass = totals[..., -1]
     normal = torch.einsum("ie,si,if->sef", member, mass, member)
     right = member.T @ totals[..., :-1]
     current = torch.cat(tables, dim=1).double()
-    hold = RIDGE * mass.sum(1)[:, None]
+    hold = RIDGE * mass.sum(1).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     system = normal + torch.diag_embed(hold.expand(-1, len(member.T)))
     found = torch.linalg.solve(system, right + hold[..., None] * current).float()
     return list(found.split(sizes, dim=1))
@@ -123,13 +138,11 @@ def _solved(points: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, ta
 
 def _members(sizes: Sequence[int]) -> torch.Tensor:
     """Return which entries of the tables, one after the other, every sum is made of: [sums, entries] fp64 of 0 and 1."""
-    index, num_sums, columns = None, 1, []
+    every, step, columns = torch.arange(math.prod(sizes)), 1, []
     for size in sizes:
-        columns.append(num_sums)
-        num_sums *= size
-    every = torch.arange(num_sums)
-    index = [torch.nn.functional.one_hot(every // step % size, size) for step, size in zip(columns, sizes, strict=True)]
-    return torch.cat(index, dim=1).double()
+        columns.append(torch.nn.functional.one_hot(every // step % size, size))
+        step *= size
+    return torch.cat(columns, dim=1).double()
 
 
 def _after_each_other(
@@ -152,7 +165,8 @@ def _side_by_side(
 
     Axes that are left when each table has one go to the tables in turn, from the last one.
     """
-    shares = weights.double() / weights.sum(1, keepdim=True, dtype=torch.float64)
+    total = weights.sum(1, keepdim=True, dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+    shares = weights.double() / total
     mean = torch.einsum("sn,snd->sd", shares, points.double())
     centred = points.double() - mean[:, None]
     moment = torch.einsum("sn,snd,sne->sde", shares, centred, centred)

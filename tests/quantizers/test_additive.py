@@ -73,6 +73,8 @@ def test_same_seed_same_bits_and_equal_points_cost_nothing() -> None:
     points = torch.randn(2, 300, 2, generator=generator(9))
     one, two = (fit_sums(points, (4, 4), weights=None, iterations=5, generator=generator(1)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    nothing = fit_sums(points, (4, 4), weights=torch.zeros(2, 300), iterations=5, generator=generator(1))
+    assert all(bool(torch.isfinite(table).all()) for table in nothing)
     same = torch.full((1, 50, 2), 3.0)
     assert float(left_over(same, fit_sums(same, (4, 4), weights=None, iterations=5, generator=generator(0)))) < 1e-9
 
