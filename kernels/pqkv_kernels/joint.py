@@ -5,6 +5,7 @@ table of 256 entries costs; to find the nearest of 16 and then the nearest of 16
 Only encoders and fits see stages so; what is stored, and how it is read, is stage by stage. Knows layouts and centroids.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -57,6 +58,14 @@ class JointLayout:
         return [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts]
 
 
+def all_sums(tables: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sums [..., product of K, d] of one entry of each of `tables` [..., K, d], the first one's entries fastest."""
+    total = tables[0]
+    for table in tables[1:]:
+        total = (table[..., :, None, :] + total[..., None, :, :]).flatten(-3, -2)
+    return total
+
+
 @lru_cache(maxsize=256)
 def joint_layout(layout: CodeLayout) -> JointLayout:
     """Return the stages of `layout` as an encoder sees them.
@@ -101,9 +110,5 @@ def _table(codes: tuple[tuple[Share, int], ...]) -> tuple[tuple[int, int], ...]:
 
 
 def _sums(group: CodeGroup, shares: tuple[Share, ...], stored: Codebooks) -> torch.Tensor:
-    """Return the sums [Hkv, M, ksub, dsub] fp32 of the tables of `shares`, the first one's entries fastest."""
-    tables = [stored[s.stage][s.group][:, s.first : s.first + group.num_subspaces].float() for s in shares]
-    total = tables[0]
-    for table in tables[1:]:
-        total = (table[:, :, :, None] + total[:, :, None]).flatten(2, 3)
-    return total
+    """Return the sums [Hkv, M, ksub, dsub] fp32 of the tables of `shares`."""
+    return all_sums([stored[s.stage][s.group][:, s.first : s.first + group.num_subspaces].float() for s in shares])

@@ -14,6 +14,7 @@ import torch
 from pqkv_cli.calibration.rotated import RotatedStore
 from pqkv_cli.evaluation.held_out import held_out_losses
 from pqkv_cli.files import write_text
+from pqkv_cli.fitting.fit import checked_side
 from pqkv_cli.fitting.layer_file import make_directory
 from pqkv_cli.fitting.plan import KeySpaces, rated_specs
 from pqkv_cli.fitting.run import layer_request
@@ -100,7 +101,9 @@ class KeySpaceChoice:
             return {space: known[index][space] for space in SPACES}
         layer, tables = self._geometry.layers[index], {}
         for space in SPACES:
-            tables[space], _ = fit_side(stores[space].layer(index), layer, specs[space], "keys", index, self._settings)
+            samples = stores[space].layer(index)
+            with checked_side(samples, index, "keys"):
+                tables[space], _ = fit_side(samples, layer, specs[space], "keys", index, self._settings)
         losses = self._measured(model, stores["pre_rope"].held_out(), index, tables)
         known[index] = {"layer": index, "request_sha256": request, "bits": self._bits} | losses
         rows = [known[number] for number in sorted(known)]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from pqkv_cli.quantizers.kmeans import CHUNK_COORDINATES, kmeans
+from pqkv_kernels.joint import all_sums
 from pqkv_kernels.nearest import nearest_centroids
 
 # Share of a subspace's weight that holds every table entry where it was: tables of sums may trade a constant with each other.
@@ -102,14 +103,6 @@ def _fitted(
             break
         previous, tables = error, _solved(points, weights, codes, tables)
     return best, least
-
-
-def all_sums(tables: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the sums [S, product of K, d] of one entry of each of `tables` [S, K, d], the first one's entries fastest."""
-    total = tables[0]
-    for table in tables[1:]:
-        total = (table[:, :, None] + total[:, None]).flatten(1, 2)
-    return total
 
 
 def _solved(points: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, tables: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.quantizers.additive import all_sums, fit_sums
+from pqkv_cli.quantizers.additive import fit_sums
 from pqkv_cli.quantizers.kmeans import kmeans
+from pqkv_kernels.joint import all_sums
 from pqkv_kernels.nearest import nearest_centroids
 
 
