@@ -25,8 +25,8 @@ def quantized_cache(
     spec: CacheSpec,
     angle_sources: AngleSources,
     errors: Errors | None = None,
-    voice: DriftVoice | None = None,
     encoder: EncoderQueue | None = None,
+    voice: DriftVoice | None = None,
 ) -> QuantizedCache:
     """Return an empty cache for a model of `config`; layers whose `tables` are None stay as transformers makes them.
 

@@ -81,7 +81,7 @@ class Attached:
         offload
             Keep the codes in the memory of the CPU; they visit the device one layer at a time.
         """
-        cache = quantized_cache(self.model.config, self._tables, self.spec, self._angles, self._errors, self._voice)
+        cache = quantized_cache(self.model.config, self._tables, self.spec, self._angles, self._errors, voice=self._voice)
         cache.bind(self.model.base_model)
         if offload:
             for layer in cache.quantized_layers:

@@ -57,6 +57,9 @@ def test_gauged_samples_are_those_of_a_calibration_with_outliers(
         derived, real = source.layer(index), loud.layer(index)
         for field in fields(LayerSamples):
             first, second = getattr(derived, field.name), getattr(real, field.name)
+            if not isinstance(first, torch.Tensor):
+                assert first == second
+                continue
             assert first.dtype == second.dtype
             # Half precision rounds the tiniest numbers away where nothing scales them up.
             atol = 2.0**-24 * SCALE if first.dtype == torch.float16 else 0.0
