@@ -6,11 +6,19 @@ from typing import Any
 import torch
 
 from pqkv_cli.evaluation.divergence import diverge
-from pqkv_cli.quantizers.codec import VectorCodec
+from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec, VectorCodec
 from pqkv_cli.runtime.attach import simulate
-from pqkv_cli.specs import Side
+from pqkv_cli.specs import SIDES, Side
+from pqkv_kernels.tables import CodecTables
 
 Codecs = Sequence[dict[Side, VectorCodec] | None]
+
+
+def one_side_alone(num_layers: int, index: int, side: Side, tables: CodecTables) -> Codecs:
+    """Return the choice that quantizes one side of layer `index` and leaves everything else as it is."""
+    codecs: list[dict[Side, VectorCodec] | None] = [None] * num_layers
+    codecs[index] = {other: ExactCodec() for other in SIDES} | {side: ProductCodec(tables)}
+    return codecs
 
 
 @torch.no_grad()

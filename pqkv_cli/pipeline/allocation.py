@@ -8,7 +8,7 @@ from typing import Any
 
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.errors import UsageError
-from pqkv_cli.evaluation.held_out import held_out_losses
+from pqkv_cli.evaluation.held_out import held_out_losses, one_side_alone
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.allocation import Candidate, allocate
 from pqkv_cli.fitting.layer_file import make_directory
@@ -18,7 +18,6 @@ from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.trial import Trial, load_trial, num_trial_vectors, save_trial, try_layer
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
-from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec, VectorCodec
 from pqkv_cli.rates import CodeStyle
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry, Side
 from pqkv_kernels.layout import PAGE_TOKENS
@@ -155,15 +154,9 @@ def _losses(
 ) -> dict[Place, float]:
     """Return the mean KL divergence in bits with one side alone quantized, for each."""
     places = [(index, side) for index in trials for side in SIDES]
-
-    def choice(place: Place) -> list[dict[Side, VectorCodec] | None]:
-        codecs: list[dict[Side, VectorCodec] | None] = [None] * num_layers
-        index, side = place
-        codecs[index] = {other: ExactCodec() for other in SIDES} | {side: ProductCodec(trials[index].tables[side])}
-        return codecs
-
+    choices = [one_side_alone(num_layers, index, side, trials[index].tables[side]) for index, side in places]
     with reporter.progress("measure costs") as advance:
-        losses = held_out_losses(model, store.held_out(), [choice(place) for place in places], advance).mean(dim=0)
+        losses = held_out_losses(model, store.held_out(), choices, advance).mean(dim=0)
     return dict(zip(places, losses.tolist(), strict=True))
 
 

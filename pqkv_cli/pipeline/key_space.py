@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from pqkv_cli.calibration.rotated import RotatedStore
-from pqkv_cli.evaluation.held_out import held_out_losses
+from pqkv_cli.evaluation.held_out import held_out_losses, one_side_alone
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import checked_side
 from pqkv_cli.fitting.layer_file import make_directory
@@ -24,9 +24,8 @@ from pqkv_cli.fitting.trial import shortened
 from pqkv_cli.models.rotary import rotary_angles
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
-from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec, VectorCodec
 from pqkv_cli.rates import CodeStyle
-from pqkv_cli.specs import CodecSpec, CompressionPlan, KeySpace, ModelGeometry, Side
+from pqkv_cli.specs import CodecSpec, CompressionPlan, KeySpace, ModelGeometry
 from pqkv_kernels.tables import CodecTables
 
 SCHEMA = "pqkv.key-spaces/1"
@@ -92,19 +91,19 @@ class KeySpaceChoice:
     def _losses(self, model: Any, index: int) -> dict[KeySpace, float]:
         """Return the mean KL divergence in bits that each space costs layer `index`; from the file where it stands there."""
         specs = {space: self._spec(index, space) for space in SPACES}
-        stores = {space: sample_store(self._run, self._geometry, {index: space}, model) for space in SPACES}
-        asked = {space: asdict(spec) for space, spec in specs.items()}
-        plain = stores["pre_rope"].layer(index)
+        store = sample_store(self._run, self._geometry, {}, model)
+        asked, plain = {space: asdict(spec) for space, spec in specs.items()}, store.layer(index)
         request = layer_request(index, self._geometry.layers[index], asked, self._settings, plain)
         known = self._known()
         if index in known and known[index]["request_sha256"] == request:
             return {space: known[index][space] for space in SPACES}
         layer, tables = self._geometry.layers[index], {}
-        for space in SPACES:
-            samples = stores[space].layer(index)
+        turned = sample_store(self._run, self._geometry, {index: "post_rope"}, model).layer(index)
+        for samples in (turned, plain):
+            space = samples.key_space
             with checked_side(samples, index, "keys"):
                 tables[space], _ = fit_side(samples, layer, specs[space], "keys", index, self._settings)
-        losses = self._measured(model, stores["pre_rope"].held_out(), index, tables)
+        losses = self._measured(model, store.held_out(), index, tables)
         known[index] = {"layer": index, "request_sha256": request, "bits": self._bits} | losses
         rows = [known[number] for number in sorted(known)]
         write_text(self._path, json.dumps({"schema": SCHEMA, "layers": rows}, indent=1) + "\n")
@@ -117,11 +116,7 @@ class KeySpaceChoice:
     def _measured(
         self, model: Any, windows: torch.Tensor, index: int, tables: dict[KeySpace, CodecTables]
     ) -> dict[KeySpace, float]:
-        choices = []
-        for space in SPACES:
-            codecs: list[dict[Side, VectorCodec] | None] = [None] * len(self._geometry.layers)
-            codecs[index] = {"keys": ProductCodec(tables[space]), "values": ExactCodec()}
-            choices.append(codecs)
+        choices = [one_side_alone(len(self._geometry.layers), index, "keys", tables[space]) for space in SPACES]
         far = max(0, self._geometry.max_positions - windows.shape[1])
         found = [held_out_losses(model, windows, choices, position_offset=offset).mean(dim=0) for offset in (0, far)]
         return dict(zip(SPACES, torch.stack(found).mean(dim=0).tolist(), strict=True))
