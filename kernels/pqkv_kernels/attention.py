@@ -40,7 +40,7 @@ def code_attention(
     value_pages: torch.Tensor,
     key_tables: CodecTables,
     value_tables: CodecTables,
-    first_token: torch.Tensor,
+    spans: torch.Tensor,
     scaling: float,
     angles: Angles | PageAngles | None = None,
     softcap: float | None = None,
@@ -53,8 +53,9 @@ def code_attention(
         As `code_queries` returns them, [B, Hkv, G, Tq, D] fp32.
     key_pages, value_pages
         [B, P, Hkv, page_bytes] uint8.
-    first_token
-        Index of the first coded token of each row that counts, [B] int64; may exceed ``64 * P``.
+    spans
+        First coded token of each row that counts and the one behind the last that does, [B, 2] int64. A row may have none;
+        both may lie outside ``0 .. 64 * P``.
     scaling
         Factor on the logits.
     angles
@@ -82,7 +83,7 @@ def code_attention(
         block_angles = token_angles(page_range(angles, start, start + _BLOCK_PAGES))
         keys = _scored_keys(key_pages[:, block], key_tables, block_angles)
         index = start * PAGE_TOKENS + torch.arange(keys.shape[2], device=keys.device)
-        valid = (index >= first_token[:, None])[:, None, None, None]
+        valid = ((index >= spans[:, :1]) & (index < spans[:, 1:]))[:, None, None, None]
         values = decode_codes(value_pages[:, block], value_tables)
         parts.append(_attend(query, keys, values, valid, scaling, softcap))
     return merge(parts) if parts else _nothing(query)

@@ -97,11 +97,11 @@ def gate(keys: CodecTables, values: CodecTables, group_size: int, backend: Backe
         If it exceeds `GATE_ERROR`: such a backend is not timed.
     """
     query, key_pages, value_pages, angles = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
-    first = torch.tensor([3], device=query.device)
+    spans = torch.tensor([[3, GATE_TOKENS - 5]], device=query.device)
     scaling = keys.layout.head_dim**-0.5
-    found, _ = attend_codes(backend, query, [key_pages], [value_pages], keys, values, first, scaling, angles)
+    found, _ = attend_codes(backend, query, [key_pages], [value_pages], keys, values, spans, scaling, angles)
     coded = code_queries(query, keys)
-    expected, _ = code_attention(coded, key_pages, value_pages, keys, values, first, scaling, angles)
+    expected, _ = code_attention(coded, key_pages, value_pages, keys, values, spans, scaling, angles)
     dense = leave_code_space(expected, values)
     error = float((found - dense).square().mean().sqrt() / dense.square().mean().sqrt())
     if not error <= GATE_ERROR:  # a comparison with NaN is false
@@ -134,11 +134,11 @@ def time_attention(
     error = gate(keys, values, group_size, backend, dtype)
     heads, dim, num_tokens = keys.num_heads, keys.layout.head_dim, max(context // PAGE_TOKENS, 1) * PAGE_TOKENS
     query, key_pages, value_pages, angles = bench_inputs(keys, values, group_size, batch, num_tokens, dtype)
-    first = torch.zeros(batch, dtype=torch.int64, device=query.device)
+    spans = torch.tensor([[0, num_tokens]] * batch, device=query.device)
     dense = torch.randn(2, batch, heads, num_tokens, dim, device=query.device, dtype=dtype)
 
     def codes() -> None:
-        attend_codes(backend, query, [key_pages], [value_pages], keys, values, first, dim**-0.5, angles)
+        attend_codes(backend, query, [key_pages], [value_pages], keys, values, spans, dim**-0.5, angles)
 
     def static() -> None:
         functional.scaled_dot_product_attention(query, dense[0], dense[1], enable_gqa=True)

@@ -16,7 +16,7 @@ def check_attention(
     value_pages: Sequence[torch.Tensor],
     key_tables: CodecTables,
     value_tables: CodecTables,
-    first_token: torch.Tensor,
+    spans: torch.Tensor,
     angles: Angles | PageAngles | None,
 ) -> None:
     """Check the arguments of `pqkv_kernels.dispatch.attend_codes`.
@@ -35,10 +35,8 @@ def check_attention(
     if not query.dtype.is_floating_point:
         raise KernelError(f"queries have dtype {query.dtype}; expected a float dtype")
     batch = query.shape[0]
-    if first_token.shape != (batch,) or first_token.dtype != torch.int64:
-        raise KernelError(
-            f"first_token has shape {list(first_token.shape)} and dtype {first_token.dtype}; expected [{batch}] torch.int64"
-        )
+    if spans.shape != (batch, 2) or spans.dtype != torch.int64:
+        raise KernelError(f"spans have shape {list(spans.shape)} and dtype {spans.dtype}; expected [{batch}, 2] torch.int64")
     found_pages = [slab.shape[1] if slab.ndim == 4 else -1 for slab in key_pages]
     if found_pages != [slab.shape[1] if slab.ndim == 4 else -1 for slab in value_pages]:
         shapes = f"{[list(s.shape) for s in key_pages]} and {[list(s.shape) for s in value_pages]}"
@@ -46,7 +44,7 @@ def check_attention(
     for slabs, tables, side in ((key_pages, key_tables, "key"), (value_pages, value_tables, "value")):
         for slab in slabs:
             _check_slab(slab, batch, tables, side)
-    _check_devices(query, [*key_pages, *value_pages, first_token, key_tables.codebooks[0][0], value_tables.codebooks[0][0]])
+    _check_devices(query, [*key_pages, *value_pages, spans, key_tables.codebooks[0][0], value_tables.codebooks[0][0]])
     # A page has one angle, and a table of 64 that all share; or every token has its own.
     per_page = 1 if isinstance(angles, PageAngles) else PAGE_TOKENS
     check_angles(angles, key_tables, batch, sum(found_pages) * per_page)

@@ -113,7 +113,7 @@ def attend_codes(
     value_pages: Sequence[torch.Tensor],
     key_tables: CodecTables,
     value_tables: CodecTables,
-    first_token: torch.Tensor,
+    spans: torch.Tensor,
     scaling: float,
     angles: Angles | PageAngles | None = None,
     softcap: float | None = None,
@@ -128,7 +128,7 @@ def attend_codes(
         [B, H, Tq, D], any float dtype.
     key_pages, value_pages
         Slabs of pages in order, each [B, P, Hkv, page_bytes] uint8.
-    first_token, scaling, angles, softcap
+    spans, scaling, angles, softcap
         As `pqkv_kernels.attention.code_attention` takes them.
 
     Returns
@@ -141,23 +141,23 @@ def attend_codes(
     KernelError
         If shapes, dtypes or devices do not fit, or the backend cannot run this.
     """
-    check_attention(query, key_pages, value_pages, key_tables, value_tables, first_token, angles)
+    check_attention(query, key_pages, value_pages, key_tables, value_tables, spans, angles)
     if not query.numel() or not any(slab.shape[1] for slab in key_pages):
         return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
     coded = code_queries(query, key_tables)
     if backend == "triton":
         attend = _triton_attention().triton_attention
-        output, lse = attend(coded, key_pages, value_pages, key_tables, value_tables, first_token, scaling, angles, softcap)
+        output, lse = attend(coded, key_pages, value_pages, key_tables, value_tables, spans, scaling, angles, softcap)
         return leave_code_space(output, value_tables), lse.flatten(1, 2)
     keys, values = planes_of(key_tables), planes_of(value_tables)
     if backend == "native" and keys is not None and values is not None and can_attend(coded, angles):
         assert not isinstance(angles, tuple)  # or `can_attend` would refuse
-        output, lse = native_attention(coded, key_pages, value_pages, keys, values, first_token, scaling, angles, softcap)
+        output, lse = native_attention(coded, key_pages, value_pages, keys, values, spans, scaling, angles, softcap)
     elif keys is not None and values is not None:
-        output, lse = plane_attention(coded, key_pages, value_pages, keys, values, first_token, scaling, angles, softcap)
+        output, lse = plane_attention(coded, key_pages, value_pages, keys, values, spans, scaling, angles, softcap)
     else:
         parts = [
-            code_attention(coded, k, v, key_tables, value_tables, first_token - PAGE_TOKENS * start, scaling, turned, softcap)
+            code_attention(coded, k, v, key_tables, value_tables, spans - PAGE_TOKENS * start, scaling, turned, softcap)
             for start, k, v, turned in _slabs(key_pages, value_pages, angles)
         ]
         output, lse = merge(parts) if parts else (torch.zeros_like(coded), coded.new_full(coded.shape[:-1], -torch.inf))

@@ -37,9 +37,9 @@ struct Side {
 
 struct Job {
   Side keys, values;
-  const float* query;          // [B, Hkv, Q, N, D2, 2], scaled
-  const int64_t* first_token;  // [B]
-  const int64_t* pair;         // [Hkv, D2], num_pairs where a plane is not turned; null: keys are not turned
+  const float* query;    // [B, Hkv, Q, N, D2, 2], scaled
+  const int64_t* spans;  // [B, 2]
+  const int64_t* pair;   // [Hkv, D2], num_pairs where a plane is not turned; null: keys are not turned
   const float *base_cos, *base_sin;      // [B or 1, P, num_pairs]
   const float *step_real, *step_imag;    // [Hkv, D2, 64, 2]: (cos, cos) and (-sin, sin)
   const float *row_real, *row_imag;      // [Hkv, 64, D2, 2], the same
@@ -209,12 +209,15 @@ class Unit {
         float* to = &scores_[n * tokens + (start + p) * kTokens];
         for (int t = 0; t < kTokens; t++) to[t] += pair[2 * t] + pair[2 * t + 1];
       }
-    const int64_t first = job_.first_token[row_] - (first_ + start) * kTokens;
+    const int64_t* span = job_.spans + 2 * row_;
+    const int64_t before = (first_ + start) * kTokens, number = count * kTokens;
+    const int64_t first = std::clamp<int64_t>(span[0] - before, 0, number), stop = std::clamp<int64_t>(span[1] - before, 0, number);
     for (int n = 0; n < N; n++) {
       float* to = &scores_[n * tokens + start * kTokens];
       if (job_.softcap > 0)
-        for (int64_t t = 0; t < count * kTokens; t++) to[t] = job_.softcap * std::tanh(to[t] / job_.softcap);
-      for (int64_t t = 0; t < std::min<int64_t>(first, count * kTokens); t++) to[t] = -std::numeric_limits<float>::infinity();
+        for (int64_t t = 0; t < number; t++) to[t] = job_.softcap * std::tanh(to[t] / job_.softcap);
+      std::fill(to, to + first, -std::numeric_limits<float>::infinity());
+      std::fill(to + stop, to + number, -std::numeric_limits<float>::infinity());
     }
   }
 

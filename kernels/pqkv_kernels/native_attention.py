@@ -34,7 +34,7 @@ class _Side(ctypes.Structure):
     ]
 
 
-_POINTERS = ("query", "first_token", "pair", "base_cos", "base_sin", "step_real", "step_imag", "row_real", "row_imag")
+_POINTERS = ("query", "spans", "pair", "base_cos", "base_sin", "step_real", "step_imag", "row_real", "row_imag")
 _SIZES = ("batch", "heads", "query_blocks", "block", "chunks", "chunk_pages", "num_pages", "planes", "num_pairs", "base_row")
 
 
@@ -69,7 +69,7 @@ def native_attention(
     value_pages: Sequence[torch.Tensor],
     keys: Planes,
     values: Planes,
-    first_token: torch.Tensor,
+    spans: torch.Tensor,
     scaling: float,
     angles: PageAngles | None = None,
     softcap: float | None = None,
@@ -85,7 +85,7 @@ def native_attention(
     chunks = -(-num_pages // chunk_pages)
     out, lse = rows.new_empty(batch, heads, blocks, chunks, block, dim), rows.new_empty(batch, heads, blocks, chunks, block)
     tables = [_tables(planes) for planes in (keys, values)]
-    held = {"query": rows, "first_token": first_token.contiguous(), "out": out, "lse": lse}
+    held = {"query": rows, "spans": spans.contiguous(), "out": out, "lse": lse}
     numbers = dict(batch=batch, heads=heads, query_blocks=blocks, block=block, chunks=chunks, chunk_pages=chunk_pages)
     numbers |= {"num_pages": num_pages, "planes": dim // 2, "num_pairs": 0, "base_row": 0}
     if angles is not None and keys.pairs is not None:

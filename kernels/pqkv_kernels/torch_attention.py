@@ -40,7 +40,7 @@ def plane_attention(
     value_pages: Sequence[torch.Tensor],
     keys: Planes,
     values: Planes,
-    first_token: torch.Tensor,
+    spans: torch.Tensor,
     scaling: float,
     angles: Angles | PageAngles | None = None,
     softcap: float | None = None,
@@ -57,7 +57,8 @@ def plane_attention(
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         slots = torch.arange(tiles[0].start * PAGE_TOKENS, tiles[-1].stop * PAGE_TOKENS, device=query.device)
-        logits = logits.masked_fill((slots < first_token[:, None])[:, None, None], -torch.inf)
+        outside = (slots < spans[:, :1]) | (slots >= spans[:, 1:])
+        logits = logits.masked_fill(outside[:, None, None], -torch.inf)
         weights, total, lse = softmax_parts(logits)
         output = reader.weighted(tiles, weights) / total
         parts.append((output.unflatten(2, (group, num_queries)), lse.unflatten(2, (group, num_queries))))

@@ -23,7 +23,7 @@ def triton_attention(
     value_pages: Sequence[torch.Tensor],
     key_tables: CodecTables,
     value_tables: CodecTables,
-    first_token: torch.Tensor,
+    spans: torch.Tensor,
     scaling: float,
     angles: Angles | PageAngles | None = None,
     softcap: float | None = None,
@@ -51,7 +51,7 @@ def triton_attention(
     looked_up = config.key_scores == "table" and turn == 0 and num_queries == 1
     scores, score_row = _score_tables(scored, keys) if looked_up else (query, keys.first_row)
     split_kernel[(batch * heads, num_splits, triton.cdiv(num_queries, block))](
-        *(scored, page_addresses(key_pages), page_addresses(value_pages), first_token),
+        *(scored, page_addresses(key_pages), page_addresses(value_pages), spans.contiguous()),
         *(keys.part_bytes, keys.first_row, keys.entries, values.part_bytes, values.first_row, values.entries),
         *(*turning, scores, score_row, parts, part_lse),
         *(heads, num_queries, num_pages, split_pages, key_tables.layout.page_bytes, value_tables.layout.page_bytes),

@@ -90,7 +90,7 @@ def split_kernel(
     p_query,
     p_key_pages,
     p_value_pages,
-    p_first,
+    p_spans,
     p_key_parts,
     p_key_rows,
     p_key_entries,
@@ -138,9 +138,9 @@ def split_kernel(
 ):
     """Attend with `BN` queries of one head to the pages of one split.
 
-    p_query [B, Hkv, N, 2, D2] fp32, scaled; p_*_pages [B, P] int64 addresses; TURN 0: keys are not turned, 1: by page and step,
-    2: by token. LOOKED_UP: one query, whose products with the centroids are in p_scores [B, Hkv, num_scores].
-    p_out [B, Hkv, S, N, 2, D2] fp32, p_lse [B, Hkv, S, N] fp32 in base 2.
+    p_query [B, Hkv, N, 2, D2] fp32, scaled; p_*_pages [B, P] int64 addresses; p_spans [B, 2] int64. TURN 0: keys are not
+    turned, 1: by page and step, 2: by token. LOOKED_UP: one query, whose products with the centroids are in p_scores
+    [B, Hkv, num_scores]. p_out [B, Hkv, S, N, 2, D2] fp32, p_lse [B, Hkv, S, N] fp32 in base 2.
     """
     i_head = tl.program_id(0).to(tl.int64)  # row * heads + head
     i_split = tl.program_id(1).to(tl.int64)
@@ -154,7 +154,8 @@ def split_kernel(
     p_q = p_query + (i_head * num_queries + o_n) * (2 * D2) + planes
     q_x = tl.load(p_q, mask=m_query, other=0.0)
     q_y = tl.load(p_q + D2, mask=m_query, other=0.0)
-    first = tl.load(p_first + i_b)
+    first = tl.load(p_spans + 2 * i_b)
+    stop = tl.load(p_spans + 2 * i_b + 1)
     pair = tl.zeros((1, BP), tl.int32)
     m_turn = m_plane
     o_t = tl.arange(0, BT)[:, None]
@@ -171,7 +172,7 @@ def split_kernel(
     high = tl.full((BN,), float("-inf"), tl.float32)
     total = tl.zeros((BN,), tl.float32)
     low_page = tl.maximum(i_split * split_pages, tl.maximum(first, 0) // 64)
-    high_page = tl.minimum((i_split + 1) * split_pages, num_pages)
+    high_page = tl.minimum((i_split + 1) * split_pages, tl.minimum((stop + 63) // 64, num_pages))
     for i_tile in range(low_page * (64 // BT), high_page * (64 // BT)):
         i_page, part = i_tile // (64 // BT), i_tile % (64 // BT)
         key_page = tl.load(p_key_pages + i_b * num_pages + i_page).to(tl.pointer_type(tl.uint8)) + i_h * key_page_bytes
@@ -227,7 +228,7 @@ def split_kernel(
             score = tl.where(score < 0, -softcap, softcap) * (1 - squashed) / (1 + squashed)
         score = score * 1.4426950408889634
         token = i_page * 64 + part * BT + tl.arange(0, BT)
-        score = tl.where(token[None, :] >= first, score, float("-inf"))
+        score = tl.where((token[None, :] >= first) & (token[None, :] < stop), score, float("-inf"))
         higher = tl.maximum(high, tl.max(score, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - safe[:, None])

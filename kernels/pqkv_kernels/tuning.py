@@ -110,27 +110,27 @@ def measurer(
 
     scaling = keys.layout.head_dim**-0.5
 
-    def attend(config: DecodeConfig | None, given: Any, first: torch.Tensor) -> torch.Tensor:
+    def attend(config: DecodeConfig | None, given: Any, spans: torch.Tensor) -> torch.Tensor:
         query, key_pages, value_pages, angles = given
         coded = code_queries(query, keys)
         if config is None:
-            return code_attention(coded, key_pages, value_pages, keys, values, first, scaling, angles)[0]
+            return code_attention(coded, key_pages, value_pages, keys, values, spans, scaling, angles)[0]
         slabs = ([key_pages], [value_pages])
-        return triton_attention(coded, *slabs, keys, values, first, scaling, angles, config=config)[0]
+        return triton_attention(coded, *slabs, keys, values, spans, scaling, angles, config=config)[0]
 
     small = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
     large = bench_inputs(keys, values, group_size, batch, context, dtype)
-    firsts = [torch.full((n,), 3 * (n == 1), device=small[0].device) for n in (1, batch)]
-    expected = attend(None, small, firsts[0])
+    inner, whole = (torch.tensor(s, device=small[0].device) for s in ([[3, GATE_TOKENS - 5]], [[0, context]] * batch))
+    expected = attend(None, small, inner)
 
     def measured(config: DecodeConfig) -> Measured:
-        found = attend(config, small, firsts[0])
+        found = attend(config, small, inner)
         error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
         if not error <= GATE_ERROR:
             return error, float("inf")
 
         def step() -> None:
-            attend(config, large, firsts[1])
+            attend(config, large, whole)
 
         return error, measure((step,), repeats, small[0].device)[0].p50
 

@@ -38,7 +38,7 @@ def quantized_cache(
     CacheError
         If a layer has tables but is not a growing full-attention layer in transformers.
     """
-    timeline, encoder = Timeline(), EncoderQueue() if encoder is None else encoder
+    timeline, encoder = Timeline(spec.window_tokens), EncoderQueue() if encoder is None else encoder
     meter = None if errors is None else DriftMeter(errors, voice or DriftVoice())
 
     def make(index: int) -> CacheLayerMixin | None:

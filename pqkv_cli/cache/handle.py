@@ -22,16 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """One layer's cache as the queries of one step see it: coded pages, then exact tokens, with exact sinks.
+    """One layer's cache as the queries of one step see it: pages of codes, exact sinks, and exact tokens.
 
     Attributes
     ----------
     pages
         Code pages of ``keys`` and ``values``, each slabs [B, P, Hkv, page_bytes].
     sinks
-        Exact sinks of ``keys`` and ``values``, [B, Hkv, S, D]; they count where their slot is below `num_coded`.
+        Exact sinks of ``keys`` and ``values``, [B, Hkv, S, D]; they count where their slot is below the row's `stop`.
     exact
-        Exact ``keys`` and ``values`` of the slots from `num_coded` on, the step's own included, [B, Hkv, T, D].
+        Exact ``keys`` and ``values`` of the slots from `first_exact` on, the step's own included, [B, Hkv, T, D]; they count
+        from the row's `stop` on.
+    stop
+        Slot behind the last that each row reads as code, [B] int64: at least `first_exact`, at most `num_coded` where a row has
+        any codes.
     newest
         In a captured step of one query: which of `exact` is its own token, [1] int64; those behind it are not there yet.
     """
@@ -39,20 +43,22 @@ class StepView:
     layer: QuantizedLayer
     step: int
     num_coded: int
+    first_exact: int
     pages: dict[Side, Slabs]
     sinks: dict[Side, torch.Tensor]
     exact: dict[Side, torch.Tensor]
+    stop: torch.Tensor
     newest: torch.Tensor | None = None
 
     @property
     def num_slots(self) -> int:
         """All slots visible in this step."""
-        return self.num_coded + self.exact["keys"].shape[2]
+        return self.first_exact + self.exact["keys"].shape[2]
 
     def query_slots(self, num_queries: int) -> torch.Tensor:
         """Return the slots of the step's queries, [Tq] int64."""
         if self.newest is not None:
-            return self.num_coded + self.newest
+            return self.first_exact + self.newest
         return torch.arange(self.num_slots - num_queries, self.num_slots, device=self.exact["keys"].device)
 
     def check_fresh(self) -> None:

@@ -11,12 +11,14 @@ from pqkv_cli.cache.drift import LayerDrift
 from pqkv_cli.cache.encoder import EncoderQueue
 from pqkv_cli.cache.handle import LazyStates, StepView
 from pqkv_cli.cache.notices import DECODED
+from pqkv_cli.cache.page_cut import cut_page
 from pqkv_cli.cache.page_job import PageJob
 from pqkv_cli.cache.pages import PageStore
+from pqkv_cli.cache.schedule import first_exact, most_exact, num_pages
 from pqkv_cli.cache.sinks import sinks_among, with_sinks
 from pqkv_cli.cache.static_step import StaticStep
 from pqkv_cli.cache.timeline import AngleSource, Timeline
-from pqkv_cli.cache.window import with_room
+from pqkv_cli.cache.window import coded_then_exact, with_room
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.codec import decode
 from pqkv_kernels.dispatch import Backend, prepare_tables
@@ -28,7 +30,8 @@ class QuantizedLayer(CacheLayerMixin):
     """Keys and values of one layer: pages of codes for old tokens, exact tensors for sinks and for the recent window.
 
     Slots ``0 .. 64 * P`` are coded (padding and sinks too: a uniform layout costs less than it saves); the sinks of each
-    row are kept exact beside them. The window holds at least ``spec.window_tokens`` and less than a page more.
+    row are kept exact beside them. The window holds the slots from `first_exact` on, up to two pages of them coded as well:
+    which of these a row reads as code, ``timeline.coded_stop`` says (see `pqkv_cli.cache.schedule`).
     """
 
     is_sliding = False
@@ -48,7 +51,7 @@ class QuantizedLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tables, self.spec, self.timeline, self.angle_source = tables, spec, timeline, angle_source
-        self._drift = drift
+        self._drift, self.capacity = drift, most_exact(spec.window_tokens)  # tokens in the window
         self.encoder = EncoderQueue() if encoder is None else encoder
         self.num_updates = self.num_materialized = self._last_job = 0
         self.pages: dict[Side, PageStore] = {side: PageStore() for side in SIDES}
@@ -59,7 +62,7 @@ class QuantizedLayer(CacheLayerMixin):
             store.truncate(0)
         self.sinks: dict[Side, torch.Tensor] = {}
         self.window: dict[Side, torch.Tensor] = {}
-        self.num_window = 0
+        self.first_exact = self.num_window = 0
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -72,14 +75,13 @@ class QuantizedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
-    def capacity(self) -> int:
-        """Tokens at which the window is flushed."""
-        return self.spec.window_tokens + PAGE_TOKENS
-
-    @property
     def num_coded(self) -> int:
-        """Slots held as codes."""
+        """Slots that pages hold."""
         return self.pages["keys"].num_pages * PAGE_TOKENS
+
+    def fits(self, num_tokens: int) -> bool:
+        """Return whether that many more tokens fill no page, so that they change nothing but the window."""
+        return num_pages(self.get_seq_length() + num_tokens, self.spec.window_tokens) <= self.pages["keys"].num_pages
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
@@ -87,8 +89,8 @@ class QuantizedLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a step's keys and values [B, Hkv, T, D] (keys after rotary embedding) and return handles on all of them.
 
-        What leaves the window goes to the encoder; the handles still see it exact, and see the codes that were there when
-        the step began, for which they wait. So results do not depend on when encoding happens.
+        What is due as codes goes to the encoder; the handles still see it exact, and see the codes that were there when the
+        step began, for which they wait. So results do not depend on when encoding happens.
 
         Raises
         ------
@@ -103,15 +105,15 @@ class QuantizedLayer(CacheLayerMixin):
         check_states(states, self.window, self.get_seq_length(), self.timeline.num_slots)
         self.encoder.wait(self._last_job)
         self.num_updates += 1
-        num_exact = self.num_window + key_states.shape[2]
-        fits = num_exact < self.capacity
-        exact = {side: self._joined(side, states[side], fits) for side in SIDES}
-        pages = {side: self.pages[side].views(self.device) for side in SIDES}
-        view = StepView(self, self.num_updates, self.num_coded, pages, dict(self.sinks), exact)
+        fits, num_slots = self.fits(key_states.shape[2]), self.get_seq_length() + key_states.shape[2]
+        kept_from = self.first_exact if fits else max(self.first_exact, first_exact(num_slots, self.spec.window_tokens))
+        exact = self._joined(states, stays=kept_from == self.first_exact)
+        held = self.num_coded, self.first_exact, {s: self.pages[s].views(self.device) for s in SIDES}, dict(self.sinks)
+        view = StepView(self, self.num_updates, *held, exact, self.timeline.stops())
         if fits:
-            self.num_window = num_exact
+            self.num_window = num_slots - self.first_exact
         else:
-            self._flush(exact)
+            self._flush(exact, num_slots, kept_from)
         return LazyStates(view, "keys"), LazyStates(view, "values")
 
     def materialize(self, view: StepView, side: Side) -> torch.Tensor:
@@ -121,12 +123,12 @@ class QuantizedLayer(CacheLayerMixin):
         exact = view.exact[side]
         if not view.num_coded:
             return exact
-        coded = self._decoded(side, torch.cat(view.pages[side], dim=1), 0, view.num_coded, view.sinks[side])
-        return torch.cat((coded, exact), dim=2)
+        coded = self.decoded(side, torch.cat(view.pages[side], dim=1), 0, view.num_coded, view.sinks[side])
+        return coded_then_exact(coded, 0, exact, view.first_exact, view.stop)
 
     def get_seq_length(self) -> int:
         """Return the number of slots held."""
-        return self.num_coded + self.num_window
+        return self.first_exact + self.num_window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return key length and offset of the mask of a step of `query_length` tokens."""
@@ -142,7 +144,7 @@ class QuantizedLayer(CacheLayerMixin):
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens; codes stay codes, their decoded values refill the window.
+        """Remove the last ``-tokens_to_remove`` tokens. Codes stay codes; those of a page that is cut are kept decoded.
 
         Raises
         ------
@@ -151,18 +153,9 @@ class QuantizedLayer(CacheLayerMixin):
         """
         kept = check_crop(tokens_to_remove, self.get_seq_length())
         self.encoder.finish()
-        if kept >= self.num_coded:
-            self.num_window = kept - self.num_coded
-            return
-        num_pages, rest = divmod(kept, PAGE_TOKENS)
-        for side in SIDES:
-            start = num_pages * PAGE_TOKENS
-            page = self.pages[side].page(num_pages).to(self.device)
-            decoded = self._decoded(side, page, start, start + PAGE_TOKENS, self.sinks[side])
-            self.window[side] = with_room(self.window[side], 0, rest, self.capacity)
-            self.window[side][:, :, :rest] = decoded[:, :, :rest]
-            self.pages[side].truncate(num_pages)
-        self.num_window = rest
+        if kept < self.num_coded:
+            cut_page(self, kept)
+        self.num_window = kept - self.first_exact
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace row `i` by row ``beam_idx[i]``."""
@@ -178,15 +171,16 @@ class QuantizedLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Keep codes in the memory of the CPU from now on; each step copies this layer's codes to the device and drops them."""
-        self.encoder.finish()
-        for store in self.pages.values():
-            store.move(torch.device("cpu"))
+        self._move_pages(torch.device("cpu"))
 
     def prefetch(self) -> None:
         """Keep codes on the layer's device again."""
+        self._move_pages(self.device)
+
+    def _move_pages(self, home: torch.device) -> None:
         self.encoder.finish()
         for store in self.pages.values():
-            store.move(self.device)
+            store.move(home)
 
     @property
     def code_bytes(self) -> int:
@@ -198,39 +192,45 @@ class QuantizedLayer(CacheLayerMixin):
         """Bytes of sinks and window allocated."""
         return sum(t.nbytes for t in (*self.sinks.values(), *self.window.values()))
 
-    def _joined(self, side: Side, states: torch.Tensor, fits: bool) -> torch.Tensor:
-        window, start = self.window[side], self.num_window
-        if not fits:
-            return torch.cat((window[:, :, :start], states), dim=2) if start else states
-        window = self.window[side] = with_room(window, start, start + states.shape[2], self.capacity)
-        window[:, :, start : start + states.shape[2]] = states
-        return window[:, :, : start + states.shape[2]]
+    def _joined(self, states: dict[Side, torch.Tensor], stays: bool) -> dict[Side, torch.Tensor]:
+        """Return window and new `states` in one, in the window itself where it `stays`."""
+        if not stays:
+            old = {side: self.window[side][:, :, : self.num_window] for side in SIDES}
+            return {s: torch.cat((old[s], states[s]), dim=2) for s in SIDES} if self.num_window else states
+        stop = self.num_window + states["keys"].shape[2]
+        for side in SIDES:
+            self.window[side] = with_room(self.window[side], self.num_window, stop, self.capacity)
+            self.window[side][:, :, self.num_window : stop] = states[side]
+        return {side: self.window[side][:, :, :stop] for side in SIDES}
 
-    def _flush(self, exact: dict[Side, torch.Tensor]) -> None:
-        """Hand the pages that leave the window to the encoder and start new tensors: the handles keep the old ones."""
-        num_exact, first, starts = exact["keys"].shape[2], self.num_coded, self.timeline.starts()
-        num_pages = (num_exact - self.spec.window_tokens) // PAGE_TOKENS
-        num_leaving, num_window = num_pages * PAGE_TOKENS, num_exact - num_pages * PAGE_TOKENS
-        leaving = {side: exact[side][:, :, :num_leaving] for side in SIDES}
+    def _flush(self, exact: dict[Side, torch.Tensor], num_slots: int, kept_from: int) -> None:
+        """Hand new pages to the encoder; exact tokens before `kept_from` go, in new tensors: the handles keep the old ones."""
+        first, starts, before = self.num_coded, self.timeline.starts(), self.first_exact
+        count = num_pages(num_slots, self.spec.window_tokens) - first // PAGE_TOKENS
+        stop = first + count * PAGE_TOKENS
+        leaving = {side: exact[side][:, :, first - before : stop - before] for side in SIDES}
         job = PageJob(
             backend=self.backend,
             tables=dict(self.tables),
             states=leaving,
-            angles={side: self.angles(side, first, first + num_leaving) for side in SIDES},
-            room={s: self.pages[s].room(num_pages, self.tables[s].layout.page_bytes, leaving[s]) for s in SIDES},
+            angles={side: self.angles(side, first, stop) for side in SIDES},
+            room={s: self.pages[s].room(count, self.tables[s].layout.page_bytes, leaving[s]) for s in SIDES},
             drift=self._drift,
             first_slot=first,
             text_start=starts + self.spec.num_sinks,
         )
         sinks = {s: sinks_among(leaving[s], first, starts, self.spec.num_sinks, self.sinks[s]) for s in SIDES}
-        window = {s: with_room(exact[s][:, :, num_leaving:], num_window, self.capacity, self.capacity) for s in SIDES}
+        num_window, size, window = num_slots - kept_from, self.capacity, self.window
+        if kept_from > before:
+            window = {s: with_room(x[:, :, kept_from - before :], num_window, size, size) for s, x in exact.items()}
         self._last_job = self.encoder.submit(job, self.device)
         # Only now, when nothing can fail any more: keys and values must not come apart.
-        self.sinks, self.window, self.num_window = sinks, window, num_window
+        self.sinks, self.window, self.num_window, self.first_exact = sinks, window, num_window, kept_from
         for side in SIDES:
-            self.pages[side].grow(num_pages)
+            self.pages[side].grow(count)
 
-    def _decoded(self, side: Side, pages: torch.Tensor, start: int, stop: int, sinks: torch.Tensor) -> torch.Tensor:
+    def decoded(self, side: Side, pages: torch.Tensor, start: int, stop: int, sinks: torch.Tensor) -> torch.Tensor:
+        """Return what `pages` of the slots ``start:stop`` stand for, [B, Hkv, T, D] in the cache's dtype; `sinks` are exact."""
         decoded = decode(pages, self.tables[side], self.angles(side, start, stop)).to(self.dtype)
         return with_sinks(decoded, start, self.timeline.starts(), sinks)
 

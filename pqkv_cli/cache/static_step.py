@@ -31,6 +31,8 @@ class StaticStep:
 
     Attributes
     ----------
+    stop
+        ``timeline.coded_stop`` of the step, [B] int64.
     newest
         Tokens in the windows before the step, [1] int64: the new one goes behind them.
     tensors
@@ -44,13 +46,16 @@ class StaticStep:
             for side, window in layer.window.items():
                 layer.window[side] = with_room(window, layer.num_window, layer.capacity, layer.capacity)
                 layer.window[side][:, :, layer.num_window :] = 0  # no weight makes a number of what is none
+        self._timeline = cache.timeline
+        self.stop = cache.timeline.settle(cache.get_seq_length()).clone()
         self.newest = torch.tensor([self._layers[0].num_window], device=self._layers[0].device)
         self.tensors, self._num_coded = held_tensors(cache), self._coded()
         self._pages = [store.views() for layer in self._layers for store in layer.pages.values()]  # with their addresses
 
     def begin(self) -> None:
-        """Tell the device where the token of the step to come goes."""
+        """Tell the device where the token of the step to come goes, and what the rows read as codes."""
         self.newest.fill_(self._layers[0].num_window)
+        self.stop.copy_(self._timeline.settle(self._layers[0].get_seq_length()))
 
     def end(self) -> None:
         """Count the token that was put there."""
@@ -85,14 +90,14 @@ class StaticStep:
         for side in SIDES:
             layer.window[side].index_copy_(2, self.newest, states[side])
         pages = {side: layer.pages[side].views(layer.device) for side in SIDES}
-        held = layer.num_coded, pages, dict(layer.sinks), dict(layer.window)
-        view = StepView(layer, layer.num_updates, *held, newest=self.newest)
+        held = layer.num_coded, layer.first_exact, pages, dict(layer.sinks), dict(layer.window)
+        view = StepView(layer, layer.num_updates, *held, self.stop, self.newest)
         return LazyStates(view, "keys"), LazyStates(view, "values")
 
 
 def has_room(cache: QuantizedCache) -> bool:
     """Return whether all layers hold codes and can take one more token without a flush."""
-    return all(layer.num_coded and layer.num_window + 1 < layer.capacity for layer in cache.quantized_layers)
+    return all(layer.num_coded and layer.fits(1) for layer in cache.quantized_layers)
 
 
 def held_tensors(cache: QuantizedCache) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ import torch
 
 from pqkv_cli.cache.notices import Notices
 from pqkv_cli.cache.page_bases import PageBases
+from pqkv_cli.cache.schedule import coded_stops
 from pqkv_cli.errors import CacheError
 from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.layout import PAGE_TOKENS
@@ -15,7 +16,7 @@ AngleSource = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Timeline:
-    """Positions of the slots of one cache.
+    """Positions of the slots of one cache, and which of them count as codes.
 
     A slot is a column of the cache: with left padding, slot and position differ. The facts of a step arrive through
     `begin` before any layer is updated, because ``Cache.update`` itself gets neither positions nor padding.
@@ -26,13 +27,17 @@ class Timeline:
         [B, T] int32, None before the first step.
     row_start
         Slot of the first real token of each row, [B] int64.
+    coded_stop
+        Slot behind the last that each row reads as code in the present step, [B] int64: never less than `row_start`, and never
+        less than before, unless the cache was cropped.
     step
         Number of steps begun; a handle of an earlier step is stale.
     notices
         What the cache has warned of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window_tokens: int = 0) -> None:
+        self._window_tokens = window_tokens
         self.step = 0
         self.notices = Notices()
         self.reset()
@@ -41,6 +46,7 @@ class Timeline:
         """Forget all slots."""
         self.positions: torch.Tensor | None = None
         self.row_start: torch.Tensor | None = None
+        self.coded_stop: torch.Tensor | None = None
         self._angles: dict[tuple[int, int, int], Angles] = {}
         self._bases = PageBases()
         self._page_angles: dict[int, tuple[int, Angles | PageAngles]] = {}  # of the newest number of pages
@@ -54,7 +60,7 @@ class Timeline:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors held between steps."""
-        held = [t for t in (self.positions, self.row_start) if t is not None]
+        held = [t for t in (self.positions, self.row_start, self.coded_stop) if t is not None]
         held += [t for _, angles in self._page_angles.values() if isinstance(angles, PageAngles) for t in angles.base]
         return sum(t.numel() * t.element_size() for t in held) + self._bases.num_bytes
 
@@ -88,6 +94,7 @@ class Timeline:
         if self.positions is None or num_past == 0:
             self.positions = new.contiguous()
             self.row_start = torch.zeros(len(new), dtype=torch.int64, device=new.device)
+            self.coded_stop = None
         else:
             if len(new) != len(self.positions):
                 raise CacheError(
@@ -97,7 +104,14 @@ class Timeline:
             self.positions = torch.cat((self.positions[:, :num_past], new), dim=1)
         if row_start is not None:
             self.row_start = row_start
+        self.settle(num_past)
         self._bases.extend(self.positions, self.starts())
+
+    def settle(self, num_slots: int) -> torch.Tensor:
+        """Count as codes what the rows do not keep exact with `num_slots` in the cache; return `coded_stop`, [B] int64."""
+        stops = coded_stops(self.starts(), num_slots, self._window_tokens)
+        self.coded_stop = stops if self.coded_stop is None else torch.maximum(self.coded_stop, stops)
+        return self.coded_stop
 
     def starts(self) -> torch.Tensor:
         """Return `row_start`, [B] int64.
@@ -113,6 +127,12 @@ class Timeline:
                 "`pqkv_cli.runtime.attach` (or `simulate`), which tells them before every step"
             )
         return self.row_start
+
+    def stops(self) -> torch.Tensor:
+        """Return `coded_stop`, [B] int64; as `starts`."""
+        self.starts()
+        assert self.coded_stop is not None  # known together with the row starts
+        return self.coded_stop
 
     def angles(self, source: AngleSource | None, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return ``(cos, sin)`` of the slots ``start:stop``, computed once per step for all layers; None without `source`.
@@ -177,9 +197,12 @@ class Timeline:
         self._forget_angles()
         if self.positions is not None:
             self.positions = self.positions[:, :num_slots].contiguous()
+        if self.coded_stop is not None:  # of a page that is cut, what was code is exact from now on: its decoded values
+            self.coded_stop = self.coded_stop.clamp(max=num_slots // PAGE_TOKENS * PAGE_TOKENS)
 
     def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the rows of every tensor by `change` of them (reorder, repeat, select)."""
         self._forget_angles()
-        if self.positions is not None and self.row_start is not None:
+        if self.positions is not None and self.row_start is not None and self.coded_stop is not None:
             self.positions, self.row_start = change(self.positions), change(self.row_start)
+            self.coded_stop = change(self.coded_stop)

@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import StaticCache
 
 from pqkv_cli.cache.pages import SLAB_PAGES
+from pqkv_cli.cache.schedule import most_exact, num_pages
 from pqkv_cli.errors import CacheError
 from pqkv_cli.evaluation.captured_steps import ROOM, Step, captured_static
 from pqkv_cli.evaluation.decode_step import attention, cache_bytes, filled, plain_step, wall_ms
@@ -59,13 +60,13 @@ def codes_row_bytes(
 
     At most, because a window may stand anywhere between two flushes, and the last slab of pages need not be full.
     """
-    num_pages = max(num_tokens - spec.window_tokens, 0) // PAGE_TOKENS
+    pages = num_pages(num_tokens, spec.window_tokens)
     page_bytes = shape.num_kv_heads * (keys.layout.page_bytes + values.layout.page_bytes)
-    exact = 2 * shape.num_kv_heads * shape.head_dim * itemsize * (spec.num_sinks + spec.window_tokens + PAGE_TOKENS)
+    exact = 2 * shape.num_kv_heads * shape.head_dim * itemsize * (spec.num_sinks + most_exact(spec.window_tokens))
     pairs = 0 if keys.rotary is None else keys.rotary.num_pairs
-    positions = 8 + 4 * num_tokens + num_pages * (4 + 2 * 4 * pairs)
-    addresses = 2 * 8 * num_pages
-    return shape.num_layers * ((num_pages + SLAB_PAGES) * page_bytes + exact + addresses) + positions
+    positions = 2 * 8 + 4 * num_tokens + pages * (4 + 2 * 4 * pairs)
+    addresses = 2 * 8 * pages
+    return shape.num_layers * ((pages + SLAB_PAGES) * page_bytes + exact + addresses) + positions
 
 
 @torch.no_grad()

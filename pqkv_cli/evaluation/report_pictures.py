@@ -5,6 +5,7 @@ from typing import Any
 
 from pqkv_cli.artifact.schema import Header
 from pqkv_cli.artifact.summary import Summary
+from pqkv_cli.cache.schedule import first_exact, num_pages
 from pqkv_cli.evaluation.report_svg import Axis, heat_map, line_chart
 from pqkv_cli.evaluation.report_tables import size
 from pqkv_cli.specs import SIDES
@@ -137,9 +138,8 @@ def _tokens(count: float) -> str:
 
 def compressed_bytes(summary: Summary, tokens: int) -> float:
     """Return the bytes of a compressed cache of `tokens`: codes in whole pages, exact tokens and dense layers in bf16."""
-    exact_from = summary.cache.num_sinks + summary.cache.window_tokens
-    pages = max(0, tokens - exact_from) // PAGE_TOKENS
-    coded = pages * PAGE_TOKENS
-    exact = tokens - coded
+    window = summary.cache.window_tokens
+    coded = num_pages(tokens, window) * PAGE_TOKENS
+    exact = tokens - first_exact(tokens, window) + (summary.cache.num_sinks if coded else 0)
     plain = summary.baseline_bytes_per_token - summary.dense_bytes_per_token
     return coded * summary.code_bytes_per_token + exact * plain + tokens * summary.dense_bytes_per_token

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from pqkv_cli.cache.schedule import most_exact
 from pqkv_cli.errors import UsageError
 from pqkv_cli.models.footprint import LayerFootprint, layer_footprints, weights
 from pqkv_cli.models.geometry import geometry
@@ -119,7 +120,7 @@ class _Shape:
         code_bytes = sum(layer.num_kv_heads * layout.page_bytes / PAGE_TOKENS for layer, pair in layouts for layout in pair)
         dense = [f for f, layer in zip(footprints, layers, strict=True) if layer.dense_reason or not layouts]
         growing = sum(f.channels for f in dense if not f.window_tokens)
-        exact_tokens = spec.num_sinks + spec.window_tokens + PAGE_TOKENS
+        exact_tokens = spec.num_sinks + most_exact(spec.window_tokens)
         return cls(
             code_bytes + growing * _BF16_BYTES + (_POSITION_BYTES if coded else 0),
             sum(coded) * exact_tokens * _BF16_BYTES,

@@ -88,13 +88,13 @@ def _exact_parts(
     """Attend with the queries of `block` to the exact sinks and to the tokens after the codes."""
     queries = query[:, :, block]
     keys, values = view.exact["keys"], view.exact["values"]
-    exact_slots = view.num_coded + torch.arange(keys.shape[2], device=query.device)
+    exact_slots = view.first_exact + torch.arange(keys.shape[2], device=query.device)
     query_slots = view.query_slots(query.shape[2])[block]
     causal = exact_slots[None, :] <= query_slots[:, None]
-    valid = causal[None] & (exact_slots >= row_start[:, None])[:, None]
+    valid = causal[None] & (exact_slots >= view.stop[:, None])[:, None]
     if num_sinks := view.sinks["keys"].shape[2]:
         sink_slots = row_start[:, None] + torch.arange(num_sinks, device=query.device)
-        coded = (sink_slots < view.num_coded)[:, None].expand(-1, valid.shape[1], -1)
+        coded = (sink_slots < view.stop[:, None])[:, None].expand(-1, valid.shape[1], -1)
         keys, values = torch.cat((view.sinks["keys"], keys), dim=2), torch.cat((view.sinks["values"], values), dim=2)
         valid = torch.cat((coded, valid), dim=-1)
     return [exact_attention(queries, keys, values, valid, scaling, softcap)]
@@ -103,7 +103,7 @@ def _exact_parts(
 def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None) -> Part:
     layer = view.layer
     tables, angles = layer.tables, angles_of_pages(layer, view.num_coded)
-    first_token = row_start + view.sinks["keys"].shape[2]
+    spans = torch.stack((row_start + view.sinks["keys"].shape[2], view.stop), dim=1)
     pages = view.pages
     return attend_codes(
         layer.backend,
@@ -112,7 +112,7 @@ def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, sc
         pages["values"],
         tables["keys"],
         tables["values"],
-        first_token,
+        spans,
         scaling,
         angles,
         softcap,

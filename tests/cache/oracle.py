@@ -11,36 +11,53 @@ PAGE = 64
 
 
 class OracleLayer(DynamicLayer):
-    """Dense keys and values; `coded` slots from the left are replaced by their round trip, row by row except sinks."""
+    """Dense keys and values; in each row, `coded` slots from the left are replaced by their round trip, except sinks."""
 
     def __init__(self, tables, spec, timeline, source):
         super().__init__()
         self.tables, self.spec, self.timeline, self.source = tables, spec, timeline, source
-        self.coded = 0
+        self.coded = None
 
     def update(self, key_states, value_states, *args, **kwargs):
         super().update(key_states, value_states)
         seen = self.keys.clone(), self.values.clone()  # what this step attends to: nothing newly coded
-        exact = self.get_seq_length() - self.coded
-        leaving = max(0, exact - self.spec.window_tokens) // PAGE * PAGE
-        self._code(slice(self.coded, self.coded + leaving))
-        self.coded += leaving
+        starts = self.timeline.starts()
+        self.coded = starts.clone() if self.coded is None else self.coded
+        for row, start in enumerate(starts.tolist()):
+            self._code(row, start, int(self.coded[row]), max(int(self.coded[row]), self._stop(start)))
         return seen
 
-    def _code(self, slots):
-        exact = self.keys[:, :, slots], self.values[:, :, slots]
-        angles = None if self.source is None else self.source(self.timeline.positions[:, slots].long())
-        coded = round_trip(exact[0], self.tables["keys"], angles), round_trip(exact[1], self.tables["values"])
-        for row, start in enumerate(self.timeline.starts().tolist()):
-            sinks = range(max(start, slots.start), min(start + self.spec.num_sinks, slots.stop))
-            for slot in sinks:
-                for new, old in zip(coded, exact, strict=True):
-                    new[row, :, slot - slots.start] = old[row, :, slot - slots.start]
-        self.keys[:, :, slots], self.values[:, :, slots] = coded
+    def _stop(self, start):
+        """A row of n tokens has whole pages of its own coded, as far as whole pages of the cache's are there to hold them."""
+        held, window = self.get_seq_length(), self.spec.window_tokens
+        own = max(0, held - start - window) // PAGE * PAGE
+        pages = min(-(-max(0, held - window) // PAGE), held // PAGE)
+        return min(start + own, max(start, pages * PAGE))
+
+    def _code(self, row, start, first, stop):
+        text = slice(max(first, start + self.spec.num_sinks), stop)
+        self.coded[row] = stop
+        if text.start < text.stop:
+            keys, values = (t[row : row + 1, :, text] for t in (self.keys, self.values))
+            angles = None if self.source is None else self.source(self.timeline.positions[row : row + 1, text].long())
+            self.keys[row, :, text] = round_trip(keys, self.tables["keys"], angles)[0]
+            self.values[row, :, text] = round_trip(values, self.tables["values"])[0]
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)
-        self.coded = min(self.coded, self.get_seq_length() // PAGE * PAGE)
+        self.coded = self.coded.clamp(max=self.get_seq_length() // PAGE * PAGE)
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self.coded = self.coded[beam_idx]
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self.coded = self.coded.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.coded = self.coded[indices]
 
 
 def oracle_cache(config, tables, spec, sources):

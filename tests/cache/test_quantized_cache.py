@@ -43,24 +43,28 @@ def test_other_attention_functions_decode_and_are_counted(bench) -> None:
     assert quantized.num_materialized == 2 * 2 * len(steps)
 
 
-def test_left_padded_rows_equal_their_unbatched_runs(bench) -> None:
-    lengths = [1, 7, 64, 300]
-    rows = [bench.tokens(1, length + 70, seed=length) for length in lengths]
+@pytest.mark.parametrize("piece", [1, 40])
+def test_left_padded_rows_equal_their_unbatched_runs(bench, piece) -> None:
+    """Also long after their own tokens became codes, and whatever pieces the text comes in."""
+    lengths, more = [1, 7, 64, 300, 330], 240
+    rows = [bench.tokens(1, length + more, seed=length) for length in lengths]
     longest = max(lengths)
-    tokens = torch.cat(
-        [torch.cat((torch.zeros(1, longest - n, dtype=torch.long), row), 1) for n, row in zip(lengths, rows, strict=True)]
-    )
-    mask = torch.stack([(torch.arange(longest + 70) >= longest - n).long() for n in lengths])
-    steps = [longest, *[1] * 70]
-    batched = logits_in_steps(bench, bench.quantized(), tokens, steps, "pqkv", mask)
-    close(batched[mask.bool()], logits_in_steps(bench, bench.oracle(), tokens, steps, "sdpa", mask)[mask.bool()])
-    if bench.spec.window_tokens == 0:
-        return  # without a window, page borders fall elsewhere in a padded row
-    # Until a row's own tokens are coded, which in a batch may be up to a page earlier than alone: of 64 tokens after 20 more.
-    for index, more in enumerate((59, 70, 20, 70)):
-        n = lengths[index]
-        alone = logits_in_steps(bench, bench.quantized(), rows[index][:, : n + more], [n, *[1] * more], "pqkv")
-        close(batched[index : index + 1, longest - n : longest + more], alone)
+    padding = [torch.zeros(1, longest - n, dtype=torch.long) for n in lengths]
+    tokens = torch.cat([torch.cat(both, 1) for both in zip(padding, rows, strict=True)])
+    mask = torch.stack([(torch.arange(longest + more) >= longest - n).long() for n in lengths])
+    steps = [piece] * (more // piece)
+    quantized = bench.quantized()
+    batched = logits_in_steps(bench, quantized, tokens, [longest, *steps], "pqkv", mask)
+    decoded = logits_in_steps(bench, bench.oracle(), tokens, [longest, *steps], "sdpa", mask)
+    close(batched[mask.bool()], decoded[mask.bool()])
+    coded = quantized.timeline.stops() - quantized.timeline.starts()
+    assert int(coded.min()) >= 64
+    if bench.spec.window_tokens < 63:
+        return  # then a padded row's page may have to wait for slots of the page that holds its end
+    assert coded.tolist() == [(n + more - piece - bench.spec.window_tokens) // 64 * 64 for n in lengths]
+    for index, n in enumerate(lengths):
+        alone = logits_in_steps(bench, bench.quantized(), rows[index], [n, *steps], "pqkv")
+        close(batched[index : index + 1, longest - n :], alone)
 
 
 @pytest.mark.parametrize("removed", [1, 30, 66, 130, 200, 279])

@@ -155,10 +155,10 @@ def test_speed_is_drawn_where_it_was_measured(subject: Maker) -> None:
 
 def test_memory_is_counted_as_the_cache_holds_it(subject: Maker) -> None:
     summary = summarize(subject().artifact)
-    exact = summary.cache.num_sinks + summary.cache.window_tokens
-    assert compressed_bytes(summary, exact) == exact * summary.baseline_bytes_per_token
-    coded = compressed_bytes(summary, exact + 64)
-    assert coded == exact * summary.baseline_bytes_per_token + 64 * summary.code_bytes_per_token
+    sinks, window, plain = summary.cache.num_sinks, summary.cache.window_tokens, summary.baseline_bytes_per_token
+    assert compressed_bytes(summary, window + 63) == (window + 63) * plain
+    assert compressed_bytes(summary, window + 64) == (sinks + window + 64) * plain + 64 * summary.code_bytes_per_token
+    assert compressed_bytes(summary, window + 640) == (sinks + window + 64) * plain + 640 * summary.code_bytes_per_token
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class Inputs:
     value_pages: list[torch.Tensor]
     keys: CodecTables
     values: CodecTables
-    first: torch.Tensor
+    spans: torch.Tensor
     angles: Angles | PageAngles | None
 
 
@@ -107,14 +107,15 @@ def inputs(case: Case, heads: int = 1) -> Inputs:
         torch.randint(0, 256, (batch, num_pages, heads, layout.page_bytes), dtype=torch.uint8, generator=generator)
         for _ in range(2)
     ]
-    first = torch.full((batch,), 64 * num_pages - case.num_tokens)
-    first[1:] = 64 * num_pages - case.num_tokens // 2  # unequal: the second row is shorter, or empty
+    counts = torch.tensor([case.num_tokens, case.num_tokens // 2][:batch])  # unequal: the second row is shorter, or empty
+    first = (64 * num_pages - counts) // 2
+    spans = torch.stack((first, first + counts), dim=1)
     query = torch.randn(batch, heads * case.group_size, case.num_queries, case.dim, generator=generator).to(case.dtype)
     cut = num_pages // 2
     slabs = [[side[:, :cut], side[:, cut:]] if cut else [side] for side in pages]
     moved = [[slab.to(DEVICE) for slab in side] for side in slabs]
     return Inputs(
-        query.to(DEVICE), *moved, keys.to(DEVICE), values.to(DEVICE), first.to(DEVICE), _angles(case, rotary, batch, num_pages)
+        query.to(DEVICE), *moved, keys.to(DEVICE), values.to(DEVICE), spans.to(DEVICE), _angles(case, rotary, batch, num_pages)
     )
 
 

@@ -25,9 +25,11 @@ def test_attention_over_codes_equals_attention_over_decoded_vectors(
 ) -> None:
     keys, values, angles, key_pages, value_pages, decoded_keys, decoded_values = coded(generator, 3, num_pages)
     query = torch.randn(3, 2 * groups, 2, 16, generator=generator)
-    first = torch.tensor([0, 5, 64 * num_pages - 1])
-    output, lse = code_attention(code_queries(query, keys), key_pages, value_pages, keys, values, first, 0.3, angles, softcap)
-    valid = (torch.arange(64 * num_pages) >= first[:, None])[:, None]
+    stop = 64 * num_pages
+    spans = torch.tensor([[0, stop], [5, stop - 9], [stop - 1, stop + 70]])
+    output, lse = code_attention(code_queries(query, keys), key_pages, value_pages, keys, values, spans, 0.3, angles, softcap)
+    index = torch.arange(stop)
+    valid = ((index >= spans[:, :1]) & (index < spans[:, 1:]))[:, None]
     expected = dull_attention(query, decoded_keys, decoded_values, valid, 0.3, softcap)
     torch.testing.assert_close(leave_code_space(output, values).double(), expected, atol=2e-4, rtol=2e-4)
     assert lse.shape == (3, 2, groups, 2)
@@ -37,7 +39,7 @@ def test_rows_without_coded_tokens_are_neutral(generator: torch.Generator) -> No
     keys, values, angles, key_pages, value_pages, *_ = coded(generator, 2, 1)
     query = torch.randn(2, 4, 1, 16, generator=generator)
     output, lse = code_attention(
-        code_queries(query, keys), key_pages, value_pages, keys, values, torch.tensor([64, 99]), 0.3, angles
+        code_queries(query, keys), key_pages, value_pages, keys, values, torch.tensor([[64, 99], [7, 7]]), 0.3, angles
     )
     assert torch.equal(output, torch.zeros_like(output)) and bool((lse == -torch.inf).all())
 
@@ -45,7 +47,9 @@ def test_rows_without_coded_tokens_are_neutral(generator: torch.Generator) -> No
 def test_no_pages_at_all_is_neutral(generator: torch.Generator) -> None:
     keys, values, angles, key_pages, value_pages, *_ = coded(generator, 2, 1)
     query = code_queries(torch.randn(2, 4, 1, 16, generator=generator), keys)
-    output, lse = code_attention(query, key_pages[:, :0], value_pages[:, :0], keys, values, torch.zeros(2).long(), 0.3, angles)
+    output, lse = code_attention(
+        query, key_pages[:, :0], value_pages[:, :0], keys, values, torch.zeros(2, 2).long(), 0.3, angles
+    )
     assert output.shape == query.shape and bool((lse == -torch.inf).all())
 
 
@@ -67,4 +71,4 @@ def test_mismatched_pages_are_refused(generator: torch.Generator) -> None:
     keys, values, angles, key_pages, value_pages, *_ = coded(generator, 1, 2)
     query = code_queries(torch.randn(1, 2, 1, 16, generator=generator), keys)
     with pytest.raises(KernelError, match="expected equal B, P, Hkv"):
-        code_attention(query, key_pages, value_pages[:, :1], keys, values, torch.zeros(1).long(), 0.3, angles)
+        code_attention(query, key_pages, value_pages[:, :1], keys, values, torch.tensor([[0, 64]]), 0.3, angles)

@@ -24,7 +24,7 @@ def reference(given: Inputs, softcap: float | None) -> tuple[torch.Tensor, torch
     key_pages, value_pages = torch.cat(given.key_pages, 1), torch.cat(given.value_pages, 1)
     query = code_queries(given.query, given.keys)
     out, lse = code_attention(
-        query, key_pages, value_pages, given.keys, given.values, given.first, SCALING, given.angles, softcap
+        query, key_pages, value_pages, given.keys, given.values, given.spans, SCALING, given.angles, softcap
     )
     return leave_code_space(out, given.values), lse.flatten(1, 2)
 
@@ -43,7 +43,7 @@ def test_torch_equals_the_reference(case: Case) -> None:
     given = inputs(case, heads=2)
     found = attend_codes(
         "torch",
-        *(given.query, given.key_pages, given.value_pages, given.keys, given.values, given.first),
+        *(given.query, given.key_pages, given.value_pages, given.keys, given.values, given.spans),
         *(SCALING, given.angles, case.softcap),
     )
     close(found, reference(given, case.softcap), 2e-4)
@@ -59,7 +59,7 @@ def test_native_equals_the_reference(case: Case, threads: int, monkeypatch: pyte
     given = inputs(case, heads=2)
     found = attend_codes(
         "native",
-        *(given.query, given.key_pages, given.value_pages, given.keys, given.values, given.first),
+        *(given.query, given.key_pages, given.value_pages, given.keys, given.values, given.spans),
         *(SCALING, given.angles, case.softcap),
     )
     close(found, reference(given, case.softcap), 2e-4)
@@ -82,7 +82,7 @@ def test_triton_equals_the_reference(case: Case) -> None:
     config = fast if case.config == "fast" else EXACT
     out, lse = triton_attention(
         code_queries(given.query, given.keys),
-        *(given.key_pages, given.value_pages, given.keys, given.values, given.first),
+        *(given.key_pages, given.value_pages, given.keys, given.values, given.spans),
         *(SCALING, given.angles, case.softcap, config),
     )
     close(
@@ -93,22 +93,25 @@ def test_triton_equals_the_reference(case: Case) -> None:
 
 
 @given(
-    seed=st.integers(0, 2**31), slot=st.integers(0, 63), nbits=st.sampled_from(["2", "4", "7", "10", "8+6+4", "4,4", "w8,4"])
+    seed=st.integers(0, 2**31),
+    span=st.sets(st.integers(0, 64), min_size=2, max_size=2),
+    nbits=st.sampled_from(["2", "4", "7", "10", "8+6+4", "4,4", "w8,4"]),
 )
 @settings(max_examples=25, deadline=None)
-def test_one_token_s_log_sum_exp_is_its_score(seed: int, slot: int, nbits: str) -> None:
+def test_one_token_s_log_sum_exp_is_its_score(seed: int, span: set[int], nbits: str) -> None:
     """The score read from tables and codes is the product of the query with the decoded key."""
     case = Case(nbits, 64, 64, 2, "pages", False, None, "exact", 1, torch.float32)
     given = inputs(case, heads=2)
     query = torch.randn(given.query.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     keys = decode(given.key_pages[0], given.keys, token_angles(given.angles))
     values = decode(given.value_pages[0], given.values)
-    first = torch.tensor([slot], device=DEVICE)
+    slot, stop = min(span), max(span)
+    spans = torch.tensor([[slot, stop]], device=DEVICE)
     args = (given.key_pages, given.value_pages, given.keys, given.values)
-    out, lse = attend_codes("torch", query, *args, first, SCALING, given.angles)
-    scores = (query.unflatten(1, (2, 2)) @ keys[:, :, None].mT)[..., slot:] * SCALING
+    out, lse = attend_codes("torch", query, *args, spans, SCALING, given.angles)
+    scores = (query.unflatten(1, (2, 2)) @ keys[:, :, None].mT)[..., slot:stop] * SCALING
     torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2), atol=2e-4, rtol=2e-4)
-    expected = (scores.softmax(-1) @ values[:, :, None, slot:]).flatten(1, 2)
+    expected = (scores.softmax(-1) @ values[:, :, None, slot:stop]).flatten(1, 2)
     torch.testing.assert_close(out, expected, atol=2e-4, rtol=2e-4)
 
 
@@ -120,7 +123,7 @@ def test_a_gradient_of_the_queries_is_that_of_the_reference(num_queries: int, ba
     for function in (backend, "reference"):
         given = inputs(case, heads=2)
         query = given.query.requires_grad_()
-        args = (given.key_pages, given.value_pages, given.keys, given.values, given.first)
+        args = (given.key_pages, given.value_pages, given.keys, given.values, given.spans)
         found = attend_codes(backend, query, *args, SCALING, given.angles) if function == backend else reference(given, None)
         found[0].square().sum().backward()
         gradients.append(query.grad)
@@ -134,5 +137,5 @@ def test_pages_need_not_lie_together_and_queries_may_be_views() -> None:
     spread = [[slab.repeat_interleave(2, 1)[:, ::2] for slab in side] for side in (given.key_pages, given.value_pages)]
     query = given.query.transpose(1, 2).contiguous().transpose(1, 2)
     for backend in ("torch", "triton", *(["native"] if find_compiler() and DEVICE.type == "cpu" else [])):
-        found = attend_codes(backend, query, *spread, given.keys, given.values, given.first, SCALING, given.angles)
+        found = attend_codes(backend, query, *spread, given.keys, given.values, given.spans, SCALING, given.angles)
         close(found, expected, 2e-2 if backend == "triton" and DEVICE.type == "cuda" else 2e-4)

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def call(backend: str = "torch", **changes):
     given = inputs(CASE, heads=2)
-    names = ("query", "key_pages", "value_pages", "keys", "values", "first")
+    names = ("query", "key_pages", "value_pages", "keys", "values", "spans")
     arguments = {name: getattr(given, name) for name in names} | {"angles": given.angles} | changes
     return attend_codes(backend, *(arguments[name] for name in names), 0.1, arguments["angles"])
 
@@ -91,9 +91,9 @@ def test_subspaces_that_cut_pairs_still_attend(generator) -> None:
     odd = CodecTables(layout, random_codebooks(layout, 2, generator)).to(DEVICE)
     given = inputs(CASE, heads=2)
     pages = [torch.randint(0, 256, (2, n, 2, layout.page_bytes), dtype=torch.uint8, device=DEVICE) for n in (1, 1)]
-    out, lse = attend_codes("torch", given.query, pages, pages, odd, odd, given.first, 0.1)
+    out, lse = attend_codes("torch", given.query, pages, pages, odd, odd, given.spans, 0.1)
     whole = [torch.cat(pages, 1)]
-    for a, b in zip((out, lse), attend_codes("torch", given.query, whole, whole, odd, odd, given.first, 0.1), strict=True):
+    for a, b in zip((out, lse), attend_codes("torch", given.query, whole, whole, odd, odd, given.spans, 0.1), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -104,8 +104,8 @@ def test_subspaces_that_cut_pairs_still_attend(generator) -> None:
         ({"query": torch.zeros(2, 4, 1, 32)}, "queries have shape [2, 4, 1, 32]; expected [B, a multiple of 2, Tq, 64]"),
         ({"query": torch.zeros(2, 3, 1, 64)}, "expected [B, a multiple of 2, Tq, 64]"),
         ({"query": torch.zeros(2, 4, 1, 64).long()}, "expected a float dtype"),
-        ({"first": torch.zeros(3).long()}, "first_token has shape [3]"),
-        ({"first": torch.zeros(2)}, "expected [2] torch.int64"),
+        ({"spans": torch.zeros(2).long()}, "spans have shape [2] and dtype torch.int64"),
+        ({"spans": torch.zeros(2, 2)}, "expected [2, 2] torch.int64"),
         ({"key_pages": [torch.zeros(2, 2, 2, 7, dtype=torch.uint8)]}, "expected equal B, P, Hkv in every slab"),
         ({"angles": None}, "need the angles of their positions; none were given"),
         ({"angles": (torch.zeros(2, 5, 32), torch.zeros(2, 5, 32))}, "angles have shape [2, 5, 32]; expected [2, 128, 32]"),
@@ -136,7 +136,7 @@ def test_an_empty_batch_and_an_empty_cache_are_answered() -> None:
     for backend in ("torch", "triton"):
         out, lse = call(backend, key_pages=none, value_pages=none, angles=angles)
         assert not out.any() and bool((lse == -torch.inf).all())
-        rows = {"query": given.query[:0], "first": given.first[:0], "angles": PageAngles(*_no_rows(given.angles))}
+        rows = {"query": given.query[:0], "spans": given.spans[:0], "angles": PageAngles(*_no_rows(given.angles))}
         key_pages, value_pages = ([slab[:0] for slab in side] for side in (given.key_pages, given.value_pages))
         out, lse = call(backend, key_pages=key_pages, value_pages=value_pages, **rows)
         assert out.shape == (0, 4, 1, 64) and lse.shape == (0, 4, 1)

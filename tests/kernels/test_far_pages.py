@@ -19,10 +19,10 @@ def test_the_last_pages_of_a_slab_of_more_than_two_gigabytes() -> None:
     for slab, pages in zip(slabs, known, strict=True):
         slab[:, -2:] = pages  # the rest is never touched: a system gives it no memory
     assert slabs[0].numel() > 1 << 31 and int(page_addresses(slabs[:1])[0, -1]) - slabs[0].data_ptr() > 1 << 31
-    first = torch.tensor([5], device=DEVICE)
+    spans = torch.tensor([[5, 120]], device=DEVICE)
     far = attend_codes(
-        "triton", given.query, *[[s] for s in slabs], given.keys, given.values, first + 64 * (num_pages - 2), 0.1
+        "triton", given.query, *[[s] for s in slabs], given.keys, given.values, spans + 64 * (num_pages - 2), 0.1
     )
-    near = attend_codes("torch", given.query, *[[p] for p in known], given.keys, given.values, first, 0.1)
+    near = attend_codes("torch", given.query, *[[p] for p in known], given.keys, given.values, spans, 0.1)
     for a, b in zip(far, near, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

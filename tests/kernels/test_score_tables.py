@@ -48,7 +48,7 @@ def test_the_kernel_looks_up_where_its_configuration_says_so(nbits: str, softcap
     from pqkv_kernels.triton_attention import triton_attention
 
     given_inputs = inputs(Case(nbits, 64, 130, 1, "post", True, softcap, "exact", 1, torch.float32), heads=2)
-    args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.first)
+    args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.spans)
     config = replace(EXACT, key_scores="table", min_split_pages=1, tile_tokens=32)
     out, lse = triton_attention(code_queries(given_inputs.query, given_inputs.keys), *args, SCALING, None, softcap, config)
     close((leave_code_space(out, given_inputs.values), lse.flatten(1, 2)), reference(given_inputs, softcap), 2e-4)
@@ -57,7 +57,7 @@ def test_the_kernel_looks_up_where_its_configuration_says_so(nbits: str, softcap
 @pytest.mark.parametrize("nbits", FORMATS)
 def test_torch_looks_up_for_one_query(nbits: str) -> None:
     given_inputs = inputs(Case(nbits, 64, 130, 1, "post", True, None, "exact", 1, torch.float32), heads=2)
-    args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.first)
+    args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.spans)
     close(attend_codes("torch", given_inputs.query, *args, SCALING, None), reference(given_inputs, None), 2e-4)
 
 
@@ -66,7 +66,7 @@ def test_several_queries_and_turned_keys_are_decoded_whatever_it_says(group: int
     from pqkv_kernels.triton_attention import triton_attention
 
     given_inputs = inputs(Case("8", 64, 130, group, turn, True, None, "exact", 1, torch.float32), heads=2)
-    args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.first)
+    args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.spans)
     config = replace(EXACT, key_scores="table")
     coded = code_queries(given_inputs.query, given_inputs.keys)
     out, lse = triton_attention(coded, *args, SCALING, given_inputs.angles, None, config)

@@ -24,7 +24,7 @@ def build(kernel, constants, types, warps):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 parts = dict(K_STAGES=1, K8=True, K4=True, K2=True, K1=False, V_STAGES=2, V8=False, V4=True, V2=False, V1=False)
-types = {name: "*i64" for name in ("p_key_pages", "p_value_pages", "p_first", "p_pairs")} | {"softcap": "fp32"}
+types = {name: "*i64" for name in ("p_key_pages", "p_value_pages", "p_spans", "p_pairs")} | {"softcap": "fp32"}
 types["p_score_rows"] = "*i32"
 types |= {f"p_{side}_{what}": "*i32" for side in ("key", "value") for what in ("parts", "rows", "entries")}
 for looked_up, turn in ((False, 1), (True, 0)):
