@@ -20,9 +20,11 @@ from pqkv_kernels.channel_tables import channel_tables
 from pqkv_kernels.checks import check_attention
 from pqkv_kernels.codec import encode
 from pqkv_kernels.errors import KernelError
+from pqkv_kernels.exact_tokens import ExactTokens, add_exact
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.native_attention import can_attend, native_attention
 from pqkv_kernels.native_build import native_obstacle
+from pqkv_kernels.native_exact import can_add, native_add_exact
 from pqkv_kernels.planes import planes_of
 from pqkv_kernels.tables import CodecTables
 from pqkv_kernels.torch_attention import plane_attention
@@ -162,6 +164,15 @@ def attend_codes(
         ]
         output, lse = merge(parts) if parts else (torch.zeros_like(coded), coded.new_full(coded.shape[:-1], -torch.inf))
     return leave_code_space(output, value_tables), lse.flatten(1, 2)
+
+
+def attend_exact(
+    backend: Backend, coded: Part, query: torch.Tensor, exact: ExactTokens, scaling: float, softcap: float | None = None
+) -> Part:
+    """Add exact tokens to what `attend_codes` returned, as `pqkv_kernels.exact_tokens.add_exact` does."""
+    if backend == "native" and can_add(query, exact):
+        return native_add_exact(coded, query, exact, scaling, softcap)
+    return add_exact(coded, query, exact, scaling, softcap)
 
 
 def encode_pages(backend: Backend, x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from pqkv_kernels.addresses import page_addresses, whole_slabs
 from pqkv_kernels.angles import Angles, PageAngles
-from pqkv_kernels.attention import Part, softmax_parts
+from pqkv_kernels.attention import Part
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.native_build import native_library
 from pqkv_kernels.native_threads import in_shares
@@ -100,7 +100,9 @@ def native_attention(
     # Its loops know every block that `_blocks` makes.
     most = max(1, batch * heads * blocks * num_pages // _THREAD_PAGES)
     in_shares(native_library().pqkv_attend, job, batch * heads * blocks * chunks, most)
-    return _merged(out, lse, group, num_queries)
+    if chunks > 1:
+        in_shares(native_library().pqkv_merge, job, batch * heads * blocks, 1)
+    return _unblocked(out, group, num_queries), _unblocked(lse, group, num_queries)
 
 
 def _blocks(query: torch.Tensor, keys: Planes, scaling: float) -> torch.Tensor:
@@ -169,13 +171,11 @@ def _group_row(part: PlaneGroup, planes: torch.Tensor, held: list[torch.Tensor])
     return [*place, planes.data_ptr(), planes.stride(0), int(is_wide)]
 
 
-def _merged(out: torch.Tensor, lse: torch.Tensor, group: int, num_queries: int) -> Part:
-    """Merge parts [B, Hkv, Q, C, N, D] over C and return [B, Hkv, G, Tq, D] and its log-sum-exp."""
-    weights, total, merged = softmax_parts(lse.transpose(3, 4))  # [B, Hkv, Q, N, C]
-    output = ((weights / total).transpose(3, 4)[..., None] * out).sum(3) if lse.shape[3] > 1 else out[:, :, :, 0]
-    count = group * num_queries
-    merged = merged.flatten(2)[:, :, :count].unflatten(2, (group, num_queries))
-    return output.flatten(2, 3)[:, :, :count].unflatten(2, (group, num_queries)), merged
+def _unblocked(blocks: torch.Tensor, group: int, num_queries: int) -> torch.Tensor:
+    """Return [B, Hkv, G, Tq, ...] of the first parts of `blocks` [B, Hkv, Q, C, N, ...]."""
+    rows = blocks[:, :, :, 0].flatten(2, 3)[:, :, : group * num_queries]
+    first: torch.Tensor = rows.unflatten(2, (group, num_queries))
+    return first
 
 
 assert PAGE_TOKENS == 64  # the C++ source says so, too

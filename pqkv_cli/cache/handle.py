@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from pqkv_cli.errors import CacheError
+from pqkv_kernels.exact_tokens import ExactTokens
 
 if TYPE_CHECKING:
     from pqkv_cli.cache.layer import QuantizedLayer
@@ -55,11 +56,10 @@ class StepView:
         """All slots visible in this step."""
         return self.first_exact + self.exact["keys"].shape[2]
 
-    def query_slots(self, num_queries: int) -> torch.Tensor:
-        """Return the slots of the step's queries, [Tq] int64."""
-        if self.newest is not None:
-            return self.first_exact + self.newest
-        return torch.arange(self.num_slots - num_queries, self.num_slots, device=self.exact["keys"].device)
+    def exact_tokens(self, starts: torch.Tensor) -> ExactTokens:
+        """Return what rows that start at `starts` [B] read exact."""
+        sinks, recent = ((held["keys"], held["values"]) for held in (self.sinks, self.exact))
+        return ExactTokens(sinks, recent, starts, self.stop, self.first_exact, self.newest)
 
     def check_fresh(self) -> None:
         """Refuse to be read after a later step.

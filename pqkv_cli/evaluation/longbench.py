@@ -40,7 +40,8 @@ def longbench(subject: Subject, settings: EvaluationSettings, on_progress: Calla
     rows = {(row.task, row.number): row for row in load_longbench(subject.data, tasks, settings.limit)}
     if subject.data is None:
         subject.asked.extend(row.prompt for row in rows.values())
-    asked = [_question(subject, row, settings.context) for row in rows.values()]
+    cut = cut_middle(subject.tokenizer, [row.prompt for row in rows.values()], settings.context)
+    asked = [_question(subject, row, *kept, settings.context) for row, kept in zip(rows.values(), cut, strict=True)]
     # Prompts of a length together, so that batches are hardly padded.
     order = list(TASKS)
     asked.sort(key=lambda q: (q.max_new_tokens, bool(q.stop_ids), len(q.ids), order.index(q.facts["task"]), q.facts["number"]))
@@ -52,18 +53,21 @@ def longbench(subject: Subject, settings: EvaluationSettings, on_progress: Calla
     return _outcome(ask(subject, settings, asked, score_of, on_progress), tasks, settings, subject)
 
 
-def cut_middle(tokenizer: Any, text: str, max_length: int) -> tuple[str, bool]:
-    """Return `text`, or its first and last ``max_length // 2`` tokens as text where it has more than `max_length`."""
-    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
-    if len(ids) <= max_length:
-        return text, False
+def cut_middle(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[tuple[str, bool]]:
+    """Return each text, or its first and last ``max_length // 2`` tokens as text, and whether it had more than `max_length`."""
     half = max_length // 2
-    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:])), True
+    cut = []
+    # All at once: tokenizers share a list among processors.
+    for text, ids in zip(texts, tokenizer(list(texts), truncation=False, verbose=False)["input_ids"], strict=True):
+        ends = (ids[:half], ids[-half:])
+        is_long = len(ids) > max_length
+        kept = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in ends) if is_long else text
+        cut.append((kept, is_long))
+    return cut
 
 
-def _question(subject: Subject, row: LongBenchRow, max_length: int) -> Question:
+def _question(subject: Subject, row: LongBenchRow, text: str, was_cut: bool, max_length: int) -> Question:
     tokenizer, task = subject.tokenizer, TASKS[row.task]
-    text, was_cut = cut_middle(tokenizer, row.prompt, max_length)
     if task.takes_chat and has_chat_template(tokenizer):
         text = chat_text(tokenizer, text)
     ids: torch.Tensor = prompt_ids(tokenizer, text)

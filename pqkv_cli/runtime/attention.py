@@ -10,12 +10,11 @@ from pqkv_cli.cache.handle import LazyStates, StepView
 from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.runtime.dense_attention import dense_attention, sink_share
 from pqkv_kernels.angles import Angles, PageAngles
-from pqkv_kernels.attention import Part, exact_attention, merge
-from pqkv_kernels.dispatch import attend_codes
+from pqkv_kernels.attention import Part
+from pqkv_kernels.dispatch import attend_codes, attend_exact
 from pqkv_kernels.layout import PAGE_TOKENS
 
 ATTENTION_NAME = "pqkv"
-_QUERY_BLOCK = 256  # queries scored at a time, so that logits stay small in a long chunk
 
 
 def register_attention() -> None:
@@ -71,33 +70,12 @@ def pqkv_attention(
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     row_start = view.layer.timeline.starts()
-    # Every query sees all codes, so a page is decoded once for the whole chunk; the exact part is causal, block by block.
-    coded_output, coded_lse = _coded_part(query, view, row_start, scale, softcap)
-    blocks = []
-    for start in range(0, query.shape[2], _QUERY_BLOCK):
-        block = slice(start, min(start + _QUERY_BLOCK, query.shape[2]))
-        parts = _exact_parts(query, block, view, row_start, scale, softcap)
-        output, lse = merge([*parts, (coded_output[:, :, block], coded_lse[:, :, block])])
-        blocks.append(output if sinks is None else output * sink_share(lse, sinks)[..., None])
-    return torch.cat(blocks, dim=2).transpose(1, 2).to(query.dtype), None
-
-
-def _exact_parts(
-    query: torch.Tensor, block: slice, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None
-) -> list[Part]:
-    """Attend with the queries of `block` to the exact sinks and to the tokens after the codes."""
-    queries = query[:, :, block]
-    keys, values = view.exact["keys"], view.exact["values"]
-    exact_slots = view.first_exact + torch.arange(keys.shape[2], device=query.device)
-    query_slots = view.query_slots(query.shape[2])[block]
-    causal = exact_slots[None, :] <= query_slots[:, None]
-    valid = causal[None] & (exact_slots >= view.stop[:, None])[:, None]
-    if num_sinks := view.sinks["keys"].shape[2]:
-        sink_slots = row_start[:, None] + torch.arange(num_sinks, device=query.device)
-        coded = (sink_slots < view.stop[:, None])[:, None].expand(-1, valid.shape[1], -1)
-        keys, values = torch.cat((view.sinks["keys"], keys), dim=2), torch.cat((view.sinks["values"], values), dim=2)
-        valid = torch.cat((coded, valid), dim=-1)
-    return [exact_attention(queries, keys, values, valid, scaling, softcap)]
+    # Every query sees all codes, so a page is decoded once for the whole chunk; what is exact is causal.
+    coded = _coded_part(query, view, row_start, scale, softcap)
+    output, lse = attend_exact(view.layer.backend, coded, query, view.exact_tokens(row_start), scale, softcap)
+    if sinks is not None:
+        output = output * sink_share(lse, sinks)[..., None]
+    return output.transpose(1, 2).to(query.dtype), None
 
 
 def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None) -> Part:

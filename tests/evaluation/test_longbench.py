@@ -58,23 +58,23 @@ def test_a_prompt_loses_its_middle_exactly() -> None:
     tokenizer = byte_tokenizer()
     text = "".join(chr(97 + i % 26) for i in range(60_001))
     for longest in (3500, 3501, 60_000):
-        found, was_cut = cut_middle(tokenizer, text, longest)
+        ((found, was_cut),) = cut_middle(tokenizer, [text], longest)
         half = int(longest / 2)
         assert (found, was_cut) == (text[:half] + text[-half:], True)
-    assert cut_middle(tokenizer, text, 60_001) == (text, False)
+    assert cut_middle(tokenizer, [text, "short"], 60_001) == [(text, False), ("short", False)]
 
 
 def test_a_cut_counts_the_tokens_around_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     class WithStart:
-        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-            return {"input_ids": [0, *byte_tokenizer()(text)["input_ids"]]}
+        def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[0, *byte_tokenizer()(text)["input_ids"]] for text in texts]}
 
         def decode(self, ids: list[int], **options: Any) -> str:
             return str(byte_tokenizer().decode(ids, **options))
 
     # 11 tokens with the beginning-of-sequence token, which counts for the first half and is not part of the text.
-    assert cut_middle(WithStart(), "0123456789", 10) == ("0123" + "56789", True)
-    assert cut_middle(WithStart(), "0123456789", 11) == ("0123456789", False)
+    assert cut_middle(WithStart(), ["0123456789"], 10) == [("0123" + "56789", True)]
+    assert cut_middle(WithStart(), ["0123456789"], 11) == [("0123456789", False)]
 
 
 def test_rows_of_both_kinds_and_their_prompts(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_real_rows_of_all_tasks_can_be_read() -> None:
     assert (len(rows), {r.task for r in rows}) == (237, set(TASKS))
     byte_lengths = [len(r.prompt.encode()) for r in rows]
     assert max(byte_lengths) > 200_000
-    found, was_cut = cut_middle(byte_tokenizer(), rows[byte_lengths.index(max(byte_lengths))].prompt, 4000)
+    ((found, was_cut),) = cut_middle(byte_tokenizer(), [rows[byte_lengths.index(max(byte_lengths))].prompt], 4000)
     assert was_cut and len(found.encode()) in range(3990, 4010)
 
 
