@@ -46,8 +46,7 @@ class StaticStep:
             for side, window in layer.window.items():
                 layer.window[side] = with_room(window, layer.num_window, layer.capacity, layer.capacity)
                 layer.window[side][:, :, layer.num_window :] = 0  # no weight makes a number of what is none
-        self._timeline = cache.timeline
-        self.stop = cache.timeline.settle(cache.get_seq_length()).clone()
+        self._timeline, self.stop = cache.timeline, cache.timeline.stops().clone()
         self.newest = torch.tensor([self._layers[0].num_window], device=self._layers[0].device)
         self.tensors, self._num_coded = held_tensors(cache), self._coded()
         self._pages = [store.views() for layer in self._layers for store in layer.pages.values()]  # with their addresses
@@ -55,7 +54,7 @@ class StaticStep:
     def begin(self) -> None:
         """Tell the device where the token of the step to come goes, and what the rows read as codes."""
         self.newest.fill_(self._layers[0].num_window)
-        self.stop.copy_(self._timeline.settle(self._layers[0].get_seq_length()))
+        self.stop.copy_(self._timeline.stops())
 
     def end(self) -> None:
         """Count the token that was put there."""
