@@ -11,7 +11,7 @@ from pqkv_cli.cache.drift import LayerDrift
 from pqkv_cli.cache.encoder import EncoderQueue
 from pqkv_cli.cache.handle import LazyStates, StepView
 from pqkv_cli.cache.notices import DECODED
-from pqkv_cli.cache.page_cut import cut_page
+from pqkv_cli.cache.page_cut import cut_pages
 from pqkv_cli.cache.page_job import PageJob
 from pqkv_cli.cache.pages import PageStore
 from pqkv_cli.cache.schedule import first_exact, most_exact, num_pages
@@ -153,8 +153,7 @@ class QuantizedLayer(CacheLayerMixin):
         """
         kept = check_crop(tokens_to_remove, self.get_seq_length())
         self.encoder.finish()
-        if kept < self.num_coded:
-            cut_page(self, kept)
+        cut_pages(self, kept)
         self.num_window = kept - self.first_exact
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

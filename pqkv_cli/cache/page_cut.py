@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from pqkv_cli.cache.layer import QuantizedLayer
 
 
-def cut_page(layer: QuantizedLayer, kept: int) -> None:
-    """Drop the pages of `layer` from the one that holds slot `kept` on; its window gets what they decode to up to there.
+def cut_pages(layer: QuantizedLayer, kept: int) -> None:
+    """Drop the pages of `layer` that lack slots where `kept` are kept; the window gets what the first of them decodes to.
 
-    Where a row still reads a slot exact, it goes on doing so. The caller counts the tokens of the window.
+    Whatever the next step would have read as code stays code: exact tokens before it may be gone. Where a row still reads
+    a slot exact, it goes on doing so. The caller counts the tokens of the window.
     """
+    stop = layer.timeline.settle(layer.get_seq_length())
+    if kept >= layer.num_coded:
+        return
     page = kept // PAGE_TOKENS
     start = page * PAGE_TOKENS
-    stop = layer.timeline.settle(layer.get_seq_length())
     for side in SIDES:
         cut = layer.pages[side].page(page).to(layer.device)
         coded = layer.decoded(side, cut, start, start + PAGE_TOKENS, layer.sinks[side])[:, :, : kept - start]

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -19,6 +20,19 @@ def logits_in_steps(bench, cache, tokens, steps, attention, mask=None):
         positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, start : start + size]
         out.append(bench.model(piece, attention_mask=seen, position_ids=positions, past_key_values=cache).logits)
         start += size
+    return torch.cat(out, dim=1)
+
+
+@torch.no_grad()
+def logits_after(bench, cache, tokens, steps, attention, mask):
+    """Feed `tokens` in pieces behind what `cache` holds; `mask` covers both."""
+    held, out = cache.get_seq_length(), []
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    bench.use(attention)
+    for start, stop in itertools.pairwise(itertools.accumulate(steps, initial=0)):
+        piece = slice(held + start, held + stop)
+        options = dict(attention_mask=mask[:, : held + stop], position_ids=positions[:, piece], past_key_values=cache)
+        out.append(bench.model(tokens[:, start:stop], **options).logits)
     return torch.cat(out, dim=1)
 
 
@@ -67,16 +81,22 @@ def test_left_padded_rows_equal_their_unbatched_runs(bench, piece) -> None:
         close(batched[index : index + 1, longest - n :], alone)
 
 
-@pytest.mark.parametrize("removed", [1, 30, 66, 130, 200, 279])
-def test_crop_follows_the_same_rule_as_the_oracle(bench, removed) -> None:
-    tokens, more = bench.tokens(1, 280), bench.tokens(1, 90, seed=9)
+@pytest.mark.parametrize("steps", [[270, *[1] * 10], [483], [446], [191, 1]])
+@pytest.mark.parametrize("removed", [1, 30, 64, 66, 90, 99, 130, 190])
+def test_crop_follows_the_same_rule_as_the_oracle(bench, steps, removed) -> None:
+    """Also right after a prompt, of which no step has read anything as code yet; and in a row with padding."""
+    tokens, more = bench.tokens(2, sum(steps)), bench.tokens(2, 90, seed=9)
+    mask = (torch.arange(sum(steps) + 90) >= torch.tensor([[0], [9]])).long()
+    kept = sum(steps) - removed
+    later = torch.cat((mask[:, :kept], mask[:, -90:]), dim=1)
     results = []
     for cache, attention in ((bench.quantized(), "pqkv"), (bench.oracle(), "sdpa")):
-        logits_in_steps(bench, cache, tokens, [270, *[1] * 10], attention)
+        logits_in_steps(bench, cache, tokens, steps, attention, mask[:, : sum(steps)])
         cache.crop(-removed)
-        assert cache.get_seq_length() == 280 - removed
-        results.append(logits_in_steps(bench, cache, more, [20, *[1] * 70], attention))
-    close(*results)
+        assert cache.get_seq_length() == kept
+        results.append(logits_after(bench, cache, more, [20, *[1] * 70], attention, later))
+    real = mask[:, -90:].bool()
+    close(*(result[real] for result in results))
 
 
 def test_reordering_and_selecting_rows(bench) -> None:
