@@ -28,13 +28,13 @@ def test_every_format_is_probed(model: Any, artifact: Artifact, monkeypatch: pyt
 def test_wrong_attention_is_found_and_nothing_stays_attached(
     model: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    name = "_coded_part" if wrong == "coded" else "_exact_parts"
+    name = "_coded_part" if wrong == "coded" else "attend_exact"
     right = getattr(attention, name)
     factor = {"coded": 1.1, "exact": 10.0, "nan": float("nan")}[wrong]
 
     def spoilt(*args: Any) -> Any:
-        made = right(*args)
-        return (made[0] * factor, made[1]) if wrong == "coded" else [(out * factor, lse) for out, lse in made]
+        out, lse = right(*args)
+        return out * factor, lse
 
     monkeypatch.setattr(attention, name, spoilt)
     with pytest.raises(CacheError, match="self-test: attention over codes differs from the reference by"):
