@@ -50,4 +50,4 @@ def check_crop(tokens_to_remove: int, num_held: int) -> int:
     """
     if tokens_to_remove > 0 or num_held + tokens_to_remove < 0:
         raise CacheError(f"crop({tokens_to_remove}) on {num_held} tokens; expected minus the number of tokens to remove")
-    return num_held + tokens_to_remove
+    return int(num_held + tokens_to_remove)  # older versions of transformers count in tensors
