@@ -16,7 +16,8 @@ class ExactTokens:
     Attributes
     ----------
     sinks
-        Keys and values of each row's first real tokens, [B, Hkv, S, D] each; they count where the row reads codes.
+        Keys and values of each row's first real tokens, [B, Hkv, S, D] each; they count where their slot
+        is below the row's stop.
     recent
         Keys and values of the slots from `first_slot` on, [B, Hkv, T, D] each; they count from the row's stop on. The last ones
         are the queries' own.

@@ -72,6 +72,9 @@ class TimedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens."""
+        if num_held := self.get_seq_length():
+            # Whatever the next step would have read as code stays code: exact tokens before it may be gone.
+            self.timeline.settle(num_held)
         super().crop(tokens_to_remove)
         self.timeline.crop(self.get_seq_length())
 

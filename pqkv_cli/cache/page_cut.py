@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 def cut_pages(layer: QuantizedLayer, kept: int) -> None:
     """Drop the pages of `layer` that lack slots where `kept` are kept; the window gets what the first of them decodes to.
 
-    Whatever the next step would have read as code stays code: exact tokens before it may be gone. Where a row still reads
-    a slot exact, it goes on doing so. The caller counts the tokens of the window.
+    Where a row still reads a slot exact (``timeline.stops()``), it goes on doing so. The caller counts the window's tokens.
     """
-    stop = layer.timeline.settle(layer.get_seq_length())
     if kept >= layer.num_coded:
         return
     page = kept // PAGE_TOKENS
@@ -28,7 +26,7 @@ def cut_pages(layer: QuantizedLayer, kept: int) -> None:
         coded = layer.decoded(side, cut, start, start + PAGE_TOKENS, layer.sinks[side])[:, :, : kept - start]
         if layer.first_exact <= start:
             exact = layer.window[side][:, :, : kept - layer.first_exact]
-            coded = coded_then_exact(coded, start, exact, layer.first_exact, stop)
+            coded = coded_then_exact(coded, start, exact, layer.first_exact, layer.timeline.stops())
         layer.window[side] = coded
         layer.pages[side].truncate(page)
     layer.first_exact = min(layer.first_exact, start)

@@ -107,11 +107,10 @@ class Timeline:
         self.settle(num_past)
         self._bases.extend(self.positions, self.starts())
 
-    def settle(self, num_slots: int) -> torch.Tensor:
-        """Count as codes what the rows do not keep exact with `num_slots` in the cache; return `coded_stop`, [B] int64."""
+    def settle(self, num_slots: int) -> None:
+        """Count as codes what the rows do not read exact with `num_slots` in the cache."""
         stops = coded_stops(self.starts(), num_slots, self._window_tokens)
         self.coded_stop = stops if self.coded_stop is None else torch.maximum(self.coded_stop, stops)
-        return self.coded_stop
 
     def starts(self) -> torch.Tensor:
         """Return `row_start`, [B] int64.

@@ -99,6 +99,12 @@ def test_crop_follows_the_same_rule_as_the_oracle(bench, steps, removed) -> None
     close(*(result[real] for result in results))
 
 
+def test_an_empty_cache_is_cropped_to_nothing(bench) -> None:
+    cache = bench.quantized()
+    cache.crop(0)
+    assert cache.get_seq_length() == 0
+
+
 def test_reordering_and_selecting_rows(bench) -> None:
     tokens = bench.tokens(2, 210)
     caches = [bench.quantized(), bench.oracle()]
