@@ -174,7 +174,9 @@ def _faults(gate: Gate, record: Record) -> list[str]:
 
 def _overlap(a: Gate, b: Gate) -> bool:
     same_task = a.task == b.task or ANY_TASK in (a.task, b.task)
-    return a.path == b.path and same_task and (a.mode == b.mode or None in (a.mode, b.mode))
+    # A metric by its bare name is its recovery wherever it has one; where it has none, a gate on its recovery cannot hold.
+    same_number = a.path.removesuffix(".recovery") == b.path.removesuffix(".recovery")
+    return same_number and same_task and (a.mode == b.mode or None in (a.mode, b.mode))
 
 
 def _exclude(a: Gate, b: Gate) -> bool:

@@ -62,6 +62,8 @@ def test_gates_that_are_none(text: str, phrase: str) -> None:
         (("p[all].kl<=0.01", "p[cache].kl>=0.02"), False),
         (("p.kl<=0.01", "q.kl>=0.02"), False),
         (("p.kl<=0.01", "p.kl.p99>=0.02"), False),
+        (("p.score<=90%", "p.score.recovery>=97%"), True),
+        (("p.score.quantized<=0.9", "p.score.recovery>=0.97"), False),
     ],
 )
 def test_gates_that_cannot_hold_together(texts: tuple[str, ...], contradict: bool) -> None:
