@@ -57,7 +57,7 @@ class CalibrationRecipe(_Section):
     `fisher` is the number of backward passes per batch that measure what errors of keys and values cost; 0 leaves it out.
     """
 
-    data: str = Field("stdlib:calibration", min_length=1)
+    data: str = Field("stdlib:broad", min_length=1)
     samples: int = Field(128, ge=2)
     seq_len: int = Field(2048, ge=8)
     batch_size: int = Field(1, ge=1)

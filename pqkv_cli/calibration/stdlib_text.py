@@ -5,6 +5,8 @@ Knows the language reference (``pydoc_data.topics``) and the standard library's 
 A document belongs to one split for ever: the split is a hash of its name, so it is the same under every Python version.
 From the calibration and evaluation splits every paragraph is dropped that shares a run of 13 words with an earlier split
 (the usual decontamination rule of Brown et al. 2020, appendix C), so shared licence headers and boilerplate do not leak.
+
+The reference model was trained on the split of that name. For any other model it is as good a text as the others.
 """
 
 import hashlib
@@ -17,6 +19,8 @@ from pqkv_cli.calibration.ngrams import ngram_hashes
 
 # Earlier splits win: a paragraph that calibration shares with training is dropped from calibration.
 SPLITS = ("train", "calibration", "evaluation")
+# What a text may be called: a split, or all that evaluation leaves.
+TEXTS = {**{split: (split,) for split in SPLITS}, "broad": ("train", "calibration")}
 _BOUNDS = {"train": 0.86, "evaluation": 0.93, "calibration": 1.0}
 _SEAM_CHARS = 500  # longer than any 12 words that matter
 _SKIPPED = frozenset(
@@ -48,9 +52,9 @@ def split_documents(split: str) -> list[str]:
     return [kept for text in own if (kept := _without_seen_paragraphs(text, seen))]
 
 
-def split_text(split: str) -> str:
-    """Return one split as a single string."""
-    return "\n\n".join(split_documents(split))
+def stdlib_text(name: str) -> str:
+    """Return a text of `TEXTS` as a single string."""
+    return "\n\n".join(document for split in TEXTS[name] for document in split_documents(split))
 
 
 @cache

@@ -7,37 +7,37 @@ from typing import Any
 import torch
 
 from pqkv_cli.calibration.hub_text import HUB, hub_text
-from pqkv_cli.calibration.stdlib_text import SPLITS, split_text
+from pqkv_cli.calibration.stdlib_text import TEXTS, stdlib_text
 from pqkv_cli.errors import DataError, did_you_mean
 
 _STDLIB = "stdlib:"
 
 
 def load_text(source: str) -> str:
-    """Return the text of `source`: a UTF-8 file, ``stdlib:SPLIT`` (`SPLITS`), or a data set as `hub_text` takes it.
+    """Return the text of `source`: a UTF-8 file, ``stdlib:NAME`` (`TEXTS`), or a data set as `hub_text` takes it.
 
     Raises
     ------
     DataError
-        If there is no such split, data set or file, or the file is not readable UTF-8 text.
+        If there is no such text, data set or file, or the file is not readable UTF-8 text.
     UsageError
         If a data set is named in a way that is not understood.
     """
     if source.startswith(HUB):
         return hub_text(source)
     if source.startswith(_STDLIB):
-        split = source.removeprefix(_STDLIB)
-        if split not in SPLITS:
-            known = ", ".join(_STDLIB + name for name in SPLITS)
-            raise DataError(f"data {source!r} is unknown; expected one of {known}{did_you_mean(split, SPLITS)}")
-        return split_text(split)
+        name = source.removeprefix(_STDLIB)
+        if name not in TEXTS:
+            known = ", ".join(_STDLIB + known for known in TEXTS)
+            raise DataError(f"data {source!r} is unknown; expected one of {known}{did_you_mean(name, tuple(TEXTS))}")
+        return stdlib_text(name)
     path = Path(source).expanduser()
     if path.is_dir():
         raise DataError(f"data {path} is a directory; expected a UTF-8 text file. Name one file in it.")
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"data {path} is not there; expected a UTF-8 text file or {_STDLIB}calibration.") from error
+        raise DataError(f"data {path} is not there; expected a UTF-8 text file or {_STDLIB}broad.") from error
     except OSError as error:
         raise DataError(f"data {path} cannot be read ({error.strerror}); expected a UTF-8 text file.") from error
     try:

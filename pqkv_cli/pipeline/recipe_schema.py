@@ -15,7 +15,7 @@ MEANINGS: Mapping[str, str] = {
     "dtype": "Dtype of the weights; auto takes the checkpoint's.",
     "device": "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N; changes nothing that is kept.",
     "seed": "Seed of everything random.",
-    "calibration.data": "Text to calibrate on, best like what will be read: a UTF-8 file, stdlib:calibration or hf:ORG/NAME.",
+    "calibration.data": "Text to calibrate on, best like what will be read: a UTF-8 file, stdlib:broad or hf:ORG/NAME.",
     "calibration.samples": "Text windows that go through the model.",
     "calibration.seq_len": "Tokens of a window.",
     "calibration.batch_size": "Windows that go through the model at once.",

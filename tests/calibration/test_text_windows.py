@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pqkv_cli.calibration.stdlib_text import split_text
+from pqkv_cli.calibration.stdlib_text import stdlib_text
 from pqkv_cli.calibration.text import load_text, token_windows
 from pqkv_cli.errors import DataError
 
@@ -58,7 +58,7 @@ def test_senseless_sizes(num: int, size: int) -> None:
 
 
 def test_builtin_splits() -> None:
-    assert load_text("stdlib:calibration") == split_text("calibration")
+    assert load_text("stdlib:calibration") == stdlib_text("calibration")
     with pytest.raises(DataError, match=r"stdlib:evaluation.*did you mean 'evaluation'"):
         load_text("stdlib:evaluatio")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from pqkv_cli.calibration.stdlib_text import split_text
+from pqkv_cli.calibration.stdlib_text import stdlib_text
 from pqkv_cli.demo.card import measure
 from pqkv_cli.demo.tasks import RowMaker
 from pqkv_cli.evaluation.perplexity import perplexity
@@ -18,7 +18,7 @@ def quiet(done: int, total: int) -> None:
 
 @pytest.fixture(scope="session")
 def subject(reference) -> Subject:
-    return Subject(reference.model, reference.tokenizer, reference.artifact, split_text("evaluation"))
+    return Subject(reference.model, reference.tokenizer, reference.artifact, stdlib_text("evaluation"))
 
 
 def kl_bits(subject: Subject, mode: str, limit: int, offset: int = 0) -> tuple[float, float]:
@@ -41,7 +41,7 @@ def test_it_is_small_and_reaches_far(reference_model) -> None:
 def test_it_recalls_at_full_precision(reference_model, length: int) -> None:
     model, _ = reference_model
     tokenizer = Tokenizer.from_file(str(resources.files("pqkv_cli") / "demo" / "model" / "tokenizer.json"))
-    filler = np.array(tokenizer.encode(split_text("evaluation")).ids)
+    filler = np.array(tokenizer.encode(stdlib_text("evaluation")).ids)
     maker, rng = RowMaker(tokenizer, filler, 2.0, 0), np.random.default_rng(0)
     right, _ = measure(model, [maker.passkey(length, rng) for _ in range(20)])
     assert right >= 0.9
@@ -70,7 +70,7 @@ def test_a_second_export_gives_the_same_bytes(reference, make_run, tmp_path) -> 
 def test_generation_over_codes_follows_the_uncompressed_model(reference) -> None:
     from pqkv_cli.runtime import attach
 
-    prompt = split_text("evaluation")[2000:6000]
+    prompt = stdlib_text("evaluation")[2000:6000]
     ids = reference.tokenizer(prompt, return_tensors="pt").input_ids[:, :600]
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = reference.model.generate(ids, **options)

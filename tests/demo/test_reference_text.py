@@ -1,7 +1,7 @@
 import pytest
 
 from pqkv_cli.calibration.ngrams import ngram_hashes, overlap_share
-from pqkv_cli.calibration.stdlib_text import SPLITS, split_documents, split_of, split_text
+from pqkv_cli.calibration.stdlib_text import SPLITS, split_documents, split_of, stdlib_text
 
 
 def test_no_run_of_13_words_is_shared_by_two_splits() -> None:
@@ -16,6 +16,11 @@ def test_no_run_of_13_words_is_shared_by_two_splits() -> None:
     assert hashes["calibration"].isdisjoint(hashes["evaluation"])
 
 
+def test_the_broad_text_is_all_that_evaluation_leaves() -> None:
+    assert stdlib_text("broad") == "\n\n".join([*split_documents("train"), *split_documents("calibration")])
+    assert len(stdlib_text("broad")) > 10 * len(stdlib_text("calibration"))
+
+
 def test_a_document_has_one_split_for_ever() -> None:
     assert [split_of(name) for name in ("pdb.py", "topic:dict", "asyncio/locks.py", "os.py")] == [
         "calibration",
@@ -28,7 +33,7 @@ def test_a_document_has_one_split_for_ever() -> None:
 
 
 def test_overlap_is_found_whatever_the_case_and_punctuation() -> None:
-    text = split_text("evaluation")[:3000]
+    text = stdlib_text("evaluation")[:3000]
     assert overlap_share(text, [text.upper().replace(" ", ",  ")]) == 1.0
     assert overlap_share(text, ["something else entirely " * 20]) == 0.0
     assert overlap_share("too short", [text]) == 0.0
