@@ -9,80 +9,7 @@ fp32, all addresses int64.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _codes(
-    page,
-    p_parts,
-    t,
-    m_plane,
-    planes,
-    HAS8: tl.constexpr,
-    HAS4: tl.constexpr,
-    HAS2: tl.constexpr,
-    HAS1: tl.constexpr,
-    D2: tl.constexpr,
-):
-    """Codes [BT, BP] int32 of the tokens `t` [BT, 1] of one page; parts as `layout.code_parts` orders them."""
-    code = tl.zeros((t.shape[0], planes.shape[1]), tl.int32)
-    low = tl.zeros((1, planes.shape[1]), tl.int32)
-    if HAS8:
-        o_8 = tl.load(p_parts + planes, mask=m_plane, other=-1)
-        m_8 = m_plane & (o_8 >= 0)
-        code = tl.load(page + o_8 + t, mask=m_8, other=0).to(tl.int32)
-        low = tl.where(m_8, 8, 0)
-    if HAS4:
-        o_4 = tl.load(p_parts + D2 + planes, mask=m_plane, other=-1)
-        m_4 = m_plane & (o_4 >= 0)
-        b_4 = tl.load(page + o_4 + t // 2, mask=m_4, other=0).to(tl.int32)
-        code = code | (((b_4 >> (4 * (t % 2))) & 15) << low)
-        low = low + tl.where(m_4, 4, 0)
-    if HAS2:
-        o_2 = tl.load(p_parts + 2 * D2 + planes, mask=m_plane, other=-1)
-        m_2 = m_plane & (o_2 >= 0)
-        b_2 = tl.load(page + o_2 + t // 4, mask=m_2, other=0).to(tl.int32)
-        code = code | (((b_2 >> (2 * (t % 4))) & 3) << low)
-        low = low + tl.where(m_2, 2, 0)
-    if HAS1:
-        o_1 = tl.load(p_parts + 3 * D2 + planes, mask=m_plane, other=-1)
-        m_1 = m_plane & (o_1 >= 0)
-        b_1 = tl.load(page + o_1 + t // 8, mask=m_1, other=0).to(tl.int32)
-        code = code | (((b_1 >> (t % 8)) & 1) << low)
-    return code
-
-
-@triton.jit
-def _decoded(
-    page,
-    p_parts,
-    p_rows,
-    p_entries,
-    t,
-    m_plane,
-    planes,
-    heads,
-    STAGES: tl.constexpr,
-    HAS8: tl.constexpr,
-    HAS4: tl.constexpr,
-    HAS2: tl.constexpr,
-    HAS1: tl.constexpr,
-    WIDE: tl.constexpr,
-    D2: tl.constexpr,
-):
-    """Both components, each [BT, BP] fp32, of the planes of the tokens `t` of one page."""
-    x = tl.zeros((t.shape[0], planes.shape[1]), tl.float32)
-    y = tl.zeros((t.shape[0], planes.shape[1]), tl.float32)
-    for stage in tl.static_range(STAGES):
-        code = _codes(page, p_parts + stage * 4 * D2, t, m_plane, planes, HAS8, HAS4, HAS2, HAS1, D2)
-        row = tl.load(p_rows + stage * heads * D2 + planes, mask=m_plane, other=0) + code
-        if WIDE:
-            x += tl.load(p_entries + 2 * row.to(tl.int64), mask=m_plane, other=0.0)
-            y += tl.load(p_entries + 2 * row.to(tl.int64) + 1, mask=m_plane, other=0.0)
-        else:
-            pair = tl.load(p_entries + row, mask=m_plane, other=0)
-            x += (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            y += (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return x, y
+from pqkv_kernels.triton_planes import decoded_planes, page_codes
 
 
 @triton.jit
@@ -181,13 +108,13 @@ def split_kernel(
         if LOOKED_UP:
             looked = tl.zeros((BT,), tl.float32)
             for stage in tl.static_range(K_STAGES):
-                code = _codes(key_page, p_key_parts + stage * 4 * D2, t, m_plane, planes, K8, K4, K2, K1, D2)
+                code = page_codes(key_page, p_key_parts + stage * 4 * D2, t, m_plane, planes, K8, K4, K2, K1, D2)
                 row = tl.load(p_score_rows + stage * D2 + planes, mask=m_plane, other=-1)
                 found = tl.load(p_scores + i_head * num_scores + (row + code), mask=row >= 0, other=0.0)
                 looked += tl.sum(found, 1)
             score = tl.zeros((BN, BT), tl.float32) + looked[None, :]
         else:
-            k_x, k_y = _decoded(
+            k_x, k_y = decoded_planes(
                 key_page,
                 p_key_parts,
                 p_key_rows + i_h * D2,
@@ -234,7 +161,7 @@ def split_kernel(
         weight = tl.exp2(score - safe[:, None])
         keep = tl.exp2(high - safe)
         total = total * keep + tl.sum(weight, 1)
-        v_x, v_y = _decoded(
+        v_x, v_y = decoded_planes(
             value_page,
             p_value_parts,
             p_value_rows + i_h * D2,
