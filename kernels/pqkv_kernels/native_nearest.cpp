@@ -74,7 +74,7 @@ inline void pass(const float* x, const float* lines, int64_t d, int64_t row, Flo
   const float* own = lines + row * (d + 1);
   Floats score[T][kVectors];
   for (int j = 0; j < T; ++j)
-    for (int v = 0; v < kVectors; ++v) score[j][v] = Floats{} + own[j * (d + 1) + d];
+    for (int v = 0; v < kVectors; ++v) score[j][v] = own[j * (d + 1) + d] - Floats{};
   for (int64_t i = 0; i < d; ++i) {
     Floats point[kVectors];
     for (int v = 0; v < kVectors; ++v) point[v] = *reinterpret_cast<const Floats*>(x + i * kBlock + v * kLanes);

@@ -37,7 +37,7 @@ inline void largest(const Floats (&x)[kVectors][D], const float* lines, int64_t 
     const Ints here = Ints{} + static_cast<int32_t>(c);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      Floats score = Floats{} + line[D];
+      Floats score = line[D] - Floats{};  // not plus: -0 + 0 is 0, so that would be an addition
       for (int i = 0; i < D; ++i) score += x[v][i] * line[i];
       const Ints better = score > best[v];
       best[v] = better ? score : best[v];
