@@ -5,17 +5,14 @@
 #include <limits>
 #include <vector>
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
+#include "native_cells.h"
 #include "native_search.h"
 
 namespace {
 
-// points [n, D], lines [k, D + 1]: twice a centroid and minus its square; codes [n] get the first largest score.
-template <int D>
-void one_subspace(const float* points, const float* lines, int64_t n, int64_t k, int64_t* codes) {
+// points [n, D]; codes [n] get what `search`, a function of kBlock points, finds.
+template <int D, typename Search>
+void one_subspace(const float* points, int64_t n, int64_t* codes, Search search) {
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t count = n - start < kBlock ? n - start : kBlock;
     Floats x[kVectors][D], best[kVectors];
@@ -26,22 +23,9 @@ void one_subspace(const float* points, const float* lines, int64_t n, int64_t k,
         for (int i = 0; i < D; ++i) x[v][i][lane] = point < count ? points[(start + point) * D + i] : 0.0f;
       }
     }
-    largest<D>(x, lines, k, best, index);
+    search(x, best, index);
     for (int64_t point = 0; point < count; ++point) codes[start + point] = index[point / kLanes][point % kLanes];
   }
-}
-
-// Whether any lane is set.
-inline bool any(Ints mask) {
-#ifdef __AVX512F__
-  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(mask)) != 0;
-#else
-  int32_t found = 0;
-  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
-  return found != 0;
-#endif
 }
 
 // How many centroids pass at a time by points of many channels, so that a loaded channel serves several of them.
@@ -120,15 +104,22 @@ struct Job {
 // Subspaces begin..end-1, the nearest one of each point; returns 1 where `d` is not known here.
 extern "C" int pqkv_nearest(const Job* job, int64_t begin, int64_t end) {
   const int64_t n = job->n, k = job->k, d = job->d;
+  Cells cells;
   for (int64_t s = begin; s < end; ++s) {
     const float* own = job->points + s * n * d;
-    const float* scored = job->lines + s * k * (d + 1);
+    const float* lines = job->lines + s * k * (d + 1);
     int64_t* found = job->codes + s * n;
+    const auto all = [&](auto& x, auto& best, auto& index) { largest(x, lines, k, best, index); };
+    if (d == 2 && Cells::pay(k, n)) {
+      cells.build(lines, k);
+      one_subspace<2>(own, n, found, [&](auto&... block) { cells.largest(block...); });
+      continue;
+    }
     switch (d) {
-      case 1: one_subspace<1>(own, scored, n, k, found); break;
-      case 2: one_subspace<2>(own, scored, n, k, found); break;
-      case 4: one_subspace<4>(own, scored, n, k, found); break;
-      case 8: one_subspace<8>(own, scored, n, k, found); break;
+      case 1: one_subspace<1>(own, n, found, all); break;
+      case 2: one_subspace<2>(own, n, found, all); break;
+      case 4: one_subspace<4>(own, n, found, all); break;
+      case 8: one_subspace<8>(own, n, found, all); break;
       default: return 1;
     }
   }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pqkv_kernels.layout import PAGE_TOKENS, CodeGroup
+from pqkv_kernels.layout import CodeGroup
 from pqkv_kernels.native_build import found_library
 from pqkv_kernels.native_threads import in_shares
 from pqkv_kernels.score_lines import score_lines
@@ -19,8 +19,8 @@ DIMS = (1, 2, 4, 8, 16)  # channels of a part that the loop knows
 
 class _Job(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "prototypes", "few", "parts", "codes")),
-        *((name, ctypes.c_int64) for name in ("heads", "tokens", "dim", "num_prototypes", "tried", "num_parts")),
+        *((name, ctypes.c_void_p) for name in ("x", "prototypes", "few", "parts", "cells", "codes")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "tokens", "dim", "num_prototypes", "tried", "num_parts")),
     ]
 
 
@@ -52,10 +52,16 @@ def best_prototypes(
     rows, held = _part_rows(stage, parts)
     codes = torch.empty(batch, heads, 1 + len(rows), tokens, dtype=torch.int64)
     tensors = {"x": x, "prototypes": table, "few": few, "parts": rows, "codes": codes}
-    numbers = dict(heads=heads, tokens=tokens, dim=dim, num_prototypes=table.shape[1], tried=few.shape[2], num_parts=len(rows))
-    job = _Job(**{name: t.data_ptr() for name, t in tensors.items()}, **numbers)
-    blocks = batch * heads * -(-tokens // PAGE_TOKENS)
-    in_shares(library.pqkv_parts, job, blocks)
+    numbers = dict(rows=batch * heads, heads=heads, tokens=tokens, dim=dim)
+    numbers |= dict(num_prototypes=table.shape[1], tried=few.shape[2], num_parts=len(rows))
+    library.pqkv_new_cells.restype = ctypes.c_void_p
+    cells = ctypes.c_void_p(library.pqkv_new_cells(ctypes.c_int64(heads * len(rows))))
+    try:
+        job = _Job(**{name: t.data_ptr() for name, t in tensors.items()}, cells=cells, **numbers)
+        in_shares(library.pqkv_cells, job, heads * len(rows))
+        in_shares(library.pqkv_parts, job, batch * heads * -(-tokens // library.pqkv_block()))
+    finally:
+        library.pqkv_delete_cells(cells)
     assert held  # lived until here
     return list(codes.split([1, *(group.num_subspaces for group in stage)], dim=2))
 
@@ -75,6 +81,3 @@ def _part_rows(stage: tuple[CodeGroup, ...], tables: tuple[torch.Tensor, ...]) -
 
 def _library() -> ctypes.CDLL | None:
     return found_library(SOURCE)
-
-
-assert PAGE_TOKENS == 64  # the C++ source says so, too

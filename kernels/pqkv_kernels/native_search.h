@@ -8,20 +8,13 @@
 #include <cstdint>
 #include <limits>
 
+#include "native_lanes.h"
+
 namespace {
 
-#ifdef __AVX512F__
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 constexpr int kVectors = 4;
 constexpr int kBlock = kLanes * kVectors;
-
-typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 // The largest score of each of kBlock points `x` among `lines` [k, D + 1], twice a centroid and minus its square, and the first
 // row that reaches it.
@@ -29,7 +22,7 @@ template <int D>
 inline void largest(const Floats (&x)[kVectors][D], const float* lines, int64_t k, Floats (&best)[kVectors],
                     Ints (&index)[kVectors]) {
   for (int v = 0; v < kVectors; ++v) {
-    best[v] = Floats{} + std::numeric_limits<float>::lowest();
+    best[v] = Floats{} + kLowest;
     index[v] = Ints{};
   }
   for (int64_t c = 0; c < k; ++c) {
