@@ -14,54 +14,15 @@
 #include <limits>
 #include <vector>
 
+#include "native_cell_list.h"
 #include "native_search.h"
 
 namespace {
-
-constexpr int kAxes = 2;  // with more, a cell has too many neighbours
 
 // A few centroids side by side: their lines channel by channel, last what is added, and their rows.
 struct CellBlock {
   float line[kAxes + 1][kLanes];
   int32_t row[kLanes];
-};
-
-// Centroids in the order of their rows, channel by channel, with room behind them for vectors that read beyond the end.
-struct CellList {
-  explicit CellList(int64_t most) : row(most + kLanes) {
-    for (auto& channel : line) channel.resize(most + kLanes);
-  }
-
-  Floats score(int64_t at, const float* x) const {
-    Floats total = loaded(&line[kAxes][at]);
-    for (int i = 0; i < kAxes; ++i) total += loaded(&line[i][at]) * x[i];
-    return total;
-  }
-
-  // What lies behind the end can win nowhere.
-  void close(int64_t end) {
-    size = end;
-    for (int i = 0; i < kAxes; ++i) store(&line[i][end], Floats{});
-    store(&line[kAxes][end], Floats{} - std::numeric_limits<float>::infinity());
-  }
-
-  // The place of the largest score at `x`.
-  int64_t best(const float* x) const {
-    Floats top = Floats{} + kLowest;
-    Ints place{}, here;
-    for (int lane = 0; lane < kLanes; ++lane) here[lane] = lane;
-    for (int64_t at = 0; at < size; at += kLanes, here += kLanes) {
-      const Floats found = score(at, x);
-      const Ints better = found > top;
-      top = better ? found : top;
-      place = better ? here : place;
-    }
-    return place[__builtin_ctz(bits(top == largest_lane(top)))];
-  }
-
-  std::vector<float> line[kAxes + 1];
-  std::vector<int32_t> row;
-  int64_t size = 0;
 };
 
 class Cells {
@@ -116,18 +77,12 @@ class Cells {
  private:
   static constexpr int kLevels = 6, kSide = 1 << kLevels, kCells = kSide * kSide;
   static constexpr int64_t kMostBlocks = 4 * kCells;  // beyond them cells see all centroids
-  static constexpr float kRounding = 4e-6f;           // of a score, relative to its terms: some dozen times what it can be
-  static constexpr float kOverlap = 1e-3f;            // of a cell, for points that rounding puts into its neighbour
-  static constexpr float kLargest = 1e15f;            // its square is far from overflowing
+  static constexpr float kOverlap = 1e-3f;  // of a cell, for points that rounding puts into its neighbour
+  static constexpr float kLargest = 1e15f;  // its square is far from overflowing
 
   // Where the blocks of a cell's centroids lie.
   struct Span {
     uint16_t first, count;
-  };
-
-  // A box of points: its middle, half its widths, and a bound for the squares of its points.
-  struct Box {
-    float middle[kAxes], half[kAxes], square;
   };
 
   // Lay the grid over the centroids; whether they permit one.
@@ -147,8 +102,8 @@ class Cells {
     return true;
   }
 
-  Box box(const int32_t* corner, int level) const {
-    Box found{};
+  CellBox box(const int32_t* corner, int level) const {
+    CellBox found{};
     for (int i = 0; i < kAxes; ++i) {
       const float half = 0.5f * static_cast<float>(1 << level), far = std::fabs(low_[i]) + kSide * cell_[i];
       found.middle[i] = low_[i] + (corner[i] + half) * cell_[i];
@@ -159,46 +114,18 @@ class Cells {
     return found;
   }
 
-  // The centroids of `from` that can be the nearest of a point in `box`, as far as the one that is so at `x` tells, go `to`,
-  // which may be `from`. The difference of two scores is largest in a corner. Rounding moves a score by less than kRounding
-  // times the squares of point and centroid, which bound its terms.
-  static void narrow(const CellList& from, const float* x, const Box& box, CellList& to) {
-    const int64_t rival = from.best(x), size = from.size;
-    float own[kAxes], least = from.line[kAxes][rival] * (1 + 2 * kRounding) - 2 * kRounding * box.square;
-    for (int i = 0; i < kAxes; ++i) {
-      own[i] = from.line[i][rival];
-      least += own[i] * box.middle[i];
-    }
-    int64_t kept = 0;
-    for (int64_t at = 0; at < size; at += kLanes) {
-      Floats line[kAxes + 1];
-      for (int i = 0; i <= kAxes; ++i) line[i] = loaded(&from.line[i][at]);
-      const Ints row = loaded(&from.row[at]);
-      Floats most = line[kAxes] * (1 - 2 * kRounding);
-      for (int i = 0; i < kAxes; ++i) {
-        const Floats over = line[i] - own[i];
-        most += line[i] * box.middle[i] + (over > 0.0f ? over : -over) * box.half[i];
-      }
-      const uint32_t which = bits(most >= least);
-      for (int i = 0; i <= kAxes; ++i) write_kept(&to.line[i][kept], line[i], which);
-      write_kept(&to.row[kept], row, which);
-      kept += __builtin_popcount(which);
-    }
-    to.close(kept);
-  }
-
-  // Give the cells of the cube of 2^level from `corner` on their centroids out of lists[0]; what follows it is scratch space.
+  // Give the cells of the square of 2^level from `corner` on their centroids out of lists[0]; what follows it is scratch space.
   void split(CellList* lists, const int32_t* corner, int level) {
     if (lists[0].size <= kLanes || level == 0) return fill(corner, level, keep(lists[0]));
     for (int part = 0; part < 1 << kAxes; ++part) {
       int32_t own[kAxes];
       for (int i = 0; i < kAxes; ++i) own[i] = corner[i] + ((part >> i & 1) << (level - 1));
-      const Box inner = box(own, level - 1);
-      narrow(lists[0], inner.middle, inner, lists[1]);
+      const CellBox inner = box(own, level - 1);
+      lists[0].narrow(inner.middle, inner, lists[1]);
       for (int end = 0; end < 1 << kAxes && lists[1].size > kLanes; ++end) {
         float x[kAxes];
         for (int i = 0; i < kAxes; ++i) x[i] = inner.middle[i] + (end >> i & 1 ? inner.half[i] : -inner.half[i]);
-        narrow(lists[1], x, inner, lists[1]);
+        lists[1].narrow(x, inner, lists[1]);
       }
       split(lists + 1, own, level - 1);
     }

@@ -96,4 +96,5 @@ def test_parts_of_prototypes_are_the_same_by_cells(threads: int, generator: torc
         found = quantize(x, layout, codebooks)
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(codes, torch.cat(parts, dim=3)) for codes, parts in zip(found, zip(*expected, strict=True), strict=True))
+    for codes, parts in zip(found, zip(*expected, strict=True), strict=True):
+        assert torch.equal(codes, torch.cat(parts, dim=3))
