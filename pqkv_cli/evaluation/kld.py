@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from pqkv_cli.calibration.text import token_windows
 from pqkv_cli.errors import DataError
@@ -20,6 +19,7 @@ from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.evaluation.uncompressed import uncompressed_cache
 from pqkv_cli.evaluation.windows import (
     Compared,
     by_context,
@@ -86,7 +86,7 @@ def _continue(
     subject: Subject, prompt: torch.Tensor, steps: int, new_cache: CacheFactory, generator: torch.Generator
 ) -> Compared:
     model = subject.model
-    caches = {"baseline": DynamicCache(config=model.config), "quantized": new_cache()}
+    caches = {"baseline": uncompressed_cache(model.config), "quantized": new_cache()}
     seconds = dict.fromkeys(caches, 0.0)
     parts, ids = [], prompt
     for _ in range(steps):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pqkv_cli.evaluation.generation_watch import watching
+from pqkv_cli.evaluation.uncompressed import uncompressed_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Replies:
 
 @torch.no_grad()
 def reply(model: Any, tokenizer: Any, questions: Sequence[Question], cache: Any) -> Replies:
-    """Answer questions of equal `decoding` in one left-padded batch; without a `cache` as the model does by itself."""
+    """Answer questions of equal `decoding` in one left-padded batch; without a `cache` uncompressed."""
     first = questions[0]
     assert all(question.decoding == first.decoding for question in questions)
     stops = _stop_ids(model, first)
@@ -57,7 +58,7 @@ def reply(model: Any, tokenizer: Any, questions: Sequence[Question], cache: Any)
         output = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            past_key_values=uncompressed_cache(model.config) if cache is None else cache,
             max_new_tokens=first.max_new_tokens,
             min_new_tokens=first.min_new_tokens or None,
             do_sample=False,
