@@ -1,126 +1,24 @@
 // Attention over codes on a CPU, for up to four queries at a time: the meaning of pqkv_kernels.attention.code_attention.
-// A pair of channels is a complex number (a plane), eight of them fill one vector of sixteen floats: one per token where codes
-// of few planes are looked up, one per plane where one code stands for eight planes or more. Knows addresses and numbers only;
-// `native_attention.py` lays out the arguments and merges the parts.
+// A vector holds one plane (`native_planes.h`) per token where codes of few planes are looked up, one per plane where one code
+// stands for eight planes or more. Knows addresses and numbers only; `native_attention.py` lays out the arguments.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+
+#include "native_attention_job.h"
+#include "native_codes.h"
+#include "native_merge.h"
+#include "native_planes.h"
+#include "native_softmax.h"
 
 namespace {
 
-constexpr int kTokens = 64;      // of one page
 constexpr int kVectors = 8;      // vectors of eight planes or tokens per page
 constexpr int kBlockPages = 8;   // pages that meet one table at a time: the table stays in the first-level cache
 constexpr int kAhead = 256;      // bytes of codes fetched before they are needed
 constexpr int kRowsAhead = 6;    // rows of a wide table, too
-typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
-typedef float Half __attribute__((vector_size(32), aligned(4), may_alias));
-
-}  // namespace
-
-struct Group {
-  int64_t byte_offset, num_subspaces, nbits, planes, first_plane, table, head_stride, wide;
-};
-
-struct Side {
-  const Group* groups;
-  int64_t num_groups;
-  const int64_t* pages;  // addresses [B, P]
-  int64_t page_bytes;
-};
-
-struct Job {
-  Side keys, values;
-  const float* query;    // [B, Hkv, Q, N, D2, 2], scaled
-  const int64_t* spans;  // [B, 2]
-  const int64_t* pair;   // [Hkv, D2], num_pairs where a plane is not turned; null: keys are not turned
-  const float *base_cos, *base_sin;      // [B or 1, P, num_pairs]
-  const float *step_real, *step_imag;    // [Hkv, D2, 64, 2]: (cos, cos) and (-sin, sin)
-  const float *row_real, *row_imag;      // [Hkv, 64, D2, 2], the same
-  float *out, *lse;                      // [B, Hkv, Q, C, N, D], [B, Hkv, Q, C, N]
-  int64_t batch, heads, query_blocks, block, chunks, chunk_pages, num_pages, planes, num_pairs, base_row;  // block: N
-  float softcap;  // 0: none
-};
-
-namespace {
-
-inline V gather(const float* table, const int32_t* index) {
-#ifdef __AVX512F__
-  return (V)_mm512_i32gather_pd(_mm256_loadu_si256((const __m256i*)index), table, 8);
-#else
-  V found;
-  for (int i = 0; i < 8; i++) std::memcpy((char*)&found + 8 * i, table + 2 * (int64_t)index[i], 8);
-  return found;
-#endif
-}
-
-inline V swapped(V x) { return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14); }
-inline V doubled(Half x) { return __builtin_shufflevector(x, x, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7); }
-inline V loaded(const float* p) { return *(const V*)p; }
-inline V both(float x, float y) { return V{x, y, x, y, x, y, x, y, x, y, x, y, x, y, x, y}; }
-
-inline float sum(V x) {
-  const Half h = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  typedef float Quarter __attribute__((vector_size(16)));
-  const Quarter q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
-  return (q[0] + q[2]) + (q[1] + q[3]);
-}
-
-// Spread packed values over one byte each (on a little-endian machine): first places first.
-inline void spread(const uint8_t* bytes, int width, uint8_t* to) {
-  if (width == 4) {
-    uint16_t found[32];
-    for (int i = 0; i < 32; i++) found[i] = (bytes[i] | bytes[i] << 4) & 0x0F0F;
-    std::memcpy(to, found, kTokens);
-  } else if (width == 2) {
-    uint32_t found[16];
-    for (int i = 0; i < 16; i++) found[i] = (bytes[i] | bytes[i] << 6 | bytes[i] << 12 | bytes[i] << 18) & 0x03030303;
-    std::memcpy(to, found, kTokens);
-  } else {
-    uint64_t found[8];
-    for (int i = 0; i < 8; i++) {
-      uint64_t b = bytes[i];
-      b |= b << 28;
-      b |= b << 14;
-      found[i] = (b | b << 7) & 0x0101010101010101;
-    }
-    std::memcpy(to, found, kTokens);
-  }
-}
-
-inline void unpack(const uint8_t* bytes, int nbits, int32_t* index) {
-  int low = 0;
-  for (int width = 8; width; width /= 2) {
-    if (!(nbits & width)) continue;
-    uint8_t part[kTokens];
-    width == 8 ? (void)std::memcpy(part, bytes, kTokens) : spread(bytes + 8 * low, width, part);
-    if (low)
-      for (int t = 0; t < kTokens; t++) index[t] |= part[t] << low;
-    else
-      for (int t = 0; t < kTokens; t++) index[t] = part[t];
-    low += width;
-  }
-}
-
-// exp(x) of x <= 0 to 2e-7; minus infinity gives zero.
-inline float exp_negative(float x) {
-  x = std::max(x, -87.0f);
-  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  const float p = 1 + r * (1 + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (8.3333333e-3f + r * 1.3888889e-3f)))));
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits - 0x4B400000 + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return x <= -87.0f ? 0.0f : p * power;
-}
 
 template <int N, bool TURN>
 class Unit {
@@ -128,16 +26,15 @@ class Unit {
   explicit Unit(const Job& job) : job_(job), d2_(job.planes) {}
 
   void run(int64_t unit) {
-    const Job& job = job_;
-    chunk_ = unit % job.chunks;
-    const int64_t rest = unit / job.chunks;
-    head_ = rest / job.query_blocks % job.heads;
-    row_ = rest / job.query_blocks / job.heads;
-    first_ = chunk_ * job.chunk_pages;
-    count_ = std::min(job.chunk_pages, job.num_pages - first_);
-    query_ = job.query + rest * N * d2_ * 2;
-    out_ = job.out + unit * N * d2_ * 2;
-    lse_ = job.lse + unit * N;
+    chunk_ = unit % job_.chunks;
+    const int64_t rest = unit / job_.chunks;
+    head_ = rest / job_.query_blocks % job_.heads;
+    row_ = rest / job_.query_blocks / job_.heads;
+    first_ = chunk_ * job_.chunk_pages;
+    count_ = std::min(job_.chunk_pages, job_.num_pages - first_);
+    query_ = job_.query + rest * N * d2_ * 2;
+    out_ = job_.out + unit * N * d2_ * 2;
+    lse_ = job_.lse + unit * N;
     attend();
   }
 
@@ -260,20 +157,6 @@ class Unit {
     }
   }
 
-  static float to_weights(float* x, int64_t count, float* lse) {
-    float high = -1e30f, total = 0;
-    for (int64_t t = 0; t < count; t++) high = std::max(high, x[t]);
-    float partial[16] = {};
-    for (int64_t t = 0; t < count; t += 16)
-      for (int i = 0; i < 16; i++) {
-        x[t + i] = exp_negative(x[t + i] - high);
-        partial[i] += x[t + i];
-      }
-    for (float part : partial) total += part;
-    *lse = total > 0 ? high + std::log(total) : -std::numeric_limits<float>::infinity();
-    return std::max(total, 1e-30f);
-  }
-
   void collect(int64_t start, int64_t count) {
     const int64_t tokens = count_ * kTokens;
     pairs_.resize(count * N * kVectors);
@@ -287,12 +170,10 @@ class Unit {
       for (int64_t m = 0; m < group.num_subspaces; m++) {
         for (int64_t p = 0; p < count; p++) {
           unpack(codes(job_.values, group, start + p, m), group.nbits, index_);
-          if (!group.wide)
-            collect_planes(group, m, p);
-          else
-            for (int n = 0; n < N; n++)
-              for (int t = 0; t < kTokens; t++)
-                bins[(n << group.nbits) + index_[t]] += scores_[n * tokens + (start + p) * kTokens + t];
+          if (!group.wide) collect_planes(group, m, p);
+          for (int n = 0; n < (group.wide ? N : 0); n++)
+            for (int t = 0; t < kTokens; t++)
+              bins[(n << group.nbits) + index_[t]] += scores_[n * tokens + (start + p) * kTokens + t];
         }
         if (group.wide) bins += (int64_t)N << group.nbits;
       }
@@ -303,8 +184,7 @@ class Unit {
     for (int64_t k = 0; k < group.planes; k++) {
       const int64_t local = m * group.planes + k;
       const float* table = (const float*)group.table + head_ * group.head_stride + (local << group.nbits) * 2;
-      V* to = &sums_[(group.first_plane + local) * N];
-      V total[N];
+      V *to = &sums_[(group.first_plane + local) * N], total[N];
       for (int n = 0; n < N; n++) total[n] = to[n];
       for (int j = 0; j < kVectors; j++) {
         const V value = gather(table, index_ + 8 * j);
@@ -342,43 +222,29 @@ class Unit {
   std::vector<V> pairs_, sums_;
 };
 
-template <int N, bool TURN>
-void run_units(const Job& job, int64_t begin, int64_t end) {
-  Unit<N, TURN> unit(job);
+template <typename OfUnits>
+int run(const Job& job, int64_t begin, int64_t end) {
+  OfUnits unit(job);
   for (int64_t i = begin; i < end; i++) unit.run(i);
+  return 0;
 }
 
 template <int N>
-int run_turned(const Job& job, int64_t begin, int64_t end) {
-  job.pair ? run_units<N, true>(job, begin, end) : run_units<N, false>(job, begin, end);
-  return 0;
+int run(const Job& job, int64_t begin, int64_t end) {
+  return job.pair ? run<Unit<N, true>>(job, begin, end) : run<Unit<N, false>>(job, begin, end);
 }
 
 }  // namespace
 
 extern "C" int pqkv_attend(const Job* job, int64_t begin, int64_t end) {
-  if (job->block == 1) return run_turned<1>(*job, begin, end);
-  if (job->block == 2) return run_turned<2>(*job, begin, end);
-  if (job->block == 4) return run_turned<4>(*job, begin, end);
+  if (job->block == 1) return run<1>(*job, begin, end);
+  if (job->block == 2) return run<2>(*job, begin, end);
+  if (job->block == 4) return run<4>(*job, begin, end);
   return 1;
 }
 
-// Merges the parts of query blocks begin..end-1, counted over all heads, into the first one of each, by their log-sum-exp.
+// Query blocks begin..end-1, counted over all heads.
 extern "C" int pqkv_merge(const Job* job, int64_t begin, int64_t end) {
-  const int64_t chunks = job->chunks, block = job->block, dim = 2 * job->planes;
-  for (int64_t unit = begin; unit < end; unit++)
-    for (int64_t n = 0; n < block; n++) {
-      float *out = job->out + (unit * chunks * block + n) * dim, *lse = job->lse + unit * chunks * block + n;
-      float high = *lse, total = 0;
-      for (int64_t c = 1; c < chunks; c++) high = std::max(high, lse[c * block]);
-      if (high == -std::numeric_limits<float>::infinity()) continue;
-      for (int64_t c = 0; c < chunks; c++) {
-        const float share = std::exp(lse[c * block] - high), *part = out + c * block * dim;
-        total += share;
-        for (int64_t i = 0; i < dim; i++) out[i] = share * part[i] + (c ? out[i] : 0.0f);
-      }
-      for (int64_t i = 0; i < dim; i++) out[i] /= total;
-      *lse = high + std::log(total);
-    }
+  for (int64_t unit = begin; unit < end; unit++) merge(*job, unit);
   return 0;
 }
