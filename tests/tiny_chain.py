@@ -14,6 +14,7 @@ from pqkv_cli.artifact.store import save_artifact
 from pqkv_cli.calibration.collect import collect
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.store import CalibrationStore
+from pqkv_cli.evaluation.uncompressed import InPlaceLayer
 from pqkv_cli.fitting.plan import uniform_plan
 from pqkv_cli.fitting.run import fit_codebooks, load_fitted
 from pqkv_cli.fitting.settings import FitSettings
@@ -89,3 +90,8 @@ def fit_artifact(model: Any, directory: Path, bits: int = 4, spec: CacheSpec = S
     file = directory / f"k{bits}-s{spec.num_sinks}-w{spec.window_tokens}.safetensors"
     save_artifact(file, header, [layer.tables or None for layer in load_fitted(directory / f"codebooks{bits}")])
     return file
+
+
+def is_uncompressed(cache: Any) -> bool:
+    """Whether an evaluation asks its uncompressed side when it passes `cache`."""
+    return isinstance(cache.layers[0], InPlaceLayer)

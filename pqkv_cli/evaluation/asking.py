@@ -92,17 +92,27 @@ def ask(
 def _batches(questions: Sequence[Question], budget: int, pays: int) -> Iterator[tuple[str, list[Question]]]:
     """Cut `questions` into batches of at most `budget` padded tokens, whose names and content depend on nothing else.
 
-    Rows of unequal length share one up to `pays` squared tokens per token of answer. The longest come first: prompts that were
-    cut to the same length then share batches, and what memory cannot hold is known early.
+    Rows of unequal length share one up to `pays` squared tokens per token of answer. The longest come first: what memory cannot
+    hold is known early.
     """
-    batch: list[Question] = []
+    alike: dict[tuple[object, ...], list[Question]] = {}
     for question in sorted(questions, key=lambda question: -len(question.ids)):
+        alike.setdefault(question.decoding, []).append(question)
+    batches = [batch for group in alike.values() for batch in _cut(group, budget, pays)]
+    for batch in sorted(batches, key=lambda batch: -len(batch[0].ids)):
+        yield _name(batch), batch
+
+
+def _cut(questions: Sequence[Question], budget: int, pays: int) -> Iterator[list[Question]]:
+    """Cut `questions` of one decoding, the longest first, where the next is better answered in another batch."""
+    batch: list[Question] = []
+    for question in questions:
         if batch and not _belongs(question, batch, budget, pays):
-            yield _name(batch), batch
+            yield batch
             batch = []
         batch.append(question)
     if batch:
-        yield _name(batch), batch
+        yield batch
 
 
 def _name(batch: Sequence[Question]) -> str:
@@ -114,10 +124,10 @@ def _padded_tokens(batch: Sequence[Question]) -> int:
 
 
 def _belongs(question: Question, batch: Sequence[Question], budget: int, pays: int) -> bool:
-    """Return whether `question` is better answered together with `batch` than alone."""
+    """Return whether `question` is better answered together with `batch`, of its decoding and no shorter, than alone."""
     lengths = [len(other.ids) for other in (*batch, question)]
     rows, longest = len(lengths), max(lengths)
-    if batch[0].decoding != question.decoding or rows * (longest + question.max_new_tokens) > budget:
+    if rows * (longest + question.max_new_tokens) > budget:
         return False
     square = longest**2
     return min(lengths) == longest or (square <= pays * question.max_new_tokens and rows * square <= _MASK_ENTRIES)

@@ -149,6 +149,13 @@ def test_rows_of_unequal_length_are_padded_only_where_answers_are_long() -> None
     assert cut([7000, 7100, 7200, 7616], 512) == [2, 2]  # a mask of three would be too large
 
 
+def test_questions_of_another_decoding_between_them_part_no_rows() -> None:
+    lengths = [(3000, 512), (2900, 64), (2800, 512), (2800, 64), (2800, 64), (5000, 64), (2700, 512)]
+    asked = [Question(f"q{i}", torch.zeros(n, dtype=torch.int64), new) for i, (n, new) in enumerate(lengths)]
+    found = [[question.name for question in batch] for _, batch in _batches(asked, 65536, 2**16)]
+    assert found == [["q5"], ["q0", "q2", "q6"], ["q1"], ["q3", "q4"]]
+
+
 def test_the_uncompressed_model_answers_once_for_both_modes(subject: Maker, monkeypatch: Any) -> None:
     made, caches = subject(), []
     plain = reply

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_chain import is_uncompressed
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.lines import lines
@@ -27,7 +28,7 @@ def answering(made: Subject, monkeypatch: pytest.MonkeyPatch, seen: list[str]) -
             seen.append(text)
             name = re.findall(r"in line (\S+?)\?", text)[0]
             number = int(re.findall(rf"line {name}: REGISTER_CONTENT is <(\d+)>", text)[0])
-            rows.append(made.tokenizer(f"{number + (past_key_values is not None):08d}>.").input_ids)
+            rows.append(made.tokenizer(f"{number + (not is_uncompressed(past_key_values)):08d}>.").input_ids)
         return torch.cat((ids, torch.tensor(rows)), dim=1)
 
     monkeypatch.setattr(made.model, "generate", generate)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chain import byte_tokenizer
+from tiny_chain import byte_tokenizer, is_uncompressed
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.longbench import cut_middle, longbench
@@ -177,7 +177,7 @@ def replying(made: Subject, monkeypatch: pytest.MonkeyPatch, seen: list[tuple[st
             text = made.tokenizer.decode(line[mask.bool()], skip_special_tokens=True)
             seen.append((text, options))
             task = max((name for name in TASKS if f"{name} reads" in text), key=len)
-            right = past_key_values is None or task in ("hotpotqa", "lcc")
+            right = is_uncompressed(past_key_values) or task in ("hotpotqa", "lcc")
             rows.append(made.tokenizer(f"{GOLD.get(task, 'the answer') if right else 'x'}\nmore".ljust(24)).input_ids)
         width = max(map(len, rows))
         return torch.cat((ids, torch.tensor([r[:width] for r in rows])), dim=1)

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_chain import byte_tokenizer
+from tiny_chain import byte_tokenizer, is_uncompressed
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.needle import ANSWER, CUE, DEPTHS, NEEDLE, needle, needle_prompt, recalled
@@ -51,7 +51,7 @@ def test_the_grid(subject: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     made = subject(text=TEXT)
 
     def generate(ids: torch.Tensor, past_key_values: Any = None, **options: Any) -> torch.Tensor:
-        answer = f" {ANSWER}" if past_key_values is None else " eat a sandwich and sit in"
+        answer = f" {ANSWER}" if is_uncompressed(past_key_values) else " eat a sandwich and sit in"
         return torch.cat((ids, torch.tensor([made.tokenizer(answer).input_ids] * len(ids))), dim=1)
 
     monkeypatch.setattr(made.model, "generate", generate)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chain import byte_tokenizer
+from tiny_chain import byte_tokenizer, is_uncompressed
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.passkey import DEPTHS, make_prompts, passkey, passkey_texts, prompt_lengths
@@ -75,7 +75,7 @@ def test_right_and_wrong_answers_are_told_apart(subject: Maker, monkeypatch: pyt
 
     def generate(ids: torch.Tensor, past_key_values: Any = None, **options: Any) -> torch.Tensor:
         assert (options["do_sample"], bool(options["attention_mask"].all())) == (False, True)
-        rows = [answer(row, past_key_values is not None) for row in ids]
+        rows = [answer(row, not is_uncompressed(past_key_values)) for row in ids]
         return torch.cat((ids, torch.tensor(rows)), dim=1)
 
     monkeypatch.setattr(made.model, "generate", generate)
