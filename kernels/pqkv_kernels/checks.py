@@ -60,8 +60,8 @@ def _check_slab(slab: torch.Tensor, batch: int, tables: CodecTables, side: str) 
 
 
 def _check_devices(query: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
-    devices = {str(t.device) for t in others} | {str(query.device)}
-    if len(devices) != 1:
+    if any(t.device != query.device for t in others):
+        devices = {str(t.device) for t in (query, *others)}
         raise KernelError(
             f"arguments lie on {', '.join(sorted(devices))}; expected one device: move tables and pages to {query.device}"
         )
