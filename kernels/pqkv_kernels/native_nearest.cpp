@@ -2,7 +2,6 @@
 // for what the arguments mean.
 
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "native_cells.h"
@@ -82,7 +81,7 @@ void one_block(const float* points, const float* lines, int64_t count, int64_t k
   Ints index[kVectors][N];
   for (int v = 0; v < kVectors; ++v)
     for (int j = 0; j < N; ++j) {
-      best[v][j] = Floats{} + std::numeric_limits<float>::lowest();
+      best[v][j] = Floats{} + kLowest;
       index[v][j] = Ints{};
     }
   int64_t row = 0;

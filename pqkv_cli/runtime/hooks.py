@@ -4,8 +4,7 @@
 """
 
 import inspect
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ def install_step_hook(model: Any) -> RemovableHandle:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _begin_step(max_positions: int | None, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    arguments = _arguments(module.forward, args, kwargs)
+    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     cache = arguments.get("past_key_values")
     if not isinstance(cache, TimedCache) or cache.stands:
         return
@@ -44,20 +43,6 @@ def _begin_step(max_positions: int | None, module: torch.nn.Module, args: tuple[
         )
     positions = step_positions(arguments.get("position_ids"), batch, num_new, num_past, tokens.device)
     cache.begin_step(positions, row_starts(arguments.get("attention_mask"), batch, num_past + num_new))
-
-
-def _arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return what `forward` is called with, by name."""
-    function = getattr(forward, "__func__", None)
-    if function is None:
-        return inspect.signature(forward).bind_partial(*args, **kwargs).arguments
-    return _signature(function).bind_partial(forward.__self__, *args, **kwargs).arguments  # type: ignore[attr-defined]
-
-
-@lru_cache(maxsize=8)
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    """Return the signature of a method, kept: to read it takes as long as a small layer."""
-    return inspect.signature(function)
 
 
 def step_positions(
