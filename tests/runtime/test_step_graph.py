@@ -13,6 +13,8 @@ from pqkv_cli.errors import CacheError, UsageError
 from pqkv_cli.runtime import Artifact, attach
 from pqkv_cli.runtime.generate import GenerateSettings, generate
 from pqkv_cli.runtime.step_graph import capture_cuda, choose_graph, step_graph
+from pqkv_cli.specs import SIDES
+from pqkv_kernels.layout import PAGE_TOKENS
 
 OPTIONS = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
@@ -36,7 +38,10 @@ def test_tokens_are_those_of_plain_steps_and_each_flush_is_captured_anew(model: 
     mask[0, :37] = 0
     plain, found, graph, caches = plain_and_captured(model, artifact, ids, attention_mask=mask, max_new_tokens=112)
     assert torch.equal(plain, found)
-    assert all(torch.equal(a, b) for a, b in zip(*map(pages, caches), strict=True))
+    # A captured step adds up its whole window, so what comes after attention rounds otherwise and may tip a code between two
+    # centroids as near as each other: in the first layer none, in others less than the codes of one token.
+    for layer, (a, b) in enumerate(zip(*map(pages, caches), strict=True)):
+        assert a.shape == b.shape and (a != b).sum() * PAGE_TOKENS < (a[0, 0].numel() if layer >= len(SIDES) else 1)
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 261
     # 86 tokens are exact after the prompt, 128 are flushed: with the 42nd token after it and with every 64th from there on.
     assert (graph.num_captured, graph.num_plain, graph.num_replayed) == (3, 1 + 2, 111 - 2)
