@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int kTokens = 64;  // of one page
@@ -31,7 +35,49 @@ inline void spread(const uint8_t* bytes, int width, uint8_t* to) {
   }
 }
 
-inline void unpack(const uint8_t* bytes, int nbits, int32_t* index) {
+#ifdef __AVX512BW__
+
+// The parts of less than eight bits, from `bytes` on, lowest first: one byte for each of 64 tokens.
+inline __m512i narrow_parts(const uint8_t* bytes, int nbits) {
+  __m512i found = _mm512_setzero_si512();
+  int low = 0;
+  if (nbits & 4) {
+    const __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)bytes));
+    found = _mm512_and_si512(_mm512_or_si512(x, _mm512_slli_epi16(x, 4)), _mm512_set1_epi8(0x0F));
+    low = 4;
+  }
+  if (nbits & 2) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + 8 * low)));
+    const __m512i pairs = _mm512_or_si512(x, _mm512_slli_epi32(x, 12));  // bits of tokens 0 and 1, then of 2 and 3
+    const __m512i part = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 6)), _mm512_set1_epi8(3));
+    found = _mm512_or_si512(found, low ? _mm512_slli_epi16(part, 4) : part);
+    low += 2;
+  }
+  if (nbits & 1) {
+    uint64_t set;
+    std::memcpy(&set, bytes + 8 * low, 8);
+    found = _mm512_or_si512(found, _mm512_maskz_set1_epi8(set, (char)(1 << low)));
+  }
+  return found;
+}
+
+// The codes of 64 tokens, packed as `packing.py` says.
+inline void unpack(const uint8_t* bytes, int nbits, uint16_t* index) {
+  const bool is_wide = nbits & 8;
+  const __m512i narrow = narrow_parts(bytes + (is_wide ? kTokens : 0), nbits);
+  for (int half = 0; half < 2; half++) {
+    __m512i found = _mm512_cvtepu8_epi16(half ? _mm512_extracti64x4_epi64(narrow, 1) : _mm512_castsi512_si256(narrow));
+    if (is_wide) {
+      const __m256i low = _mm256_loadu_si256((const __m256i*)(bytes + 32 * half));
+      found = _mm512_or_si512(_mm512_slli_epi16(found, 8), _mm512_cvtepu8_epi16(low));
+    }
+    _mm512_storeu_si512(index + 32 * half, found);
+  }
+}
+
+#else
+
+inline void unpack(const uint8_t* bytes, int nbits, uint16_t* index) {
   int low = 0;
   for (int width = 8; width; width /= 2) {
     if (!(nbits & width)) continue;
@@ -44,5 +90,7 @@ inline void unpack(const uint8_t* bytes, int nbits, int32_t* index) {
     low += width;
   }
 }
+
+#endif
 
 }  // namespace

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, Case, Inputs, inputs, pairwise_cases
+from native_machines import library_of
 
 from pqkv_kernels import native_attention
 from pqkv_kernels.angles import token_angles
@@ -12,7 +13,7 @@ from pqkv_kernels.attention import code_attention, code_queries, leave_code_spac
 from pqkv_kernels.codec import decode
 from pqkv_kernels.dispatch import attend_codes
 from pqkv_kernels.kernel_config import EXACT, DecodeConfig
-from pqkv_kernels.native_build import find_compiler
+from pqkv_kernels.native_build import SOURCE, find_compiler
 
 CASES = pairwise_cases()
 needs_compiler = pytest.mark.skipif(find_compiler() is None or DEVICE.type != "cpu", reason="needs a CPU and a C++ compiler")
@@ -49,8 +50,18 @@ def test_torch_equals_the_reference(case: Case) -> None:
     close(found, reference(given, case.softcap), 2e-4)
 
 
+@pytest.fixture(scope="module", params=[("DEFAULT", ""), ("AVX2", ""), ("AVX512", "false"), ("AVX512", "true")], ids="-".join)
+def machine(request: pytest.FixtureRequest):
+    """A processor, and whether it reads tables by loads (or gathers)."""
+    name, by_loads = request.param
+    library = library_of(SOURCE, name, *([f"-DPQKV_LOADS={by_loads}"] if by_loads else []))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_attention, "native_library", lambda: library)
+        yield name
+
+
 @needs_compiler
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "machine")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_native_equals_the_reference(case: Case, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,11 @@
 """Centroids searched by cells of the plane: to the bit what the search among all of them finds."""
 
-import ctypes
-
 import pytest
 import torch
+from native_machines import MACHINES, library_of
 from tests_support import random_codebooks
 
-from pqkv_kernels import native_build, native_nearest
+from pqkv_kernels import native_nearest
 from pqkv_kernels.layout import CodeGroup, CodeLayout
 from pqkv_kernels.native_nearest import native_few
 from pqkv_kernels.quantize import quantize
@@ -14,7 +13,6 @@ from pqkv_kernels.quantize import quantize
 pytestmark = pytest.mark.skipif(native_nearest._library() is None, reason="no C++ compiler on this machine")
 
 POINTS, FEW = 9000, 3000  # enough for cells, and too few
-MACHINES = ("DEFAULT", "AVX2", "AVX512")
 
 
 def plane(kind: str, points: int, centroids: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,18 +50,9 @@ KINDS = (
 )
 
 
-def library_of(machine: str) -> ctypes.CDLL:
-    """The library as it is built for `machine`, where this one can run it."""
-    if MACHINES.index(torch.backends.cpu.get_cpu_capability()) < MACHINES.index(machine):
-        pytest.skip(f"this machine does not run programs for {machine}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: machine)
-        return native_build.native_library.__wrapped__(native_nearest.SOURCE)
-
-
 @pytest.fixture(scope="module", params=MACHINES)
 def machine(request: pytest.FixtureRequest):
-    library = library_of(request.param)
+    library = library_of(native_nearest.SOURCE, request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_nearest, "_library", lambda: library)
         yield request.param

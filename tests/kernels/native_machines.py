@@ -1,0 +1,21 @@
+"""C++ as it is built for processors of other kinds, where this one can run it."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from pqkv_kernels import native_build
+
+MACHINES = ("DEFAULT", "AVX2", "AVX512")
+
+
+def library_of(source: Path, machine: str, *flags: str) -> ctypes.CDLL:
+    """The library of `source` as it is built for `machine`, with more `flags`; skips where this machine cannot run it."""
+    if MACHINES.index(torch.backends.cpu.get_cpu_capability()) < MACHINES.index(machine):
+        pytest.skip(f"this machine does not run programs for {machine}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: machine)
+        patch.setattr(native_build, "_FLAGS", (*native_build._FLAGS, *flags))
+        return native_build.native_library.__wrapped__(source)
