@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
-// Vectors of `dim` floats, which lie so many floats apart from row to row, head to head and token to token.
+// Vectors of `dim` numbers, which lie so many numbers apart from row to row, head to head and token to token.
 struct Tokens {
-  const float* data;
+  const void* data;
   int64_t row, head, token;
 };
 
@@ -18,6 +19,7 @@ struct Job {
   const int64_t *starts, *stops;   // [B]
   float *out, *lse;                // [B, H, N, D], [B, H, N]: those of the codes; become those of all tokens
   int64_t kv_heads, group, num_queries, dim, num_sinks, num_exact, first_slot;
+  int64_t halved;                  // tokens are bfloat16, or else float
   float scaling, softcap;          // softcap 0: none
 };
 
@@ -26,36 +28,65 @@ namespace {
 constexpr int kLanes = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
-inline float dot(const float* a, const float* b, int64_t dim) {
+// The upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Floats lanes(const float* x) { return *(const Floats*)x; }
+
+inline Floats lanes(const BFloat16* x) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+  return (Floats)(__builtin_convertvector(*(const Halves*)x, Words) << 16);
+}
+
+inline float number(float x) { return x; }
+
+inline float number(BFloat16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float found;
+  std::memcpy(&found, &bits, 4);
+  return found;
+}
+
+template <typename T>
+inline float dot(const float* a, const T* b, int64_t dim) {
   Floats total = {};
   int64_t i = 0;
-  for (; i + kLanes <= dim; i += kLanes) total += *(const Floats*)(a + i) * *(const Floats*)(b + i);
+  for (; i + kLanes <= dim; i += kLanes) total += lanes(a + i) * lanes(b + i);
   float sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += total[lane];
-  for (; i < dim; ++i) sum += a[i] * b[i];
+  for (; i < dim; ++i) sum += a[i] * number(b[i]);
   return sum;
 }
 
-inline void add(float* to, const float* x, float weight, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) to[i] += weight * x[i];
+template <typename T>
+inline void add(float* to, const T* x, float weight, int64_t dim) {
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) *(Floats*)(to + i) += weight * lanes(x + i);
+  for (; i < dim; ++i) to[i] += weight * number(x[i]);
 }
 
+template <typename T>
 struct Span {
-  const float *keys, *values;
+  const T *keys, *values;
   int64_t key_step, value_step, count;
 };
 
-Span span_of(const Tokens& keys, const Tokens& values, int64_t row, int64_t head, int64_t begin, int64_t end) {
-  const float* first_key = keys.data + row * keys.row + head * keys.head + begin * keys.token;
-  const float* first_value = values.data + row * values.row + head * values.head + begin * values.token;
+template <typename T>
+Span<T> span_of(const Tokens& keys, const Tokens& values, int64_t row, int64_t head, int64_t begin, int64_t end) {
+  const T* first_key = (const T*)keys.data + row * keys.row + head * keys.head + begin * keys.token;
+  const T* first_value = (const T*)values.data + row * values.row + head * values.head + begin * values.token;
   return {first_key, first_value, keys.token, values.token, std::max<int64_t>(end - begin, 0)};
 }
 
 // One query: what the codes gave it, `out` and `lse`, and the tokens of `spans`, which it may see all.
-void one_query(const Job& job, const float* query, const Span (&spans)[2], float* scores, float* out, float* lse) {
+template <typename T>
+void one_query(const Job& job, const float* query, const Span<T> (&spans)[2], float* scores, float* out, float* lse) {
   float high = *lse;
   float* score = scores;
-  for (const Span& span : spans)
+  for (const Span<T>& span : spans)
     for (int64_t t = 0; t < span.count; ++t) {
       float found = dot(query, span.keys + t * span.key_step, job.dim) * job.scaling;
       if (job.softcap > 0) found = job.softcap * std::tanh(found / job.softcap);
@@ -67,7 +98,7 @@ void one_query(const Job& job, const float* query, const Span (&spans)[2], float
   float total = own;
   for (int64_t i = 0; i < job.dim; ++i) out[i] *= own;
   score = scores;
-  for (const Span& span : spans)
+  for (const Span<T>& span : spans)
     for (int64_t t = 0; t < span.count; ++t) {
       const float weight = std::exp(*score++ - high);
       total += weight;
@@ -77,10 +108,8 @@ void one_query(const Job& job, const float* query, const Span (&spans)[2], float
   *lse = high + std::log(total);
 }
 
-}  // namespace
-
-// Key/value heads begin..end-1, counted over all rows, with all their queries.
-extern "C" int pqkv_exact(const Job* job, int64_t begin, int64_t end) {
+template <typename T>
+int run(const Job* job, int64_t begin, int64_t end) {
   std::vector<float> scores(job->num_sinks + job->num_exact);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t row = unit / job->kv_heads, head = unit % job->kv_heads;
@@ -90,10 +119,17 @@ extern "C" int pqkv_exact(const Job* job, int64_t begin, int64_t end) {
     for (int64_t q = 0; q < job->group * job->num_queries; ++q) {
       const int64_t place = unit * job->group * job->num_queries + q;
       const int64_t seen = job->num_exact - job->num_queries + 1 + q % job->num_queries;
-      const Span spans[2] = {span_of(job->sink_keys, job->sink_values, row, head, 0, sinks),
-                             span_of(job->keys, job->values, row, head, from, seen)};
+      const Span<T> spans[2] = {span_of<T>(job->sink_keys, job->sink_values, row, head, 0, sinks),
+                                span_of<T>(job->keys, job->values, row, head, from, seen)};
       one_query(*job, job->query + place * job->dim, spans, scores.data(), job->out + place * job->dim, job->lse + place);
     }
   }
   return 0;
+}
+
+}  // namespace
+
+// Key/value heads begin..end-1, counted over all rows, with all their queries.
+extern "C" int pqkv_exact(const Job* job, int64_t begin, int64_t end) {
+  return job->halved ? run<BFloat16>(job, begin, end) : run<float>(job, begin, end);
 }

@@ -1,5 +1,7 @@
 """Exact tokens beside codes: the reference against plain softmax, and C++ against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,10 +64,18 @@ CASES = st.tuples(
 )
 
 
-@given(case=CASES, softcap=st.sampled_from([None, 4.0]))
-@settings(max_examples=25, deadline=None)
-def test_reference_and_loop_are_plain_softmax(case: tuple[int, int, int, int, int], softcap: float | None) -> None:
+def of_dtype(exact: ExactTokens, dtype: torch.dtype) -> ExactTokens:
+    sinks, recent = ((keys.to(dtype), values.to(dtype)) for keys, values in (exact.sinks, exact.recent))
+    return replace(exact, sinks=sinks, recent=recent)
+
+
+@given(case=CASES, softcap=st.sampled_from([None, 4.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=40, deadline=None)
+def test_reference_and_loop_are_plain_softmax(
+    case: tuple[int, int, int, int, int], softcap: float | None, dtype: torch.dtype
+) -> None:
     coded, query, exact = drawn(*case)
+    query, exact = query.to(dtype), of_dtype(exact, dtype)
     expected = dull(coded, query, exact, softcap)
     for backend in ("torch", "native"):
         kept = coded[0].clone(), coded[1].clone()
@@ -87,5 +97,6 @@ def test_the_loop_serves_a_few_plain_queries() -> None:
     assert can_add(query, exact)
     many = drawn(1, 4, 70, 20, 64)
     assert not can_add(many[1], many[2])
-    assert not can_add(query.bfloat16(), exact) and not can_add(query.clone().requires_grad_(), exact)
+    assert can_add(query.bfloat16(), of_dtype(exact, torch.bfloat16)) and not can_add(query.bfloat16(), exact)
+    assert not can_add(query.half(), of_dtype(exact, torch.float16)) and not can_add(query.clone().requires_grad_(), exact)
     assert not can_add(query.mT.contiguous().mT, exact)
