@@ -114,7 +114,7 @@ def from_code_space(
 ) -> torch.Tensor:
     """Undo `to_code_space`."""
     if tables.permutation is not None:
-        x = _take_channels(x, tables.permutation.long().argsort(-1))
+        x = _take_channels(x, tables.inverse_permutation())
     if tables.map is not None:
         x = x / tables.map[:, None] if tables.inverse is None else _mapped(x, tables.inverse, tables.rotary)
     turn = _turn(tables, angles, x) if rotated else None

@@ -101,6 +101,8 @@ def _triton_attention() -> ModuleType:
 
 def prepare_tables(backend: Backend, tables: CodecTables) -> None:
     """Make what `backend` reads of `tables`, once and on the present stream; a step that finds it made waits for nothing."""
+    if tables.permutation is not None:
+        tables.inverse_permutation()
     if backend == "triton":
         _triton_attention().prepare(tables)
         channel_tables(tables)

@@ -86,6 +86,15 @@ class CodecTables:
         tensors += [t for t in (self.map, self.permutation) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def inverse_permutation(self) -> torch.Tensor:
+        """Return what undoes `permutation`, [Hkv, D] int64, sorted out once: every step over codes asks for it."""
+        assert self.permutation is not None  # or there is nothing to undo
+        if "inverse_permutation" not in self.derived:
+            with torch.inference_mode(False):  # or gradients could not pass later
+                self.derived["inverse_permutation"] = self.permutation.long().argsort(-1)
+        found: torch.Tensor = self.derived["inverse_permutation"]
+        return found
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "CodecTables":
         """Return these tables themselves: nothing changes them, so copies of a cache share them."""
         return self

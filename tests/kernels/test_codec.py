@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tests_support import key_tables, random_angles, random_codebooks, value_tables
 
 from pqkv_kernels import native_points
-from pqkv_kernels.codec import decode, encode, round_trip, to_code_space
+from pqkv_kernels.codec import decode, encode, from_code_space, round_trip, to_code_space
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import SUPPORTED_NBITS, CodeGroup, CodeLayout, RotaryLayout
 from pqkv_kernels.quantize import dequantize, quantize
@@ -147,3 +147,17 @@ def test_bad_input_is_named(generator: torch.Generator) -> None:
         with pytest.raises(KernelError) as caught:
             call()
         assert phrase in str(caught.value)
+
+
+def test_what_undoes_a_permutation_is_sorted_once_and_lets_gradients_pass(generator: torch.Generator) -> None:
+    layout = CodeLayout.uniform(8, num_subspaces=4, nbits=4)
+    permutation = torch.stack([torch.randperm(8, generator=generator) for _ in range(2)]).to(torch.int16)
+    tables = CodecTables(layout, random_codebooks(layout, 2, generator), permutation=permutation)
+    with torch.inference_mode():
+        first = tables.inverse_permutation()
+    assert tables.inverse_permutation() is first
+    x = torch.randn(1, 2, 5, 8, generator=generator, requires_grad=True)
+    back = from_code_space(to_code_space(x, tables), tables)
+    assert torch.equal(back, x)
+    back.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
