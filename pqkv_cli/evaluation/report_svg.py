@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 640, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 16, 14, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 16, 34, 46
 _LIGHT_CELL = 0.72  # above it the text of a cell changes colour
 NUM_COLOURS = 8
 Point = tuple[float, float]
@@ -121,9 +121,8 @@ def _axes(
         parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(x.tick(value))}</text>')
     middle = (_LEFT + right) / 2
     parts.append(f'<text class="axis" x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x.label)}</text>')
-    centre = (_TOP + bottom) / 2
-    turned = f'transform="rotate(-90 14 {centre})"'
-    parts.append(f'<text class="axis" x="14" y="{centre}" text-anchor="middle" {turned}>{escape(y.label)}</text>')
+    # Upright above the axis: beside it, the larger letters of a narrow screen would meet the ticks.
+    parts.append(f'<text class="axis" x="4" y="14">{escape(y.label)}</text>')
     return "".join(parts)
 
 

@@ -70,8 +70,13 @@ def headline_rows(records: Sequence[Record]) -> list[dict[str, str]]:
 
 def _recovery(metric: Mapping[str, Any]) -> tuple[str, str]:
     """Return the recovery and the 95 % interval, which is that of the value where nothing is compared."""
-    interval = metric.get("ci95")
-    return percent(metric.get("recovery")), "–" if interval is None else " to ".join(number(end) for end in interval)
+    recovery, interval = metric.get("recovery"), metric.get("ci95")
+    if interval is None:
+        return percent(recovery), "–"
+    low, high = interval
+    if recovery is None:
+        return "–", f"{number(low)} to {number(high)}"
+    return percent(recovery), f"{100 * low:.1f} to {percent(high)}"
 
 
 def headline_metrics(record: Record) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -12,7 +12,7 @@ from pqkv_cli.evaluation.report import ReportSource, report_page
 from pqkv_cli.evaluation.report_pictures import compressed_bytes
 from pqkv_cli.evaluation.report_style import STYLE
 from pqkv_cli.evaluation.report_svg import Axis, heat_map, line_chart, ticks
-from pqkv_cli.evaluation.report_tables import number, percent, size
+from pqkv_cli.evaluation.report_tables import headline_rows, number, percent, size
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.tasks import run_task
 
@@ -80,6 +80,14 @@ def test_a_page_of_real_records(subject: Maker) -> None:
         assert phrase in seen.words
     assert number(records[0]["metrics"]["kl_bits"]["quantized"]) in seen.words
     assert size(records[1]["cache_bytes"]["quantized"]) in seen.words
+
+
+def test_an_interval_is_written_as_what_it_belongs_to() -> None:
+    recovered = {"baseline": 3.0, "quantized": 3.1, "recovery": 1.0333, "ci95": [0.9447, 1.101]}
+    alone = {"baseline": 3.0, "quantized": 3.1, "recovery": 1.0333, "ci95": None}
+    made = record(headline=["score", "alone", "kl_bits"], metrics=record()["metrics"] | {"score": recovered, "alone": alone})
+    found = [(row["recovery"], row["95 % interval"]) for row in headline_rows([made])]
+    assert found[:3] == [("103.3 %", "94.5 to 110.1 %"), ("103.3 %", "–"), ("–", "0.01 to 0.015")]
 
 
 def test_nothing_comes_from_elsewhere(subject: Maker) -> None:
