@@ -7,6 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "native_lanes.h"
+
 // Vectors of `dim` numbers, which lie so many numbers apart from row to row, head to head and token to token.
 struct Tokens {
   const void* data;
@@ -25,20 +27,15 @@ struct Job {
 
 namespace {
 
-constexpr int kLanes = 16;
-typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
 // The upper half of a float.
 struct BFloat16 {
   uint16_t bits;
 };
 
-inline Floats lanes(const float* x) { return *(const Floats*)x; }
-
-inline Floats lanes(const BFloat16* x) {
+inline Floats loaded(const BFloat16* from) {
   typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
   typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-  return (Floats)(__builtin_convertvector(*(const Halves*)x, Words) << 16);
+  return (Floats)(__builtin_convertvector(*(const Halves*)from, Words) << 16);
 }
 
 inline float number(float x) { return x; }
@@ -54,7 +51,7 @@ template <typename T>
 inline float dot(const float* a, const T* b, int64_t dim) {
   Floats total = {};
   int64_t i = 0;
-  for (; i + kLanes <= dim; i += kLanes) total += lanes(a + i) * lanes(b + i);
+  for (; i + kLanes <= dim; i += kLanes) total += loaded(a + i) * loaded(b + i);
   float sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += total[lane];
   for (; i < dim; ++i) sum += a[i] * number(b[i]);
@@ -64,7 +61,7 @@ inline float dot(const float* a, const T* b, int64_t dim) {
 template <typename T>
 inline void add(float* to, const T* x, float weight, int64_t dim) {
   int64_t i = 0;
-  for (; i + kLanes <= dim; i += kLanes) *(Floats*)(to + i) += weight * lanes(x + i);
+  for (; i + kLanes <= dim; i += kLanes) store(to + i, loaded(to + i) + weight * loaded(x + i));
   for (; i < dim; ++i) to[i] += weight * number(x[i]);
 }
 

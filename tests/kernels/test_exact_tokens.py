@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE
+from native_machines import MACHINES, library_of
 
+from pqkv_kernels import native_exact
 from pqkv_kernels.attention import Part
 from pqkv_kernels.dispatch import attend_exact
 from pqkv_kernels.exact_tokens import ExactTokens, add_exact
@@ -69,6 +71,15 @@ def of_dtype(exact: ExactTokens, dtype: torch.dtype) -> ExactTokens:
     return replace(exact, sinks=sinks, recent=recent)
 
 
+@pytest.fixture(scope="module", params=MACHINES)
+def machine(request: pytest.FixtureRequest):
+    library = None if find_compiler() is None else library_of(native_exact.SOURCE, request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_exact, "found_library", lambda source: library)
+        yield request.param
+
+
+@pytest.mark.usefixtures("machine")
 @given(case=CASES, softcap=st.sampled_from([None, 4.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(max_examples=40, deadline=None)
 def test_reference_and_loop_are_plain_softmax(

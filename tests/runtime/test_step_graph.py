@@ -40,8 +40,8 @@ def test_tokens_are_those_of_plain_steps_and_each_flush_is_captured_anew(model: 
     assert torch.equal(plain, found)
     # A captured step adds up its whole window, so what comes after attention rounds otherwise and may tip a code between two
     # centroids as near as each other: in the first layer none, in others less than the codes of one token.
-    for layer, (a, b) in enumerate(zip(*map(pages, caches), strict=True)):
-        assert a.shape == b.shape and (a != b).sum() * PAGE_TOKENS < (a[0, 0].numel() if layer >= len(SIDES) else 1)
+    for place, (a, b) in enumerate(zip(*map(pages, caches), strict=True)):
+        assert a.shape == b.shape and (a != b).sum() * PAGE_TOKENS < (a[0, 0].numel() if place >= len(SIDES) else 1)
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 261
     # 86 tokens are exact after the prompt, 128 are flushed: with the 42nd token after it and with every 64th from there on.
     assert (graph.num_captured, graph.num_plain, graph.num_replayed) == (3, 1 + 2, 111 - 2)
