@@ -1,6 +1,6 @@
 // Attention over codes on a CPU, for up to four queries at a time: the meaning of pqkv_kernels.attention.code_attention.
-// A vector holds one plane (`native_planes.h`) per token where codes of few planes are looked up, one per plane where one code
-// stands for eight planes or more. Knows addresses and numbers only; `native_attention.py` lays out the arguments.
+// A vector holds one coordinate of sixteen tokens where codes of few planes are looked up (`native_lookup.h`), eight planes of one
+// token where one code stands for so many. Knows addresses and numbers only; `native_attention.py` lays out the arguments.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -40,6 +40,9 @@ int run(const Job& job, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+
+// Which form of tables this was built to read.
+extern "C" const int pqkv_byte_tables = kByteTables;
 
 extern "C" int pqkv_attend(const Job* job, int64_t begin, int64_t end) {
   if (job->block == 1) return run<1>(*job, begin, end);

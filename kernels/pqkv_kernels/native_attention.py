@@ -6,7 +6,6 @@ register or first-level cache.
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -15,14 +14,15 @@ from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.attention import Part
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.native_build import native_library
+from pqkv_kernels.native_tables import native_tables
 from pqkv_kernels.native_threads import in_shares
 from pqkv_kernels.plane_angles import step_factors
-from pqkv_kernels.planes import PlaneGroup, Planes
+from pqkv_kernels.planes import Planes
 
 MOST_QUERIES = 16  # per key/value head; more are served better by matrix products
 _CHUNK_PAGES = 64
+_READ_BEYOND = 15  # numbers behind a row that may be loaded with it
 _THREAD_PAGES = 64  # less work than this is not worth waking another thread
-_WIDE_PLANES = 8  # codes of so many planes are read row by row
 
 
 class _Side(ctypes.Structure):
@@ -34,7 +34,7 @@ class _Side(ctypes.Structure):
     ]
 
 
-_POINTERS = ("query", "spans", "pair", "base_cos", "base_sin", "step_real", "step_imag", "row_real", "row_imag")
+_POINTERS = ("query", "spans", "pair", "base_cos", "base_sin", "step_cos", "step_sin", "row_cos", "row_sin")
 _SIZES = ("batch", "heads", "query_blocks", "block", "chunks", "chunk_pages", "num_pages", "planes", "num_pairs", "base_row")
 
 
@@ -46,14 +46,6 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         ("softcap", ctypes.c_float),
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class _NativeTables:
-    """Groups of one codec as the kernel reads them, [G, 8] int64, and the tensors whose addresses they hold."""
-
-    groups: torch.Tensor
-    held: tuple[torch.Tensor, ...]
 
 
 def can_attend(query: torch.Tensor, angles: Angles | PageAngles | None) -> bool:
@@ -84,7 +76,8 @@ def native_attention(
     chunk_pages = _chunk_pages(num_pages, batch * heads * blocks)
     chunks = -(-num_pages // chunk_pages)
     out, lse = rows.new_empty(batch, heads, blocks, chunks, block, dim), rows.new_empty(batch, heads, blocks, chunks, block)
-    tables = [_tables(planes) for planes in (keys, values)]
+    library = native_library()
+    tables = [native_tables(planes, library) for planes in (keys, values)]
     held = {"query": rows, "spans": spans.contiguous(), "out": out, "lse": lse}
     numbers = dict(batch=batch, heads=heads, query_blocks=blocks, block=block, chunks=chunks, chunk_pages=chunk_pages)
     numbers |= {"num_pages": num_pages, "planes": dim // 2, "num_pairs": 0, "base_row": 0}
@@ -99,9 +92,9 @@ def native_attention(
     job = _Job(*sides, softcap=softcap or 0.0, **{name: t.data_ptr() for name, t in held.items()}, **numbers)
     # Its loops know every block that `_blocks` makes.
     most = max(1, batch * heads * blocks * num_pages // _THREAD_PAGES)
-    in_shares(native_library().pqkv_attend, job, batch * heads * blocks * chunks, most)
+    in_shares(library.pqkv_attend, job, batch * heads * blocks * chunks, most)
     if chunks > 1:
-        in_shares(native_library().pqkv_merge, job, batch * heads * blocks, 1)
+        in_shares(library.pqkv_merge, job, batch * heads * blocks, 1)
     return _unblocked(out, group, num_queries), _unblocked(lse, group, num_queries)
 
 
@@ -127,48 +120,15 @@ def _chunk_pages(num_pages: int, num_rows: int) -> int:
 def _turning(keys: Planes, angles: PageAngles) -> dict[str, torch.Tensor]:
     assert keys.pairs is not None  # asked only of keys that are turned
     base_cos, base_sin = (t.contiguous() for t in angles.base)
-    names = ("step_real", "step_imag", "row_real", "row_imag")
     step = step_factors(angles, keys)
     if keys.steps.get("native.of", (None,))[0] is not step:
-        rows = step.mT.contiguous()
-        keys.steps["native.step"], keys.steps["native.row"] = _doubled(step), _doubled(rows)
+        keys.steps["native.step"] = step.real.contiguous(), step.imag.contiguous()
+        cos, sin = torch.nn.functional.pad(torch.view_as_real(step.mT.flatten()).mT, (0, _READ_BEYOND))
+        keys.steps["native.row"] = cos, sin
         keys.steps["native.of"] = (step, step)
-    kept = dict(zip(names, (*keys.steps["native.step"], *keys.steps["native.row"]), strict=True))
+    kept = dict(zip(("step_cos", "step_sin"), keys.steps["native.step"], strict=True))
+    kept |= zip(("row_cos", "row_sin"), keys.steps["native.row"], strict=True)
     return {"pair": keys.pairs.contiguous(), "base_cos": base_cos, "base_sin": base_sin, **kept}
-
-
-def _doubled(factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``(cos, cos)`` and ``(-sin, sin)`` of complex `factors`, each [..., 2] fp32."""
-    real, imag = factors.real, factors.imag
-    return torch.stack((real, real), -1).contiguous(), torch.stack((-imag, imag), -1).contiguous()
-
-
-def _tables(planes: Planes) -> _NativeTables:
-    found = planes.derived.get("native")
-    if not isinstance(found, _NativeTables):
-        rows, held = [], []
-        for stage in planes.stages:
-            table = stage.entries.view(torch.float32).view(planes.channels.shape[0], -1, 2)
-            held.append(table)
-            first = 0
-            for part in stage.groups:
-                count = part.group.num_subspaces * part.planes_per_code * part.group.num_centroids
-                rows.append(_group_row(part, table[:, first : first + count], held))
-                first += count
-        found = planes.derived["native"] = _NativeTables(torch.tensor(rows), tuple(held))
-    return found
-
-
-def _group_row(part: PlaneGroup, planes: torch.Tensor, held: list[torch.Tensor]) -> list[int]:
-    """Return a row of `Group` of the C++ source for the entries `planes`; `held` gets what the addresses point into."""
-    group, width = part.group, part.planes_per_code
-    is_wide = width >= _WIDE_PLANES and width % 8 == 0
-    if is_wide:  # [Hkv, M, K, planes, 2]
-        shape = (group.num_subspaces, width, group.num_centroids)
-        planes = planes.unflatten(1, shape).transpose(2, 3).contiguous()
-        held.append(planes)
-    place = [part.byte_offset, group.num_subspaces, group.nbits, width, part.first_plane]
-    return [*place, planes.data_ptr(), planes.stride(0), int(is_wide)]
 
 
 def _unblocked(blocks: torch.Tensor, group: int, num_queries: int) -> torch.Tensor:

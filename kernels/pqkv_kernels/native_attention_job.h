@@ -5,7 +5,7 @@
 #include <cstdint>
 
 struct Group {
-  int64_t byte_offset, num_subspaces, nbits, planes, first_plane, table, head_stride, wide;
+  int64_t byte_offset, num_subspaces, nbits, planes, first_plane, table, head_bytes, subspace_bytes, wide;
 };
 
 struct Side {
@@ -21,8 +21,8 @@ struct Job {
   const int64_t* spans;  // [B, 2]
   const int64_t* pair;   // [Hkv, D2], num_pairs where a plane is not turned; null: keys are not turned
   const float *base_cos, *base_sin;      // [B or 1, P, num_pairs]
-  const float *step_real, *step_imag;    // [Hkv, D2, 64, 2]: (cos, cos) and (-sin, sin)
-  const float *row_real, *row_imag;      // [Hkv, 64, D2, 2], the same
+  const float *step_cos, *step_sin;      // [Hkv, D2, 64]
+  const float *row_cos, *row_sin;        // [Hkv, 64, D2], and fifteen more numbers
   float *out, *lse;                      // [B, Hkv, Q, C, N, D], [B, Hkv, Q, C, N]
   int64_t batch, heads, query_blocks, block, chunks, chunk_pages, num_pages, planes, num_pairs, base_row;  // block: N
   float softcap;  // 0: none

@@ -24,7 +24,8 @@ _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
-_MACHINE_FLAGS = {"AVX2": _AVX2, "AVX512": _AVX512}  # by what torch itself found on this processor
+_MACHINE_FLAGS = {"AVX2": _AVX2, "AVX512": _AVX512, "AVX512_VBMI": (*_AVX512, "-mavx512vbmi")}
+_PROCESSOR = Path("/proc/cpuinfo")  # of Linux
 _MOST_SECONDS = 300
 
 
@@ -49,7 +50,7 @@ def native_library(source: Path = SOURCE) -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise KernelError(f"no C++ compiler was found ({', '.join(_COMPILERS)}); install one")
-    command = [compiler, *_FLAGS, *_MACHINE_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    command = [compiler, *_FLAGS, *_MACHINE_FLAGS.get(machine(), ())]
     headers = b"".join(header.read_bytes() for header in sorted(source.parent.glob("*.h")))
     built_from = "\n".join([*command, platform.machine()]).encode() + headers + source.read_bytes()
     key = hashlib.sha256(built_from).hexdigest()[:20]
@@ -75,6 +76,14 @@ def found_library(source: Path) -> ctypes.CDLL | None:
         return native_library(source)
     except KernelError:
         return None
+
+
+@lru_cache
+def machine() -> str:
+    """Return what this processor runs: what torch itself found, ``AVX512_VBMI`` where it looks up bytes in vectors, too."""
+    found: str = torch.backends.cpu.get_cpu_capability()
+    looks_up = found == "AVX512" and _PROCESSOR.is_file() and "avx512vbmi" in _PROCESSOR.read_text().split()
+    return "AVX512_VBMI" if looks_up else found
 
 
 def find_compiler() -> str | None:

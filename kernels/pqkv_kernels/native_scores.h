@@ -10,12 +10,17 @@
 
 #include "native_attention_job.h"
 #include "native_codes.h"
+#include "native_lookup.h"
 #include "native_place.h"
 #include "native_planes.h"
 
 namespace {
 
-constexpr int kRowsAhead = 6;  // rows of a wide table fetched before they are needed
+// The rows of a subspace of many planes: first coordinates, then second ones, filled up with zeros to a multiple of sixteen.
+struct Rows {
+  const float* table;
+  int64_t first_plane, planes;
+};
 
 template <int N, bool TURN>
 class Scores {
@@ -31,98 +36,121 @@ class Scores {
   }
 
  private:
+  static constexpr int kRowsTogether = 16 / N;  // whose scores are added up in one vector
+
   void score(int64_t start, int64_t count) {
     turn_queries(start, count);
-    pairs_.assign(count * N * kVectors, V{});
     for (int64_t g = 0; g < job_.keys.num_groups; g++) {
       const Group& group = job_.keys.groups[g];
-      for (int64_t m = 0; m < group.num_subspaces; m += kTogether)
-        for (int64_t p = 0; p < count; p++) score_subspaces(group, m, start, p);
+      for (int64_t m = 0; m < group.num_subspaces; m++)
+        group.wide ? score_rows(group, m, start, count) : score_planes(group, m, start, count);
     }
-    for (int64_t p = 0; p < count; p++)
-      for (int n = 0; n < N; n++) {
-        const float* pair = (const float*)&pairs_[(p * N + n) * kVectors];
-        float* to = scores_of(n, start + p);
-        for (int t = 0; t < kTokens; t++) to[t] += pair[2 * t] + pair[2 * t + 1];
-      }
     finish(start, count);
   }
 
   float* scores_of(int n, int64_t page) { return scores_ + n * place_.tokens() + page * kTokens; }
 
-  // The queries turned back by the base of every page of a block: [page][N][D2][2].
+  // The queries turned back by the base of every page of a block: [page][N][2][D2], and some more to be read and not used.
   void turn_queries(int64_t start, int64_t count) {
-    turned_.resize(count * N * d2_ * 2);
+    turned_.resize(count * N * 2 * d2_ + 16);
     for (int64_t p = 0; p < count; p++) {
-      const int64_t at = (place_.row * job_.base_row + place_.first + start + p) * job_.num_pairs;
-      for (int n = 0; n < N; n++)
+      const float* base = base_of(place_.first + start + p);
+      for (int n = 0; n < N; n++) {
+        const float* query = query_ + n * d2_ * 2;
+        float* to = &turned_[(p * N + n) * 2 * d2_];
         for (int64_t i = 0; i < d2_; i++) {
-          const float x = query_[(n * d2_ + i) * 2], y = query_[(n * d2_ + i) * 2 + 1];
-          float* to = &turned_[((p * N + n) * d2_ + i) * 2];
-          const int64_t pair = TURN ? job_.pair[place_.head * d2_ + i] : job_.num_pairs;
-          const bool turns = pair < job_.num_pairs;
-          const float c = turns ? job_.base_cos[at + pair] : 1, s = turns ? job_.base_sin[at + pair] : 0;
-          to[0] = x * c + y * s;
-          to[1] = y * c - x * s;
+          to[i] = query[2 * i] * base[i] + query[2 * i + 1] * base[d2_ + i];
+          to[d2_ + i] = query[2 * i + 1] * base[i] - query[2 * i] * base[d2_ + i];
         }
-    }
-  }
-
-  // Subspaces m.. of page `p` of the block that begins with page `start`.
-  void score_subspaces(const Group& group, int64_t m, int64_t start, int64_t p) {
-    const int64_t together = std::min<int64_t>(kTogether, group.num_subspaces - m);
-    for (int64_t i = 0; i < together; i++) {
-      unpack(place_.codes(job_, job_.keys, group, start + p, m + i), group.nbits, index_[i]);
-      if (group.wide) score_rows(group, m + i, p, start, index_[i]);
-    }
-    if (group.wide) return;
-    if (together == kTogether) score_planes<kTogether>(group, m, p);
-    else score_planes<1>(group, m, p);
-  }
-
-  template <int M>
-  void score_planes(const Group& group, int64_t m, int64_t p) {
-    V* to = &pairs_[p * N * kVectors];
-    for (int64_t k = 0; k < group.planes; k++) {
-      const float *table[M], *real[M], *imag[M];
-      V q[M][N];
-      for (int i = 0; i < M; i++) {
-        const int64_t local = (m + i) * group.planes + k, plane = group.first_plane + local;
-        const int64_t at = (place_.head * d2_ + plane) * kTokens * 2;
-        const float* query = &turned_[(p * N * d2_ + plane) * 2];
-        table[i] = place_.table(group, local), real[i] = job_.step_real + at, imag[i] = job_.step_imag + at;
-        for (int n = 0; n < N; n++) q[i][n] = both(query[n * d2_ * 2], query[n * d2_ * 2 + 1]);
       }
-      for (int j = 0; j < kVectors; j++) {
-        V total[N];
-        for (int n = 0; n < N; n++) total[n] = to[n * kVectors + j];
-        for (int i = 0; i < M; i++) {
-          V key = gather(table[i], index_[i] + 8 * j);
-          if (TURN) key = key * loaded(real[i] + 16 * j) + swapped(key) * loaded(imag[i] + 16 * j);
-          for (int n = 0; n < N; n++) total[n] += key * q[i][n];
+    }
+  }
+
+  // Cosines and sines of a page's first token, [2][D2].
+  const float* base_of(int64_t page) {
+    base_.assign(2 * d2_, 0.0f);
+    const int64_t at = (place_.row * job_.base_row + page) * job_.num_pairs;
+    for (int64_t i = 0; i < d2_; i++) {
+      const int64_t pair = TURN ? job_.pair[place_.head * d2_ + i] : job_.num_pairs;
+      const bool turns = pair < job_.num_pairs;
+      base_[i] = turns ? job_.base_cos[at + pair] : 1;
+      base_[d2_ + i] = turns ? job_.base_sin[at + pair] : 0;
+    }
+    return base_.data();
+  }
+
+  // Subspace m of a block of pages, plane by plane.
+  void score_planes(const Group& group, int64_t m, int64_t start, int64_t count) {
+    PageCodes codes[kBlockPages];
+    place_.read(job_, job_.keys, group, start, count, m, codes);
+    with_width(group.nbits, [&](auto width) {
+      for (int64_t k = 0; k < group.planes; k++) {
+        const int64_t plane = group.first_plane + m * group.planes + k;
+        const void* table = place_.table(group, m, k);
+        for (int64_t p = 0; p < count; p += kPagesTogether) {
+          Points keys[kPagesTogether];
+          look_up<width>(table, codes + p, keys);
+          for (int i = 0; i < kPagesTogether && p + i < count; i++) add_scores(keys[i], plane, start, p + i);
         }
-        for (int n = 0; n < N; n++) to[n * kVectors + j] = total[n];
+      }
+    });
+  }
+
+  void add_scores(const Points& keys, int64_t plane, int64_t start, int64_t p) {
+    const int64_t at = (place_.head * d2_ + plane) * kTokens;
+    const float *cos = job_.step_cos + at, *sin = job_.step_sin + at, *query = &turned_[p * N * 2 * d2_ + plane];
+    for (int j = 0; j < kVectors; j++) {
+      V x = keys.x[j], y = keys.y[j];
+      if (TURN) {
+        const V c = loaded(cos + 16 * j), s = loaded(sin + 16 * j);
+        x = keys.x[j] * c - keys.y[j] * s;
+        y = keys.y[j] * c + keys.x[j] * s;
+      }
+      for (int n = 0; n < N; n++) {
+        V& to = *(V*)(scores_of(n, start + p) + 16 * j);
+        to += x * query[n * 2 * d2_] + y * query[(n * 2 + 1) * d2_];
       }
     }
   }
 
-  void score_rows(const Group& group, int64_t m, int64_t p, int64_t start, const uint16_t* index) {
-    const int64_t width = group.planes * 2, plane = group.first_plane + m * group.planes;
-    const float* table = place_.table(group, m * group.planes);
-    const float* queries = &turned_[(p * N * d2_ + plane) * 2];
-    const int64_t at = (place_.head * kTokens * d2_ + plane) * 2, step = d2_ * 2;
-    const float *real = job_.row_real + at, *imag = job_.row_imag + at;
-    for (int t = 0; t < kTokens; t++, real += step, imag += step) {
-      const float* row = table + index[t] * width;
-      if (t + kRowsAhead < kTokens)
-        for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(table + index[t + kRowsAhead] * width + i);
-      V total[N] = {};
-      for (int64_t i = 0; i < width; i += 16) {
-        V key = loaded(row + i);
-        if (TURN) key = key * loaded(real + i) + swapped(key) * loaded(imag + i);
-        for (int n = 0; n < N; n++) total[n] += key * loaded(queries + n * step + i);
+  // Subspace m of a block of pages where a code stands for many planes, row by row.
+  void score_rows(const Group& group, int64_t m, int64_t start, int64_t count) {
+    const Rows rows = {(const float*)place_.table(group, m), group.first_plane + m * group.planes, padded(group.planes)};
+    uint16_t index[kTokens];
+    for (int64_t p = 0; p < count; p++) {
+      unpack(place_.codes(job_, job_.keys, group, start + p, m), group.nbits, index);
+      for (int t = 0; t < kTokens; t += kRowsTogether) score_rows(rows, index, start, p, t);
+    }
+  }
+
+  void score_rows(const Rows& rows, const uint16_t* index, int64_t start, int64_t p, int first) {
+    V total[16];
+    for (int i = 0; i < kRowsTogether; i++) {
+      const float* row = rows.table + index[first + i] * rows.planes * 2;
+      V sums[N];
+      score_row(row, rows, first + i, p, sums);
+      for (int n = 0; n < N; n++) total[n * kRowsTogether + i] = sums[n];
+    }
+    const V found = sums_of(total);
+    for (int n = 0; n < N; n++)
+      for (int i = 0; i < kRowsTogether; i++) scores_of(n, start + p)[first + i] += ((const float*)&found)[n * kRowsTogether + i];
+  }
+
+  // What sums up to the scores of one key.
+  void score_row(const float* row, const Rows& rows, int t, int64_t p, V* sums) {
+    const int64_t at = (place_.head * kTokens + t) * d2_ + rows.first_plane;
+    const float *cos = job_.row_cos + at, *sin = job_.row_sin + at, *query = &turned_[p * N * 2 * d2_ + rows.first_plane];
+    for (int n = 0; n < N; n++) sums[n] = V{};
+    for (int64_t i = 0; i < rows.planes; i += 16) {
+      const V x = loaded(row + i), y = loaded(row + rows.planes + i);
+      V turned_x = x, turned_y = y;
+      if (TURN) {
+        const V c = loaded(cos + i), s = loaded(sin + i);
+        turned_x = x * c - y * s;
+        turned_y = y * c + x * s;
       }
-      for (int n = 0; n < N; n++) scores_of(n, start + p)[t] += sum(total[n]);
+      for (int n = 0; n < N; n++)
+        sums[n] += turned_x * loaded(query + n * 2 * d2_ + i) + turned_y * loaded(query + (n * 2 + 1) * d2_ + i);
     }
   }
 
@@ -145,9 +173,7 @@ class Scores {
   Place place_;
   const float* query_;
   float* scores_;
-  uint16_t index_[kTogether][kTokens];
-  std::vector<float> turned_;
-  std::vector<V> pairs_;
+  std::vector<float> turned_, base_;
 };
 
 }  // namespace

@@ -26,9 +26,12 @@ inline float exp_negative(float x) {
 
 // Make `x` [count], a multiple of 16, the exponentials of its distances to its largest; their sum, and with it `lse`.
 inline float to_weights(float* x, int64_t count, float* lse) {
-  float high = -1e30f, total = 0;
-  for (int64_t t = 0; t < count; t++) high = std::max(high, x[t]);
-  float partial[16] = {};
+  float high = -1e30f, total = 0, partial[16];
+  std::fill(partial, partial + 16, high);
+  for (int64_t t = 0; t < count; t += 16)
+    for (int i = 0; i < 16; i++) partial[i] = x[t + i] > partial[i] ? x[t + i] : partial[i];
+  for (float part : partial) high = std::max(high, part);
+  std::fill(partial, partial + 16, 0.0f);
   for (int64_t t = 0; t < count; t += 16)
     for (int i = 0; i < 16; i++) {
       x[t + i] = exp_negative(x[t + i] - high);

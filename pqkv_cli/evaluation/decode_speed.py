@@ -3,6 +3,7 @@
 The caches are filled with random keys and values: speed does not depend on them, and no prefill of a long text is needed.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from pqkv_cli.runtime.step_graph import Capture
 from pqkv_kernels.bench import Quantiles, quantiles
 
 _QUANTO = "optimum.quanto"
+_RUN = 5  # steps of one cache, one after the other, that are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +47,17 @@ class TokenTimes:
 
 @torch.no_grad()
 def time_tokens(attached: Attached, context: int, repeats: int, capture: Capture | None = None) -> TokenTimes:
-    """Decode `repeats` tokens (after two to warm up) at `context` cached tokens, in turns over the caches.
+    """Decode at least `repeats` tokens at `context` cached tokens, a run of steps at a time in turns over the caches.
+
+    Steps of a generation follow each other, too. The first of a run is not counted: it finds what another cache has left in the
+    processor's. The first run warms up.
 
     On a GPU our cache and the static one are timed a second time with their steps replayed from a CUDA graph (`capture`).
     """
     model = attached.model
-    makers, missing = _makers(attached, context + repeats + ROOM)
+    counted = min(repeats, _RUN)
+    runs = 1 + math.ceil(repeats / counted)
+    makers, missing = _makers(attached, context + runs * (counted + 1) + ROOM)
     caches = {name: filled(model, make(), context) for name, make in makers.items()}
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
     steps: dict[str, Step] = {name: partial(plain_step, model, token, cache) for name, cache in caches.items()}
@@ -60,12 +67,12 @@ def time_tokens(attached: Attached, context: int, repeats: int, capture: Capture
         steps, missing = steps | replayed, missing | obstacles
         stack.callback(model.set_attn_implementation, ours)
         times: dict[str, list[float]] = {name: [] for name in steps}
-        for repeat in range(repeats + 2):
+        for run in range(runs):
             for name, step in steps.items():
                 model.set_attn_implementation(ours if name.startswith(OURS) else "sdpa")
-                elapsed = wall_ms(partial(step, context + repeat), token.device)
-                if repeat >= 2:
-                    times[name].append(elapsed)
+                first = context + run * (counted + 1)
+                found = [wall_ms(partial(step, first + i), token.device) for i in range(counted + 1)]
+                times[name] += found[1:] if run else []
     held = {name: cache_bytes(cache) for name, cache in caches.items() if name != "QuantizedCache"}
     return TokenTimes(context, {name: quantiles(found) for name, found in times.items()}, missing, held)
 

@@ -47,7 +47,7 @@ def test_every_format_is_measured_where_it_fits(document: dict[str, Any]) -> Non
     for row in document["tokens"]:
         assert row["ratios"]["StaticCache"] == row["ms_per_token"]["StaticCache"]["p50"] / row["ms_per_token"]["pqkv"]["p50"]
         # Few tokens of a tiny head: tables of positions weigh more than codes save, but dense bytes are exact.
-        assert row["cache_bytes"]["DynamicCache"] == 2 * 2 * (row["context"] + 3) * 16 * 4
+        assert row["cache_bytes"]["DynamicCache"] == 2 * 2 * (row["context"] + 4) * 16 * 4
     assert {row["format"] for row in document["encoding"]} == set(FORMATS)
     for row in document["encoding"]:
         plain = row["prefill_ms"]["p50"]

@@ -4,19 +4,18 @@ import ctypes
 from pathlib import Path
 
 import pytest
-import torch
 
 from pqkv_kernels import native_build
 
-MACHINES = ("DEFAULT", "AVX2", "AVX512")
+MACHINES = ("DEFAULT", "AVX2", "AVX512", "AVX512_VBMI")
 
 
 def library_of(source: Path, machine: str, *flags: str) -> ctypes.CDLL:
     """The library of `source` as it is built for `machine`, with more `flags`; skips where this machine cannot run it."""
-    found = torch.backends.cpu.get_cpu_capability()
+    found = native_build.machine()
     if MACHINES.index(found if found in MACHINES else "DEFAULT") < MACHINES.index(machine):
         pytest.skip(f"this machine does not run programs for {machine}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: machine)
+        patch.setattr(native_build, "machine", lambda: machine)
         patch.setattr(native_build, "_FLAGS", (*native_build._FLAGS, *flags))
         return native_build.native_library.__wrapped__(source)

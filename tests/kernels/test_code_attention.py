@@ -50,7 +50,10 @@ def test_torch_equals_the_reference(case: Case) -> None:
     close(found, reference(given, case.softcap), 2e-4)
 
 
-@pytest.fixture(scope="module", params=[("DEFAULT", ""), ("AVX2", ""), ("AVX512", "false"), ("AVX512", "true")], ids="-".join)
+BUILDS = [("DEFAULT", ""), ("AVX2", ""), ("AVX512", "false"), ("AVX512", "true"), ("AVX512_VBMI", "")]
+
+
+@pytest.fixture(scope="module", params=BUILDS, ids="-".join)
 def machine(request: pytest.FixtureRequest):
     """A processor, and whether it reads tables by loads (or gathers)."""
     name, by_loads = request.param
