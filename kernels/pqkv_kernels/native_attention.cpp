@@ -1,6 +1,6 @@
 // Attention over codes on a CPU, for up to four queries at a time: the meaning of pqkv_kernels.attention.code_attention.
-// A vector holds one coordinate of sixteen tokens where codes of few planes are looked up (`native_lookup.h`), eight planes of one
-// token where one code stands for so many. Knows addresses and numbers only; `native_attention.py` lays out the arguments.
+// A vector holds one coordinate of sixteen tokens where codes of few planes are looked up (`native_lookup.h`), one coordinate
+// of sixteen planes of a token where one code stands for many. Knows addresses and numbers only; `native_attention.py` lays out the arguments.
 #include <algorithm>
 #include <cstdint>
 #include <vector>

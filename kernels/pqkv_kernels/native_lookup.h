@@ -8,11 +8,10 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "native_codes.h"
-#include "native_planes.h"
+#include "native_vectors.h"
 
 namespace {
 
@@ -40,7 +39,7 @@ constexpr Order kOrder;
 
 // Codes of 64 tokens, in `kOrder`.
 struct PageCodes {
-  __m512i low;             // the lower eight bits
+  __m512i low;                // the lower eight bits
   __mmask64 bits[kMostBits];  // those from the eighth on
 
   void read(const uint8_t* bytes, int nbits) {

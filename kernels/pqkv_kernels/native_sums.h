@@ -10,7 +10,7 @@
 #include "native_codes.h"
 #include "native_lookup.h"
 #include "native_place.h"
-#include "native_planes.h"
+#include "native_vectors.h"
 
 namespace {
 
