@@ -1,6 +1,6 @@
 """Planes as a GPU kernel reads them: where each plane's codes lie in a page, and tables of 4 or 8 bytes per pair of channels.
 
-Knows tensors; no kernel.
+Planes are padded to a multiple of `CHUNK_PLANES` by copies of the first, which queries of zero meet. Knows tensors; no kernel.
 """
 
 from dataclasses import dataclass
@@ -8,46 +8,62 @@ from typing import Literal
 
 import torch
 
+from pqkv_kernels.angles import PageAngles
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import code_parts
 from pqkv_kernels.planes import Planes, PlaneStage, planes_of
 from pqkv_kernels.tables import CodecTables
 
 TableType = Literal["float16", "float32"]
+CHUNK_PLANES = 16
 PART_WIDTHS = (8, 4, 2, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceTables:
-    """One codec for the decode kernel.
+    """One codec for the decode kernel; BP planes, D / 2 of them true.
 
     Attributes
     ----------
     planes
         What the tables were made of.
     part_bytes
-        First byte inside a page of the codes' parts of 8, 4, 2 and 1 bits, -1 where absent, [stages, 4, D / 2] int32.
-    widths
-        Which parts occur at all, e.g. ``(8, 2)``.
+        First byte inside a page of the codes' parts of 8, 4, 2 and 1 bits, -1 where absent, [stages, 4, BP] int32.
+    parts
+        Ten bits for each stage, the first lowest: two for each width of `PART_WIDTHS`, which no plane has (0), some (1) or all
+        (2), then whether one code stands for the whole vector.
+    paired
+        Whether every code of every stage stands for an even plane and the next: their entries lie side by side.
     first_row
-        First entry of every plane, [stages, Hkv, D / 2] int32, into `entries` of all stages one after the other.
+        First entry of every plane, [stages, Hkv, BP] int32, into `entries` of all stages one after the other. Entries of a
+        plane follow each other by one, by two where planes are paired, or by BP where a code stands for the whole vector, whose
+        planes lie together.
     entries
         Pairs of channels divided by their plane's `scale`: float16 pairs as [E] int32, or [E, 2] float32.
     scale
         A power of two per plane, so that float16 neither overflows nor loses small planes, [Hkv, D / 2] fp32.
+    pairs
+        The rotary pair of every plane, or the number of pairs where it is not rotated, [Hkv, BP] int32; None as in `Planes`.
     """
 
     planes: Planes
     part_bytes: torch.Tensor
-    widths: tuple[int, ...]
+    parts: int
+    paired: bool
     first_row: torch.Tensor
     entries: torch.Tensor
     scale: torch.Tensor
+    pairs: torch.Tensor | None
 
     @property
     def num_stages(self) -> int:
         """Additive stages."""
         return len(self.planes.stages)
+
+    @property
+    def num_planes(self) -> int:
+        """Planes with those that pad them."""
+        return int(self.part_bytes.shape[-1])
 
 
 def device_tables(tables: CodecTables, table_type: TableType) -> DeviceTables:
@@ -68,23 +84,91 @@ def device_tables(tables: CodecTables, table_type: TableType) -> DeviceTables:
     return found
 
 
+def step_factors(angles: PageAngles, tables: DeviceTables) -> torch.Tensor:
+    """Return cosines and sines inside a page as `key_operands` reads them, kept as long as the angles are the same.
+
+    [Hkv, 2, BP / 8, 2, 16 words, 4 planes, 4 tokens], even planes and then odd ones, in the type of the tables' entries;
+    float16 as words of 64 bits, one for the four tokens.
+    """
+    kept, key = tables.planes.steps, f"device.{tables.entries.dtype}"
+    step, factors = kept.get(key, (None, None))
+    if step is not angles.step[0] or factors is None:
+        assert tables.pairs is not None  # angles are given only for keys coded before rotary embedding
+        both = [torch.nn.functional.pad(t, (0, 1), value=v) for t, v in zip(angles.step, (1.0, 0.0), strict=True)]
+        found = torch.stack([t[:, tables.pairs.long()] for t in both])  # [2, 64, Hkv, BP]
+        found = found.unflatten(-1, (-1, 4, 2)).unflatten(1, (16, 4))  # [2, 16, 4, Hkv, BP / 8, 4, 2]
+        found = found.permute(3, 0, 4, 6, 1, 5, 2).contiguous()
+        factors = found if tables.entries.dtype == torch.float32 else found.half().view(torch.int64)
+        kept[key] = (angles.step[0], factors)
+    return factors
+
+
+def padded(rows: torch.Tensor) -> torch.Tensor:
+    """Return `rows` [..., D / 2] with copies of the first plane up to a multiple of `CHUNK_PLANES`."""
+    missing = -rows.shape[-1] % CHUNK_PLANES
+    return torch.cat([rows, rows[..., :1].expand(*rows.shape[:-1], missing)], dim=-1).contiguous()
+
+
 def _device_tables(planes: Planes, table_type: TableType) -> DeviceTables:
-    pairs = [stage.entries.view(torch.float32).view(-1, 2) for stage in planes.stages]
-    plane_of_entry = [_plane_of_entry(stage, planes) for stage in planes.stages]
-    heads = planes.channels.shape[0]
-    largest = torch.zeros(heads * planes.num_planes, device=pairs[0].device)
-    for found, plane in zip(pairs, plane_of_entry, strict=True):
-        largest = largest.scatter_reduce(0, plane, found.abs().amax(-1), "amax")
-    scale = torch.exp2(torch.ceil(torch.log2(largest.clamp(min=torch.finfo(torch.float32).tiny)))).clamp(max=2.0**126)
-    scaled = torch.cat([found / scale[plane][:, None] for found, plane in zip(pairs, plane_of_entry, strict=True)])
-    entries = scaled.half().contiguous().view(torch.int32).flatten() if table_type == "float16" else scaled.contiguous()
-    offsets = torch.tensor([0, *[len(p) for p in pairs[:-1]]]).cumsum(0).tolist()
-    rows = [stage.first_row[..., 0] + offset for stage, offset in zip(planes.stages, offsets, strict=True)]
-    part_bytes = torch.stack([_part_bytes(stage, planes) for stage in planes.stages])
-    widths = tuple(w for i, w in enumerate(PART_WIDTHS) if bool((part_bytes[:, i] >= 0).any()))
-    device = entries.device
+    heads, count = planes.channels.shape[:2]
+    scale, paired = _scales(planes), all(part.planes_per_code % 2 == 0 for stage in planes.stages for part in stage.groups)
+    entries, rows, start = [], [], 0
+    for stage in planes.stages:
+        found = stage.entries.view(torch.float32).view(-1, 2) / scale[_plane_of_entry(stage, planes)][:, None]
+        first = padded(stage.first_row[..., 0])
+        if _is_whole(stage):
+            found, first = _side_by_side(found.view(heads, count, -1, 2))
+        elif paired:
+            found, first = _interleaved(found, stage, first)
+        entries.append(found)
+        rows.append(first + start)
+        start += len(found)
+    table = torch.cat(entries)
+    table = table.half().contiguous().view(torch.int32).flatten() if table_type == "float16" else table.contiguous()
+    parts = [_part_bytes(stage, planes) for stage in planes.stages]
+    part_bytes = padded(torch.stack(parts)).to(table.device)
     first_row = torch.stack(rows).to(torch.int32).contiguous()
-    return DeviceTables(planes, part_bytes.to(device), widths, first_row, entries, scale.view(heads, -1))
+    pairs = None if planes.pairs is None else padded(planes.pairs).to(torch.int32)
+    code = sum(_parts_code(stage, found) << (10 * i) for i, (stage, found) in enumerate(zip(planes.stages, parts, strict=True)))
+    return DeviceTables(planes, part_bytes, code, paired, first_row, table, scale.view(heads, -1), pairs)
+
+
+def _side_by_side(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay planes of a code of the whole vector together: entries [Hkv, D / 2, K, 2] to [Hkv * K * BP, 2], and first rows."""
+    heads, _, size, _ = entries.shape
+    found = padded(entries.permute(0, 2, 3, 1)).mT  # [Hkv, K, BP, 2]
+    width = found.shape[2]
+    steps = torch.arange(heads, device=found.device)[:, None] * (size * width)
+    return found.reshape(-1, 2), steps + torch.arange(width, device=found.device)
+
+
+def _interleaved(entries: torch.Tensor, stage: PlaneStage, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay entries [E, 2] of an even plane and of the next side by side, entry by entry, and return them and first rows."""
+    tables, done = [], 0
+    heads = len(first)
+    per_head = entries.view(heads, -1, 2)
+    for part in stage.groups:
+        size = part.group.num_centroids
+        count = part.group.num_subspaces * part.planes_per_code
+        table = per_head[:, done : done + count * size].unflatten(1, (count // 2, 2, size))
+        tables.append(table.transpose(2, 3).flatten(1, 3))
+        done += count * size
+    even = first[:, ::2]
+    return torch.cat(tables, 1).reshape(-1, 2), torch.stack((even, even + 1), -1).flatten(1)
+
+
+def _scales(planes: Planes) -> torch.Tensor:
+    """Return the least power of two per head and plane, [Hkv * D / 2] fp32, that is not less than any entry of any stage."""
+    heads, device = planes.channels.shape[0], planes.channels.device
+    largest = torch.zeros(heads * planes.num_planes, device=device)
+    for stage in planes.stages:
+        found = stage.entries.view(torch.float32).view(-1, 2)
+        largest = largest.scatter_reduce(0, _plane_of_entry(stage, planes), found.abs().amax(-1), "amax")
+    return torch.exp2(torch.ceil(torch.log2(largest.clamp(min=torch.finfo(torch.float32).tiny)))).clamp(max=2.0**126)
+
+
+def _is_whole(stage: PlaneStage) -> bool:
+    return len(stage.groups) == 1 and stage.groups[0].group.num_subspaces == 1
 
 
 def _plane_of_entry(stage: PlaneStage, planes: Planes) -> torch.Tensor:
@@ -105,3 +189,10 @@ def _part_bytes(stage: PlaneStage, planes: Planes) -> torch.Tensor:
             first = start + subspace * (8 * group.nbits) + 8 * low
             found[PART_WIDTHS.index(width), columns] = first.to(torch.int32)
     return found
+
+
+def _parts_code(stage: PlaneStage, part_bytes: torch.Tensor) -> int:
+    """Return the ten bits of `DeviceTables.parts` for one stage."""
+    present = part_bytes >= 0
+    found = sum((int(row.any()) + int(row.all())) << (2 * i) for i, row in enumerate(present))
+    return found | (256 if _is_whole(stage) else 0)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import PAGE_TOKENS
 
 TableKind = Literal["float16", "float32"]
-Precision = Literal["tf32", "tf32x3", "ieee"]
 KeyScores = Literal["decode", "table"]
 
 
@@ -20,12 +18,13 @@ class DecodeConfig:
 
     Attributes
     ----------
-    tile_tokens
-        Tokens decoded at a time, a power of two from 16 to 64.
+    num_warps
+        Of programs that serve up to sixteen queries. One needs no other: what several decode travels between them.
+    max_registers
+        Registers per thread that the compiler may use in programs of up to eight queries, a multiple of 8 from 64 to 248; 0
+        leaves it to the compiler. Fewer let more programs wait for memory at a time.
     tables
-        Number format of the look-up tables.
-    precision
-        Of the products; sums are fp32 always.
+        Number format of the look-up tables and of products; sums are fp32 always.
     programs_per_processor
         Splits are as many as give each multiprocessor about this many programs.
     min_split_pages
@@ -42,29 +41,25 @@ class DecodeConfig:
         If a number is out of range.
     """
 
-    tile_tokens: int = 32
-    num_warps: int = 4
-    num_stages: int = 2
+    num_warps: int = 1
+    max_registers: int = 168
     tables: TableKind = "float16"
-    precision: Precision = "tf32"
-    programs_per_processor: int = 4
-    min_split_pages: int = 4
+    programs_per_processor: int = 12
+    min_split_pages: int = 2
     key_scores: KeyScores = "decode"
     origin: str = "reasoned"
 
     def __post_init__(self) -> None:
-        if self.tile_tokens not in (16, 32, 64):
-            raise KernelError(f"tile_tokens is {self.tile_tokens}; expected 16, 32 or 64")
         if self.num_warps not in (1, 2, 4, 8):
             raise KernelError(f"num_warps is {self.num_warps}; expected 1, 2, 4 or 8")
-        if self.tables not in ("float16", "float32") or self.precision not in ("tf32", "tf32x3", "ieee"):
-            raise KernelError(
-                f"tables are {self.tables!r} and precision {self.precision!r}; see DecodeConfig for what is known"
-            )
+        if self.max_registers and (self.max_registers % 8 or not 64 <= self.max_registers <= 248):
+            raise KernelError(f"max_registers is {self.max_registers}; expected 0 or a multiple of 8 from 64 to 248")
+        if self.tables not in ("float16", "float32"):
+            raise KernelError(f"tables are {self.tables!r}; expected float16 or float32")
         if self.key_scores not in ("decode", "table"):
             raise KernelError(f"key_scores is {self.key_scores!r}; expected decode or table")
-        if min(self.num_stages, self.programs_per_processor, self.min_split_pages) < 1:
-            raise KernelError("num_stages, programs_per_processor and min_split_pages must be at least 1")
+        if min(self.programs_per_processor, self.min_split_pages) < 1:
+            raise KernelError("programs_per_processor and min_split_pages must be at least 1")
 
     def split_pages(self, num_pages: int, num_heads: int, num_processors: int) -> int:
         """Return the pages of one split, for `num_heads` programs (rows times heads) per split."""
@@ -72,21 +67,14 @@ class DecodeConfig:
         return max(self.min_split_pages, -(-num_pages // wanted), 1)
 
 
-EXACT = DecodeConfig(
-    tile_tokens=PAGE_TOKENS, tables="float32", precision="ieee", origin="exact: for comparison with the reference"
-)
+EXACT = DecodeConfig(tables="float32", origin="exact: for comparison with the reference")
 
-_SMALL_HEADS = DecodeConfig(tile_tokens=32, num_warps=4, origin="195 registers and no spills on sm_90; not measured")
-_USUAL_HEADS = DecodeConfig(tile_tokens=32, num_warps=8, origin="247 registers and no spills on sm_90; not measured")
-_LARGE_HEADS = DecodeConfig(tile_tokens=16, num_warps=8, origin="reasoned; not measured")
-
-# (a word of the device's name, largest head_dim, row); the first that fits counts. An empty word fits every device.
+# (a word of the device's name, largest head_dim, row); the first that fits counts. An empty word fits every device. A program
+# is one warp: twelve of 168 registers fit a processor of 65,536, and the compiler needs 5 % more instructions for it.
 TABLE: tuple[tuple[str, int, DecodeConfig], ...] = (
-    ("4090", 128, DecodeConfig(tile_tokens=16, num_warps=4, origin="half the registers per processor; not measured")),
-    ("L4", 128, DecodeConfig(tile_tokens=16, num_warps=4, origin="half the registers per processor; not measured")),
-    ("", 64, _SMALL_HEADS),
-    ("", 128, _USUAL_HEADS),
-    ("", 1 << 30, _LARGE_HEADS),
+    ("", 64, DecodeConfig(origin="6 instructions per channel on sm_90, counted; not measured")),
+    ("", 128, DecodeConfig(origin="5.3 instructions per channel on sm_90, counted; not measured")),
+    ("", 1 << 30, DecodeConfig(origin="5.1 instructions per channel on sm_90, counted; not measured")),
 )
 
 

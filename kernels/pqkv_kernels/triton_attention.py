@@ -8,13 +8,15 @@ import triton
 from pqkv_kernels.addresses import page_addresses, whole_slabs
 from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.attention import Part
-from pqkv_kernels.device_tables import PART_WIDTHS, DeviceTables, device_tables
+from pqkv_kernels.device_tables import CHUNK_PLANES, DeviceTables, device_tables, step_factors
 from pqkv_kernels.kernel_config import EXACT, DecodeConfig, decode_config
 from pqkv_kernels.score_tables import score_rows, score_tables
 from pqkv_kernels.tables import CodecTables
-from pqkv_kernels.triton_decode import merge_kernel, split_kernel
+from pqkv_kernels.triton_decode import split_kernel
+from pqkv_kernels.triton_merge import merge_kernel
 
-_MAX_QUERIES = 64  # queries per program: more would not fit into registers beside a decoded tile
+_MAX_QUERIES = 64  # queries per program: more would not fit into registers beside a decoded page
+_MANY_WARPS = 4  # of programs of more than sixteen queries, which share what they decode
 
 
 def triton_attention(
@@ -43,9 +45,8 @@ def triton_attention(
     keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
     split_pages = config.split_pages(num_pages, batch * heads, _num_processors(query.device))
     num_splits = triton.cdiv(num_pages, split_pages)
-    parts, part_lse = (query.new_empty(batch, heads, num_splits, num_queries, *last) for last in ((dim,), ()))
-    block = max(16, min(_MAX_QUERIES, triton.next_power_of_2(num_queries)))
-    shape = {"D2": dim // 2, "BP": max(16, triton.next_power_of_2(dim // 2))}
+    parts, part_lse = (query.new_empty(batch, heads, num_splits, num_queries, *last) for last in ((2 * keys.num_planes,), ()))
+    block = query_block(num_queries)
     turn, turning = _turning(keys, angles, query)
     scored = _plane_queries(query, keys, scaling)
     looked_up = config.key_scores == "table" and turn == 0 and num_queries == 1
@@ -56,26 +57,52 @@ def triton_attention(
         *(*turning, scores, score_row, parts, part_lse),
         *(heads, num_queries, num_pages, split_pages, key_tables.layout.page_bytes, value_tables.layout.page_bytes),
         *(0 if key_tables.rotary is None else key_tables.rotary.num_pairs, _angle_row(angles, batch)),
-        *(1.0 if softcap is None else softcap, scores.shape[-1]),
-        **{"LOOKED_UP": looked_up, "TURN": turn, "HAS_CAP": softcap is not None, **_precision(config)},
-        **{**_parts("K", keys), **_parts("V", values), **shape, "BN": block, "BT": config.tile_tokens},
-        **{"num_warps": config.num_warps, "num_stages": config.num_stages},
+        *(1.0 if softcap is None else softcap, scores.shape[-1], 0),
+        **{"LOOKED_UP": looked_up, "TURN": turn, "HAS_CAP": softcap is not None, "BN": block},
+        **{"WIDE": config.tables == "float32", "ASM": not is_interpreted(), "WIDTH": dot_width()},
+        **{**_codes("K", keys), **_codes("V", values)},
+        **{"D2": dim // 2, "BP": keys.num_planes, "CHUNK": CHUNK_PLANES, **_launch(config, block)},
     )
-    return _merged(query, parts, part_lse, values, shape)
+    return _merged(query, parts, part_lse, values)
 
 
-def _merged(
-    query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, values: DeviceTables, shape: dict[str, int]
-) -> Part:
+def _codes(side: str, tables: DeviceTables) -> dict[str, int]:
+    return {f"{side}_STAGES": tables.num_stages, f"{side}_PARTS": tables.parts, f"{side}_PAIRED": tables.paired}
+
+
+def query_block(num_queries: int) -> int:
+    """Return how many queries a program serves: as few as products on the tensor cores take, or many that share their keys."""
+    least = 8 if _triton_version() >= (3, 5) else 16
+    return next((n for n in (8, 16) if least <= n and num_queries <= n), _MAX_QUERIES)
+
+
+def dot_width() -> int:
+    """Return how many neighbours along a sum a lane holds in the left operand of products of float16, as Triton chooses.
+
+    Operands are put together in that order, so that no element leaves its lane; in another order answers are the same, but
+    elements travel through shared memory. `tests/kernels/test_triton_compiles.py` counts what travels.
+    """
+    return 2 if _triton_version() >= (3, 8) else 4
+
+
+def _triton_version() -> tuple[int, int]:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _launch(config: DecodeConfig, block: int) -> dict[str, int]:
+    warps = {"num_warps": config.num_warps if block <= 16 else _MANY_WARPS, "num_stages": 1}
+    return {**warps, "maxnreg": config.max_registers} if config.max_registers and block <= 8 else warps
+
+
+def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, values: DeviceTables) -> Part:
     batch, heads, num_splits, num_queries = part_lse.shape
     out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:-1])
     rows = (parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits)
-    merge_kernel[(batch * heads, num_queries)](*rows, **shape, num_warps=2)
+    columns = triton.next_power_of_2(values.num_planes)
+    shape = {"D2": query.shape[-1] // 2, "BP": values.num_planes, "COLUMNS": columns, "BS": 16}
+    merge_kernel[(batch * heads, num_queries)](*rows, **shape, num_warps=4)
     return out, lse
-
-
-def _precision(config: DecodeConfig) -> dict[str, object]:
-    return {"WIDE": config.tables == "float32", "PRECISION": config.precision}
 
 
 def prepare(tables: CodecTables) -> None:
@@ -100,7 +127,8 @@ def _plane_queries(query: torch.Tensor, keys: DeviceTables, scaling: float) -> t
 def _score_tables(scored: torch.Tensor, keys: DeviceTables) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the products of one scaled query per head with every centroid, [B, Hkv, S] fp32, and where codes find theirs."""
     plain = (scored / keys.scale[:, None, None]).transpose(-1, -2).contiguous()  # the entries there are not divided by scales
-    return score_tables(plain, keys.planes)[:, :, 0].contiguous(), score_rows(keys.planes)
+    rows = torch.nn.functional.pad(score_rows(keys.planes), (0, keys.num_planes - keys.planes.num_planes), value=-1)
+    return score_tables(plain, keys.planes)[:, :, 0].contiguous(), rows
 
 
 def is_interpreted() -> bool:
@@ -111,13 +139,13 @@ def is_interpreted() -> bool:
 def _turning(
     keys: DeviceTables, angles: Angles | PageAngles | None, query: torch.Tensor
 ) -> tuple[int, tuple[torch.Tensor, ...]]:
-    """Return how keys are turned (see `split_kernel`) and pairs, base cos, base sin, cos and sin."""
-    if keys.planes.pairs is None or angles is None:
-        return 0, (query,) * 5  # never read
+    """Return how keys are turned (see `split_kernel`) and pairs, base cos, base sin, step factors, cos and sin."""
+    if keys.pairs is None or angles is None:
+        return 0, (keys.part_bytes, *(query,) * 5)  # never read
     if isinstance(angles, PageAngles):
-        return 1, (keys.planes.pairs, *(t.contiguous() for t in (*angles.base, *angles.step)))
-    cos, sin = (t.contiguous() for t in angles)
-    return 2, (keys.planes.pairs, query, query, cos, sin)
+        factors = step_factors(angles, keys)
+        return 1, (keys.pairs, *(t.contiguous() for t in angles.base), factors, query, query)
+    return 2, (keys.pairs, query, query, query, *(t.contiguous() for t in angles))
 
 
 def _angle_row(angles: Angles | PageAngles | None, batch: int) -> int:
@@ -126,10 +154,6 @@ def _angle_row(angles: Angles | PageAngles | None, batch: int) -> int:
         return 0
     first = angles.base[0] if isinstance(angles, PageAngles) else angles[0]
     return int(first.shape[1]) if first.shape[0] > 1 or batch == 1 else 0
-
-
-def _parts(side: str, tables: DeviceTables) -> dict[str, object]:
-    return {f"{side}_STAGES": tables.num_stages, **{f"{side}{width}": width in tables.widths for width in PART_WIDTHS}}
 
 
 def _config(tables: CodecTables) -> DecodeConfig:

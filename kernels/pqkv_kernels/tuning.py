@@ -30,23 +30,21 @@ class Trial:
     fault: str | None = None
 
 
-def candidates(head_dim: int, *, looked_up: bool = False) -> tuple[DecodeConfig, ...]:
-    """Return what is tried first for heads of `head_dim` channels; `looked_up` where scores may come from tables."""
-    tiles = (16, 32, 64) if head_dim <= 128 else (16, 32)
+def candidates(*, looked_up: bool = False) -> tuple[DecodeConfig, ...]:
+    """Return what is tried first; `looked_up` where scores may come from tables."""
     ways: tuple[KeyScores, ...] = ("decode", "table") if looked_up else ("decode",)
     return tuple(
-        DecodeConfig(tile_tokens=tile, num_warps=warps, num_stages=stages, key_scores=way, origin="candidate")
+        DecodeConfig(num_warps=warps, max_registers=registers, key_scores=way, origin="candidate")
         for way in ways
-        for tile in tiles
-        for warps in (4, 8)
-        for stages in (2, 3)
+        for warps in (1, 2, 4)
+        for registers in (0, 168, 128)
     )
 
 
 def tune(
     first: Iterable[DecodeConfig], measured: Callable[[DecodeConfig], Measured], device: str
 ) -> tuple[DecodeConfig, list[Trial]]:
-    """Return the fastest configuration and all trials: tiles, warps and stages first, then how finely the cache is split.
+    """Return the fastest configuration and all trials: warps and registers first, then how finely the cache is split.
 
     Parameters
     ----------
@@ -64,7 +62,7 @@ def tune(
     """
     trials = [_tried(config, measured) for config in first]
     winner = _fastest(trials)
-    finer = [replace(winner.config, programs_per_processor=n) for n in (2, 8) if n != winner.config.programs_per_processor]
+    finer = [replace(winner.config, programs_per_processor=n) for n in (6, 12, 24) if n != winner.config.programs_per_processor]
     trials += [_tried(config, measured) for config in finer]
     winner = _fastest(trials)
     return replace(winner.config, origin=f"measured on {device}: {winner.ms:.4f} ms"), trials

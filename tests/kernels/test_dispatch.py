@@ -147,13 +147,14 @@ def _no_rows(angles: PageAngles):
 
 
 def test_configs_are_data_and_checked() -> None:
-    assert decode_config("NVIDIA H200", 128).tile_tokens in (16, 32, 64)
+    assert decode_config("NVIDIA H200", 128).num_warps == 1
     assert all(decode_config("unknown", dim) for dim in (64, 128, 256, 512)) and TABLE[-1][0] == ""
-    assert DecodeConfig().split_pages(2048, 8, 132) == 32 and DecodeConfig().split_pages(1, 8, 132) == 4
+    assert DecodeConfig().split_pages(2048, 8, 132) == 11 and DecodeConfig().split_pages(1, 8, 132) == 2
     for wrong, phrase in (
-        ({"tile_tokens": 48}, "tile_tokens is 48"),
+        ({"max_registers": 255}, "max_registers is 255"),
         ({"num_warps": 3}, "num_warps is 3"),
-        ({"num_stages": 0}, "at least 1"),
+        ({"programs_per_processor": 0}, "at least 1"),
+        ({"tables": "int8"}, "tables are 'int8'"),
     ):
         with pytest.raises(KernelError, match=phrase):
             DecodeConfig(**wrong)

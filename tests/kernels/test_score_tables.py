@@ -49,7 +49,7 @@ def test_the_kernel_looks_up_where_its_configuration_says_so(nbits: str, softcap
 
     given_inputs = inputs(Case(nbits, 64, 130, 1, "post", True, softcap, "exact", 1, torch.float32), heads=2)
     args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.spans)
-    config = replace(EXACT, key_scores="table", min_split_pages=1, tile_tokens=32)
+    config = replace(EXACT, key_scores="table", min_split_pages=1)
     out, lse = triton_attention(code_queries(given_inputs.query, given_inputs.keys), *args, SCALING, None, softcap, config)
     close((leave_code_space(out, given_inputs.values), lse.flatten(1, 2)), reference(given_inputs, softcap), 2e-4)
 

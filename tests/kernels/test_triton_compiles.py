@@ -1,50 +1,85 @@
-"""The interpreter accepts what a compiler refuses: the kernels must compile for a GPU, with or without one at hand."""
+"""The interpreter accepts what a compiler refuses: the kernels must compile for a GPU, with or without one at hand.
+
+And what decode attention becomes there is counted: a GPU reads codes faster than it can compute with them.
+"""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from machine_code import measure
 
+from pqkv_kernels.device_tables import device_tables
+from pqkv_kernels.kernel_config import DecodeConfig
+from pqkv_kernels.layout import PAGE_TOKENS
+
+HERE = Path(__file__).parent
 SCRIPT = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from pqkv_kernels.triton_decode import merge_kernel, split_kernel
+from machine_code import compiled
 from pqkv_kernels.triton_choose import error_kernel, few_kernel
 from pqkv_kernels.triton_codes import encode_kernel
+from pqkv_kernels.triton_decode import split_kernel
+from pqkv_kernels.triton_merge import merge_kernel
 
-def build(kernel, constants, types, warps):
-    signature = {}
-    for name in kernel.arg_names:
-        default = "*fp32" if name.startswith("p_") else "i32"
-        signature[name] = "constexpr" if name in constants else types.get(name, default)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-
-parts = dict(K_STAGES=1, K8=True, K4=True, K2=True, K1=False, V_STAGES=2, V8=False, V4=True, V2=False, V1=False)
-types = {name: "*i64" for name in ("p_key_pages", "p_value_pages", "p_spans", "p_pairs")} | {"softcap": "fp32"}
-types["p_score_rows"] = "*i32"
-types |= {f"p_{side}_{what}": "*i32" for side in ("key", "value") for what in ("parts", "rows", "entries")}
-for looked_up, turn in ((False, 1), (True, 0)):
-    constants = dict(HAS_CAP=True, WIDE=False, PRECISION="tf32", D2=32, BP=32, BN=16, BT=32, **parts)
-    build(split_kernel, dict(LOOKED_UP=looked_up, TURN=turn, **constants), types, 4)
-build(merge_kernel, dict(D2=32, BP=32), {}, 2)
-ints = ("p_places", "p_few", "p_chosen")
-types = {name: "*i32" for name in ints} | {"p_x": "*bf16", "p_centroids": "*fp16", "p_prototypes": "*fp16", "p_pages": "*u8"}
+codes = dict(K_STAGES=1, K_PARTS=21, K_PAIRED=False, V_STAGES=2, V_PARTS=8 << 10 | 8, V_PAIRED=True)
+for looked_up, turn, queries, warps in ((False, 1, 64, 4), (False, 2, 16, 1), (True, 0, 16, 1)):
+    for numbers in (dict(WIDE=False, ASM=True), dict(WIDE=False, ASM=False), dict(WIDE=True, ASM=False)):
+        if numbers["WIDE"] and queries == 64:
+            continue
+        shape = dict(HAS_CAP=True, WIDTH=4, D2=24, BP=32, CHUNK=16, BN=queries)
+        compiled(split_kernel, dict(LOOKED_UP=looked_up, TURN=turn, **shape, **numbers, **codes), warps)
+compiled(merge_kernel, dict(D2=32, BP=32, COLUMNS=32, BS=16), 4)
 part = dict(TURN=True, NBITS=7, DSUB=2, BD=2, D=64, BK=32)
 shares = [dict(N0=7, N1=0, N2=0, N3=0), dict(N0=4, N1=2, N2=1, N3=0)]
 for first, last, chosen, share in ((True, False, 0, 0), (False, True, 0, 1), (True, True, 1024, 0), (True, True, 1024, 1)):
-    build(encode_kernel, dict(FIRST=first, LAST=last, CHOSEN=chosen, **part, **shares[share]), types, 4)
-build(error_kernel, dict(M=32, K=1024, **part), types, 4)
-build(few_kernel, dict(TURN=True, K=1024, BD=128, D=128, BK=32), types, 4)
+    compiled(encode_kernel, dict(FIRST=first, LAST=last, CHOSEN=chosen, **part, **shares[share]), 4)
+compiled(error_kernel, dict(M=32, K=1024, **part), 4)
+compiled(few_kernel, dict(TURN=True, K=1024, BD=128, D=128, BK=32), 4)
 print("compiled")
 """
+needs_compiler = pytest.importorskip("triton.backends.nvidia", reason="this Triton has no NVIDIA backend")
 
 
 def test_kernels_compile_for_sm_90() -> None:
-    pytest.importorskip("triton.backends.nvidia", reason="this Triton has no NVIDIA backend")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *environment.get("PYTHONPATH", "").split(os.pathsep)])
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+# instructions per channel of a page, keys and values of 128 channels, one warp and up to eight queries
+BUDGET = {"quality 4 b/ch": 5.8, "speed 4 b/ch": 10.0, "speed 2 b/ch": 6.9}
+
+
+def test_decoding_fits_the_instructions_that_a_gpu_has_while_it_reads() -> None:
+    """Where it fails after an update of Triton, see `dot_width` and the hints of `triton_planes`: data move again."""
+    import torch
+
+    from pqkv_cli.evaluation.shapes import SHAPES, random_tables
+
+    config = DecodeConfig()
+    variants = {}
+    for name in BUDGET:
+        keys, values = (device_tables(t, "float16") for t in random_tables(SHAPES["llama-3-8b"], name, torch.device("cpu")))
+        codes = {f"{side}_{what}": value for side, t in (("K", keys), ("V", values)) for what, value in _codes(t).items()}
+        numbers = {"LOOKED_UP": False, "TURN": 1, "HAS_CAP": False, "WIDE": False, "ASM": True}
+        shape = {
+            "D2": 64,
+            "BP": keys.num_planes,
+            "CHUNK": 16,
+            "BN": 8,
+            "warps": config.num_warps,
+            "registers": config.max_registers,
+        }
+        variants[name] = {**codes, **numbers, **shape}
+    for name, found in measure(variants).items():
+        per_channel = found["instructions"] * 32 / (2 * PAGE_TOKENS * 128)
+        print(f"{name}: {per_channel:.2f} instructions per channel, {found}")
+        assert per_channel <= BUDGET[name], (name, found)
+        assert found["moves"] <= 120 and found["spills"] <= 80 and found["registers"] <= 168, (name, found)
+
+
+def _codes(tables) -> dict[str, int]:
+    return {"STAGES": tables.num_stages, "PARTS": tables.parts, "PAIRED": tables.paired}

@@ -10,24 +10,24 @@ from pqkv_kernels.tuning import candidates, config_document, format_name, measur
 
 def test_the_fastest_that_is_right_wins() -> None:
     def measured(config: DecodeConfig) -> tuple[float, float]:
-        if config.tile_tokens == 16:
-            raise RuntimeError("out of resource: shared memory")
-        if config.tile_tokens == 64:
+        if config.num_warps == 4:
+            raise RuntimeError("out of resource: registers")
+        if config.num_warps == 2:
             return 0.5, 0.001  # fast and wrong
-        return 1e-4, 1.0 / config.num_warps + 0.01 * config.num_stages - 0.02 * (config.programs_per_processor == 8)
+        return 1e-4, 1.0 - config.max_registers / 1000 - 0.02 * (config.programs_per_processor == 24)
 
-    winner, trials = tune(candidates(128), measured, "Fake GPU")
-    chosen = (winner.tile_tokens, winner.num_warps, winner.num_stages, winner.programs_per_processor)
-    assert chosen == (32, 8, 2, 8) and winner.origin == "measured on Fake GPU: 0.1250 ms"
-    assert len(trials) == len(candidates(128)) + 2 and len(candidates(128, looked_up=True)) == 2 * len(candidates(128))
-    faults = {trial.config.tile_tokens: trial.fault for trial in trials}
-    assert faults == {16: "RuntimeError: out of resource: shared memory", 32: None, 64: faults[64]}
-    assert faults[64] == "differs from the reference by 0.5; expected at most 0.01"
+    winner, trials = tune(candidates(), measured, "Fake GPU")
+    chosen = (winner.num_warps, winner.max_registers, winner.programs_per_processor)
+    assert chosen == (1, 168, 24) and winner.origin == "measured on Fake GPU: 0.8120 ms"
+    assert len(trials) == len(candidates()) + 2 and len(candidates(looked_up=True)) == 2 * len(candidates())
+    faults = {trial.config.num_warps: trial.fault for trial in trials}
+    assert faults == {4: "RuntimeError: out of resource: registers", 1: None, 2: faults[2]}
+    assert faults[2] == "differs from the reference by 0.5; expected at most 0.01"
 
 
 def test_nothing_that_is_wrong_everywhere_wins() -> None:
-    with pytest.raises(KernelError, match="none of 8 kernel configurations runs and gives right answers: differs from"):
-        tune(candidates(256), lambda config: (float("nan"), 1.0), "Fake GPU")
+    with pytest.raises(KernelError, match="none of 9 kernel configurations runs and gives right answers: differs from"):
+        tune(candidates(), lambda config: (float("nan"), 1.0), "Fake GPU")
 
 
 def test_configurations_survive_json_and_others_are_named() -> None:

@@ -28,7 +28,7 @@ GPU = "NVIDIA Fake 9 (80GB)"
 
 def measure(keys: Any, values: Any, group: int) -> Any:
     assert group >= 1 and keys.num_heads == values.num_heads
-    return lambda config: (1e-3, float(config.tile_tokens + config.num_warps + config.num_stages))
+    return lambda config: (1e-3, float(config.num_warps + config.max_registers))
 
 
 def test_winners_are_written_and_read_for_their_device(artifact: Artifact, tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_winners_are_written_and_read_for_their_device(artifact: Artifact, tmp_p
     assert document["device"] == GPU and len(document["formats"][0]["tried"]) > 10
     found = read_tuned(tmp_path, GPU)
     assert found == tuned.winners
-    assert {config.tile_tokens for config in found.values()} == {16}
+    assert {(config.num_warps, config.max_registers) for config in found.values()} == {(1, 0)}
     assert read_tuned(tmp_path, "NVIDIA Other") == {}
     tuned.path.write_text(json.dumps(document | {"device": "NVIDIA Fake 9 80GB"}))  # another device of the same file name
     assert read_tuned(tmp_path, GPU) == {}
@@ -73,7 +73,7 @@ def test_a_measured_configuration_is_the_one_that_runs(artifact: Artifact) -> No
     from pqkv_kernels import triton_attention
 
     tables = next(replace(t["keys"]) for t in artifact.tables if t is not None)
-    config = DecodeConfig(tile_tokens=16, num_warps=8)
+    config = DecodeConfig(num_warps=2)
     triton_attention.use_config(tables, config)
     assert triton_attention._config(tables) is config
 

@@ -1,0 +1,214 @@
+"""Keys of one page, turned, as operands of products on the tensor cores, and the queries that meet them. Knows planes.
+
+A key (x, y) turned by an angle meets a query (q, r) in ``c (x q + y r) + s (x r - y q)`` with the angle's cosine and sine: two
+products, of keys times cosines with queries, and of keys times sines with queries turned by a quarter. So turning costs two
+instructions for both components, and its sum is taken in fp32.
+"""
+
+import triton
+import triton.language as tl
+
+from pqkv_kernels.triton_planes import code_at, decoded, halves, packed, page_words, scaled, stage_words
+
+
+@triton.jit
+def query_scales(p_query, m_n, D2: tl.constexpr, BP: tl.constexpr, CHUNK: tl.constexpr):
+    """Return powers of two [1, BN] that no plane of a query exceeds, so that float16 holds them, and their inverses."""
+    largest = tl.full(m_n.shape, 1e-37, tl.float32)
+    for chunk in tl.static_range(BP // CHUNK):
+        i = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
+        q_x = tl.load(p_query + i, mask=m_n & (i < D2), other=0.0)
+        q_y = tl.load(p_query + D2 + i, mask=m_n & (i < D2), other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(q_x), tl.abs(q_y)), 0)[None, :])
+    exponent = tl.minimum(tl.ceil(tl.log2(largest)), 126.0)
+    return tl.exp2(exponent), tl.exp2(-exponent)
+
+
+@triton.jit
+def turned_queries(
+    p_query,
+    m_n,
+    shrink,
+    p_pairs,
+    p_base_cos,
+    p_base_sin,
+    num_pairs,
+    chunk: tl.constexpr,
+    TURN: tl.constexpr,
+    WIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D2: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Return queries [2 CHUNK, BN] times `shrink`, turned back by the page's base (TURN 1), and those a quarter further."""
+    i = tl.arange(0, CHUNK)[:, None]
+    if WIDTH == 2:  # the order of planes in `key_operand`
+        i = i // 8 * 8 + i % 4 * 2 + i % 8 // 4
+    m_q = m_n & (chunk * CHUNK + i < D2)
+    q_x = tl.load(p_query + chunk * CHUNK + i, mask=m_q, other=0.0) * shrink
+    q_y = tl.load(p_query + D2 + chunk * CHUNK + i, mask=m_q, other=0.0) * shrink
+    if TURN == 1:
+        pair = tl.load(p_pairs + i)
+        cos = tl.load(p_base_cos + pair, mask=pair < num_pairs, other=1.0)
+        sin = tl.load(p_base_sin + pair, mask=pair < num_pairs, other=0.0)
+        q_x, q_y = q_x * cos + q_y * sin, q_y * cos - q_x * sin
+    kind = tl.float32 if WIDE else tl.float16
+    x, y = q_x.to(kind), q_y.to(kind)
+    across = tl.reshape(tl.permute(tl.join(x, y), (0, 2, 1)), (2 * CHUNK, BN))
+    along = tl.reshape(tl.permute(tl.join(y, -x), (0, 2, 1)), (2 * CHUNK, BN))
+    return across, along
+
+
+@triton.jit
+def key_operand(a_x, a_y, b_x, b_y, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    """Make tiles [G, 2, 8, 4] of even planes (`a`) and of the next (`b`) the left operand [16 words, 2 CHUNK] of a product."""
+    tile = tl.join(tl.join(a_x, b_x), tl.join(a_y, b_y))  # [G, 2, 8, 4, b, y]
+    tile = tl.permute(tile, (1, 2, 0, 3, 4, 5) if WIDTH == 4 else (1, 2, 0, 4, 3, 5))
+    return tl.reshape(tile, (16, 2 * CHUNK))
+
+
+@triton.jit
+def pair_operand(a, b, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    """`key_operand` of pairs of float16."""
+    a_x, a_y = halves(a)
+    b_x, b_y = halves(b)
+    return key_operand(a_x, a_y, b_x, b_y, CHUNK, WIDTH)
+
+
+@triton.jit
+def token_factors(p_cos, p_sin, p_pairs, num_pairs, plane, word, j: tl.constexpr):
+    """Return cosines and sines of the tokens ``4 * word + j``, each with angles of its own, fp32."""
+    pair = tl.load(p_pairs + plane)
+    at = (4 * word + j).to(tl.int64) * num_pairs + pair
+    cos = tl.load(tl.max_contiguous(p_cos + at, [1, 1, 2, 4]), mask=pair < num_pairs, other=1.0)
+    sin = tl.load(tl.max_contiguous(p_sin + at, [1, 1, 2, 4]), mask=pair < num_pairs, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def step_words(p_factors, plane, word, BP: tl.constexpr):
+    """Return cosines and sines of the steps of four tokens of a page, four float16 in 64 bits."""
+    at = plane // 8 * 128 + plane % 2 * 64 + word * 4 + plane // 2 % 4
+    cos = tl.load(tl.max_contiguous(p_factors + at, [1, 1, 2, 4]))
+    sin = tl.load(tl.max_contiguous(p_factors + at + BP * 16, [1, 1, 2, 4]))
+    return cos, sin
+
+
+@triton.jit
+def step_factors(p_factors, plane, word, j: tl.constexpr, BP: tl.constexpr):
+    """Return cosines and sines of the steps of the tokens ``4 * word + j``, fp32."""
+    at = (plane // 8 * 128 + plane % 2 * 64 + word * 4 + plane // 2 % 4) * 4 + j
+    return tl.load(p_factors + at), tl.load(p_factors + at + BP * 64)
+
+
+@triton.jit
+def times(a, b, a_factors, b_factors, high: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the operand of pairs of float16 times float16 factors, see `scaled`."""
+    return pair_operand(scaled(a, a_factors, high, ASM), scaled(b, b_factors, high, ASM), CHUNK, WIDTH)
+
+
+@triton.jit
+def twice(factor):
+    """Return a float16 of `factor` in both halves of 32 bits."""
+    half = factor.to(tl.float16)
+    return packed(half, half)
+
+
+@triton.jit
+def key_operands(
+    page,
+    p_parts,
+    p_rows,
+    stride,
+    p_entries,
+    p_pairs,
+    p_factors,
+    p_cos,
+    p_sin,
+    num_pairs,
+    chunk: tl.constexpr,
+    TURN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ASM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    PAIRED: tl.constexpr,
+    BP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Return eight operands: for ``j`` of 0 to 3 the tokens ``4 * word + j`` times cosines, and times sines.
+
+    p_factors [2, BP / 8, 2, 16 words, 4, 4 tokens] are cosines and sines inside a page (`device_tables.step_factors`).
+    """
+    a = chunk * CHUNK + tl.arange(0, CHUNK // 8)[:, None, None, None] * 8 + tl.arange(0, 4)[None, None, None, :] * 2
+    b = a + 1
+    word = tl.arange(0, 2)[None, :, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
+    a_words = page_words(page, p_parts, a, word, STAGES, PARTS, BP)
+    b_words = a_words
+    if not PAIRED:
+        b_words = page_words(page, p_parts, b, word, STAGES, PARTS, BP)
+    if TURN == 1 and not WIDE:
+        a_cosines, a_sines = step_words(p_factors, a, word, BP)
+        b_cosines, b_sines = step_words(p_factors, b, word, BP)
+    operands = ()
+    for j in tl.static_range(4):
+        a_x, a_y, b_x, b_y = decoded(p_rows, stride, p_entries, a, a_words, b_words, j, STAGES, PARTS, PAIRED, BP, WIDE, ASM)
+        if TURN == 0:
+            keys = key_operand(a_x, a_y, b_x, b_y, CHUNK, WIDTH) if WIDE else pair_operand(a_x, b_x, CHUNK, WIDTH)
+            operands = operands + (keys, keys)
+        elif TURN == 1 and not WIDE:
+            a_cos, a_sin = (a_cosines >> (j // 2 * 32)).to(tl.uint32), (a_sines >> (j // 2 * 32)).to(tl.uint32)
+            b_cos, b_sin = (b_cosines >> (j // 2 * 32)).to(tl.uint32), (b_sines >> (j // 2 * 32)).to(tl.uint32)
+            across = times(a_x, b_x, a_cos, b_cos, j % 2, ASM, CHUNK, WIDTH)
+            operands = operands + (across, times(a_x, b_x, a_sin, b_sin, j % 2, ASM, CHUNK, WIDTH))
+        else:
+            if TURN == 1:
+                a_cos, a_sin = step_factors(p_factors, a, word, j, BP)
+                b_cos, b_sin = step_factors(p_factors, b, word, j, BP)
+            else:
+                a_cos, a_sin = token_factors(p_cos, p_sin, p_pairs, num_pairs, a, word, j)
+                b_cos, b_sin = token_factors(p_cos, p_sin, p_pairs, num_pairs, b, word, j)
+            if WIDE:
+                across = key_operand(a_x * a_cos, a_y * a_cos, b_x * b_cos, b_y * b_cos, CHUNK, WIDTH)
+                along = key_operand(a_x * a_sin, a_y * a_sin, b_x * b_sin, b_y * b_sin, CHUNK, WIDTH)
+            else:
+                across = times(a_x, b_x, twice(a_cos), twice(b_cos), 0, ASM, CHUNK, WIDTH)
+                along = times(a_x, b_x, twice(a_sin), twice(b_sin), 0, ASM, CHUNK, WIDTH)
+            operands = operands + (across, along)
+    return operands
+
+
+@triton.jit
+def looked_up(
+    page,
+    p_parts,
+    p_rows,
+    p_scores,
+    chunk: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Return the scores of the tokens ``4 * word + j``, for ``j`` of 0 to 3, as sums of looked-up products, each [16, BN].
+
+    p_rows [stages, BP] int32 are first products of the codes, -1 but for a code's first plane.
+    """
+    plane = chunk * CHUNK + tl.arange(0, CHUNK // 4)[:, None, None, None] * 4 + tl.arange(0, 4)[None, None, None, :]
+    word = tl.arange(0, 2)[None, :, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
+    found = ()
+    for j in tl.static_range(4):
+        total = tl.zeros((CHUNK // 4, 2, 8, 4), tl.float32)
+        for stage in tl.static_range(STAGES):
+            words = stage_words(page, p_parts + stage * 4 * BP, plane, word, PARTS // 1024**stage % 1024, BP)
+            row = tl.load(p_rows + stage * BP + plane)
+            p_score = tl.max_contiguous(
+                p_scores + row + code_at(words, j, PARTS // 1024**stage % 1024) + plane * 0, [1, 1, 2, 4]
+            )
+            total += tl.load(p_score, mask=row >= 0, other=0.0)
+        sums = tl.reshape(tl.sum(tl.sum(total, 3), 0), (16,))
+        found = found + (tl.zeros((16, BN), tl.float32) + sums[:, None],)
+    return found

@@ -1,0 +1,99 @@
+"""What a kernel becomes on a GPU that is not here: compiled for sm_90 in a process of its own, its main loop counted.
+
+Prints one JSON object: for every variant asked for, how many instructions the loop over pages has, how many of them move data
+between lanes (`moves`) or to and from memory for want of registers (`spills`), and registers. Arguments: JSON of the variants.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+TYPES = {
+    **dict.fromkeys(("p_key_pages", "p_value_pages", "p_spans", "p_factors"), "*i64"),
+    **dict.fromkeys(("p_pairs", "p_score_rows", "p_places", "p_few", "p_chosen"), "*i32"),
+    **{f"p_{side}_{what}": "*i32" for side in ("key", "value") for what in ("parts", "rows", "entries")},
+    **{"p_x": "*bf16", "p_centroids": "*fp16", "p_prototypes": "*fp16", "p_pages": "*u8", "softcap": "fp32"},
+}
+ALIGNED = ("key_page_bytes", "value_page_bytes", "num_pairs", "num_scores")
+MOVES, SPILLS = {"SHFL", "STS", "LDS", "LDSM", "STSM"}, {"LDL", "STL"}
+
+
+def compiled(kernel: Any, constants: dict[str, Any], warps: int, registers: int = 0) -> Any:
+    """Compile for sm_90 with arguments as a launch describes them: pointers and round numbers are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, known = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        default = "*fp32" if name.startswith("p_") else "i32"
+        if constants.get("WIDE") and name in ("p_key_entries", "p_value_entries", "p_factors"):
+            signature[name] = default
+            continue
+        signature[name] = "constexpr" if name in constants else TYPES.get(name, default)
+        if name.startswith("p_") or name in ALIGNED:
+            known[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=known)
+    options = {"num_warps": warps, "num_stages": 1, **({"maxnreg": registers} if registers else {})}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def counted(kernel: Any) -> dict[str, int]:
+    """Count the instructions of the longest loop of a compiled kernel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        listing = _run(tools / "nvdisasm", "-c", binary)
+        usage = _run(tools / "cuobjdump", "-res-usage", binary)
+    places: dict[str, int] = {}
+    names: list[str] = []
+    loop: list[str] = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            places[label[1]] = len(names)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\w+)", line):
+            names.append(found[1])
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if back and len(names) - places.get(back[1], len(names)) > len(loop):
+                loop = names[places[back[1]] :]
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None
+    moves, spills = (sum(name in kind for name in loop) for kind in (MOVES, SPILLS))
+    return {"instructions": len(loop), "moves": moves, "spills": spills, "registers": int(registers[1])}
+
+
+def _run(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def measure(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Run this file on `variants` of the decode kernel: constants, and `warps` and `registers` of the launch."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, json.dumps(variants)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    from pqkv_kernels.triton_attention import dot_width
+    from pqkv_kernels.triton_decode import split_kernel
+
+    found = {}
+    for name, variant in json.loads(sys.argv[1]).items():
+        warps, registers = variant.pop("warps"), variant.pop("registers")
+        found[name] = counted(compiled(split_kernel, {**variant, "WIDTH": dot_width()}, warps, registers))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
