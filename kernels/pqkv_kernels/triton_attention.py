@@ -14,6 +14,7 @@ from pqkv_kernels.score_tables import score_rows, score_tables
 from pqkv_kernels.tables import CodecTables
 from pqkv_kernels.triton_decode import split_kernel
 from pqkv_kernels.triton_merge import merge_kernel
+from pqkv_kernels.triton_version import dot_width, least_columns
 
 _MAX_QUERIES = 64  # queries per program: more would not fit into registers beside a decoded page
 _MANY_WARPS = 4  # of programs of more than sixteen queries, which share what they decode
@@ -72,22 +73,7 @@ def _codes(side: str, tables: DeviceTables) -> dict[str, int]:
 
 def query_block(num_queries: int) -> int:
     """Return how many queries a program serves: as few as products on the tensor cores take, or many that share their keys."""
-    least = 8 if _triton_version() >= (3, 5) else 16
-    return next((n for n in (8, 16) if least <= n and num_queries <= n), _MAX_QUERIES)
-
-
-def dot_width() -> int:
-    """Return how many neighbours along a sum a lane holds in the left operand of products of float16, as Triton chooses.
-
-    Operands are put together in that order, so that no element leaves its lane; in another order answers are the same, but
-    elements travel through shared memory. `tests/kernels/test_triton_compiles.py` counts what travels.
-    """
-    return 2 if _triton_version() >= (3, 8) else 4
-
-
-def _triton_version() -> tuple[int, int]:
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
+    return next((n for n in (8, 16) if least_columns() <= n and num_queries <= n), _MAX_QUERIES)
 
 
 def _launch(config: DecodeConfig, block: int) -> dict[str, int]:

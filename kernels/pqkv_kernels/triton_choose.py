@@ -1,143 +1,141 @@
-"""The kernels that find the nearest prototypes of vectors, and what parts leave over of each. `triton_encode` launches them.
-
-Vectors come, and programs serve a page of one head, as in `pqkv_kernels.triton_codes`.
-"""
+"""The kernels that find the nearest prototypes of vectors, and what parts leave over of each. `triton_encode` launches them."""
 
 import triton
 import triton.language as tl
 
-from pqkv_kernels.triton_codes import load_points, nearest_code
+from pqkv_kernels.triton_codes import nearest_code
+from pqkv_kernels.triton_scores import TOKENS, nearest_lines, tile_operands
+
+COLUMNS = tl.constexpr(16)  # prototypes that a step of `few_kernel` looks at
+FARTHEST = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def exchange(score, code, best, index):
-    """Put (score, code) in the place of (best, index) where it is larger; return that place and what is left over."""
-    better = score > best
-    return (
-        tl.where(better, score, best),
-        tl.where(better, code, index),
-        tl.where(better, best, score),
-        tl.where(better, index, code),
-    )
+def sorted_in(key, k_0, k_1, k_2, k_3):
+    """Return the least four of five keys, of which four are sorted."""
+    k_0, key = tl.minimum(k_0, key), tl.maximum(k_0, key)
+    k_1, key = tl.minimum(k_1, key), tl.maximum(k_1, key)
+    k_2, key = tl.minimum(k_2, key), tl.maximum(k_2, key)
+    return k_0, k_1, k_2, tl.minimum(k_3, key)
+
+
+@triton.jit
+def split_in_two(x):
+    """Return two float16 whose sum is as exact as fp32 where `x` is near one."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
 def few_kernel(
-    p_x,
-    p_places,
-    p_factors,
-    p_cos,
-    p_sin,
+    p_points,
     p_prototypes,
+    p_squares,
+    p_shrink,
     p_few,
     heads,
-    num_pages,
-    num_pairs,
-    angle_row,
-    stride_b,
-    stride_h,
-    stride_t,
-    stride_d,
-    TURN: tl.constexpr,
+    num_tokens,
+    WIDE: tl.constexpr,
     K: tl.constexpr,
-    BD: tl.constexpr,
     D: tl.constexpr,
-    BK: tl.constexpr,
+    BD: tl.constexpr,
 ):
-    """Find the four prototypes nearest to every vector of a page, nearest first; p_few [4, B * Hkv, T]."""
-    i_page = tl.program_id(0).to(tl.int64)
+    """Find the four prototypes nearest to each of 64 points, nearest first; p_few [4, B * Hkv, T] int32.
+
+    p_points [B * Hkv, D, T] fp32, p_prototypes [Hkv, K, D] float16, or fp32 where WIDE, p_shrink [Hkv] powers of two by which
+    points are multiplied, so that float16 holds them, and p_squares [Hkv, K] the squares of prototypes times it. Squared
+    distances are compared as integers (`triton_scores`) whose lowest bits, up to eight of 24, number the steps: of prototypes
+    that differ by less either may be tried.
+    """
     i_head = tl.program_id(1).to(tl.int64)
-    i_b = i_head // heads
     i_h = i_head % heads
-    o_t = tl.arange(0, 64)
-    t = i_page * 64 + o_t[:, None]
-    o_d = tl.arange(0, BD)[None, :]
-    m_d = o_d < D
-    p_row = p_x + i_b * stride_b + i_h * stride_h + t * stride_t
-    table = i_h * 3 * D
-    turn = i_b * angle_row + t
-    # [64, BD]
-    point = load_points(p_row, p_places + table, p_factors + table, p_cos, p_sin, turn, o_d, m_d, stride_d, num_pairs, TURN, D)
-    b0 = tl.full((64,), float("-inf"), tl.float32)
-    b1, b2, b3 = b0, b0, b0
-    c0 = tl.zeros((64,), tl.int32)
-    c1, c2, c3 = c0, c0, c0
-    o_k = tl.arange(0, BK)
-    for start in range(0, K, BK):
-        rows = start + o_k[:, None]
-        p_line = p_prototypes + (i_h * K + rows) * D + o_d
-        lines = tl.load(p_line, mask=m_d & (rows < K), other=0.0).to(tl.float32)
-        # |x - c|^2 without |x|^2, and its sign turned: [64, BK]
-        score = 2 * tl.dot(point, tl.trans(lines), input_precision="tf32x3") - tl.sum(lines * lines, 1)[None, :]
-        score = tl.where(start + o_k[None, :] < K, score, float("-inf"))
-        for _ in tl.static_range(4):
-            place = tl.argmax(score, 1)
-            s, c = tl.max(score, 1), start + place
-            score = tl.where(o_k[None, :] == place[:, None], float("-inf"), score)
-            b0, c0, s, c = exchange(s, c, b0, c0)
-            b1, c1, s, c = exchange(s, c, b1, c1)
-            b2, c2, s, c = exchange(s, c, b2, c2)
-            b3, c3, s, c = exchange(s, c, b3, c3)
-    row = p_few + i_head * num_pages * 64 + i_page * 64 + o_t
-    step = tl.num_programs(1).to(tl.int64) * num_pages * 64
-    # Where there are fewer prototypes, the first one is tried again: that changes nothing.
-    tl.store(row, c0)
-    tl.store(row + step, tl.where(b1 > float("-inf"), c1, c0))
-    tl.store(row + 2 * step, tl.where(b2 > float("-inf"), c2, c0))
-    tl.store(row + 3 * step, tl.where(b3 > float("-inf"), c3, c0))
+    t = tl.program_id(0).to(tl.int64) * 64 + tl.arange(0, 64)
+    o_d = tl.arange(0, BD)
+    p_point = p_points + (i_head * D + o_d[None, :]) * num_tokens + t[:, None]
+    point = tl.load(p_point, mask=o_d[None, :] < D, other=0.0)
+    shrink = tl.load(p_shrink + i_h)
+    square = shrink * tl.sum(point * point, 1)[:, None]
+    high, low = split_in_two(tl.minimum(tl.maximum(shrink * point, -60000.0), 60000.0))
+    STEPS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    COUNT: tl.constexpr = triton.next_power_of_2(STEPS)
+    k_0 = tl.full((64, COLUMNS), FARTHEST, tl.int32)
+    k_1, k_2, k_3 = k_0, k_0, k_0
+    for step in range(STEPS):
+        o_k = step * COLUMNS + tl.arange(0, COLUMNS)
+        m_c = (o_d[:, None] < D) & (o_k[None, :] < K)
+        c = tl.load(p_prototypes + (i_h * K + o_k[None, :]) * D + o_d[:, None], mask=m_c, other=0.0)
+        if WIDE:
+            c_high, c_low = split_in_two(shrink * c)
+            product = tl.dot(high, c_high, tl.dot(low, c_high, tl.dot(high, c_low))) / shrink
+        else:
+            product = tl.dot(high, c, tl.dot(low, c))
+        gap = square + (tl.load(p_squares + i_h * K + o_k, mask=o_k < K, other=0.0)[None, :] - 2 * product)
+        key = gap.to(tl.int32, bitcast=True) & -COUNT | step
+        key = tl.where(o_k[None, :] < K, key, FARTHEST)
+        k_0, k_1, k_2, k_3 = sorted_in(key, k_0, k_1, k_2, k_3)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    row = p_few + i_head * num_tokens + t
+    nearest = tl.zeros((64,), tl.int32)
+    for i in tl.static_range(4):
+        key = tl.min(k_0, 1)
+        column = tl.min(tl.where(k_0 == key[:, None], columns, COLUMNS - 1), 1)
+        found = (key & (COUNT - 1)) * COLUMNS + column
+        # Where there are fewer prototypes, the first one is tried again: that changes nothing.
+        found = tl.where(key == FARTHEST, nearest, found)
+        if i == 0:
+            nearest = found
+        tl.store(row + i * tl.num_programs(1).to(tl.int64) * num_tokens, found)
+        out = columns == column[:, None]
+        k_0, k_1, k_2, k_3 = tl.where(out, k_1, k_0), tl.where(out, k_2, k_1), tl.where(out, k_3, k_2), k_3
 
 
 @triton.jit
 def error_kernel(
-    p_x,
-    p_places,
-    p_factors,
-    p_cos,
-    p_sin,
+    p_points,
     p_prototypes,
     p_few,
     p_centroids,
+    p_lines,
+    p_shrink,
+    p_shift,
     p_errors,
     heads,
-    num_pages,
-    num_pairs,
-    angle_row,
-    stride_b,
-    stride_h,
-    stride_t,
-    stride_d,
+    num_tokens,
+    tiles,
+    tried,
     first_channel,
-    TURN: tl.constexpr,
-    M: tl.constexpr,
+    CHOSEN: tl.constexpr,
     K: tl.constexpr,
-    NBITS: tl.constexpr,
+    LINES: tl.constexpr,
+    CHUNK: tl.constexpr,
     DSUB: tl.constexpr,
-    BD: tl.constexpr,
     D: tl.constexpr,
-    BK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Add to p_errors [4, B * Hkv, T] what the nearest centroids of one group leave of a vector less a prototype of p_few."""
-    i_page = tl.program_id(0).to(tl.int64)
-    i_head = tl.program_id(1).to(tl.int64)
-    i_b = i_head // heads
-    i_h = i_head % heads
-    o_t = tl.arange(0, 64)
-    t = i_page * 64 + o_t[:, None]
-    o_d = tl.arange(0, BD)[None, :]
-    m_d = o_d < DSUB
-    p_row = p_x + i_b * stride_b + i_h * stride_h + t * stride_t
-    table = i_h * 3 * D
-    place = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + i_head) * num_pages * 64 + i_page * 64 + o_t
-    p_tried = p_prototypes + (i_h * K + tl.load(p_few + place)[:, None]) * D
-    error = tl.load(p_errors + place)
-    turn = i_b * angle_row + t
-    for m in range(M):
-        o_c = first_channel + m * DSUB + o_d
-        point = load_points(
-            p_row, p_places + table, p_factors + table, p_cos, p_sin, turn, o_c, m_d, stride_d, num_pairs, TURN, D
-        )
-        point -= tl.load(p_tried + o_c, mask=m_d, other=0.0).to(tl.float32)
-        lines = p_centroids + (i_h * M + m) * ((1 << NBITS) * DSUB)
-        _, distance = nearest_code(point, lines, o_d, m_d, NBITS, DSUB, BK)
-        error += distance
-    tl.store(p_errors + place, error)
+    """Store what the nearest centroids of one subspace leave of `tiles` times 32 points less each of the prototypes tried.
+
+    p_errors [M, tried, B * Hkv, T] fp32, p_few [tried, B * Hkv, T]; other arguments as of `encode_kernel`.
+    """
+    i_m = tl.program_id(1).to(tl.int64)
+    i_head = tl.program_id(2).to(tl.int64)
+    i_table = i_head % heads * tl.num_programs(1) + i_m
+    channel = first_channel + i_m * DSUB
+    points = p_points + (i_head * D + channel) * num_tokens
+    prototypes = p_prototypes + i_head % heads * CHOSEN * D + channel
+    STEPS: tl.constexpr = (DSUB + 3) // 4
+    centroids = p_centroids + i_table * (K * DSUB)
+    lines = p_lines + i_table * (STEPS * LINES * 16)
+    shrink, shift = tl.load(p_shrink + i_table), p_shift + i_table * DSUB
+    first_tile = tl.program_id(0) * tiles
+    for i_tile in range(first_tile, min(first_tile + tiles, num_tokens // TOKENS)):
+        start = i_tile * TOKENS
+        for i in range(tried):
+            i_row = (i * tl.num_programs(2) + i_head) * num_tokens
+            operands = tile_operands(
+                points, start, num_tokens, prototypes, p_few + i_row, shrink, shift, D, DSUB, CHOSEN, WIDTH
+            )
+            first = nearest_lines(operands, lines, STEPS, LINES, CHUNK, WIDTH)
+            t = start + tl.arange(0, TOKENS)
+            _, gap = nearest_code(points, t, num_tokens, prototypes, p_few + i_row, centroids, first, D, DSUB, CHOSEN, K, CHUNK)
+            p_error = p_errors + i_m * tried * tl.num_programs(2) * num_tokens + i_row + t
+            tl.store(p_error, gap)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,25 @@ TYPES = {
     **dict.fromkeys(("p_key_pages", "p_value_pages", "p_spans", "p_factors"), "*i64"),
     **dict.fromkeys(("p_pairs", "p_score_rows", "p_places", "p_few", "p_chosen"), "*i32"),
     **{f"p_{side}_{what}": "*i32" for side in ("key", "value") for what in ("parts", "rows", "entries")},
-    **{"p_x": "*bf16", "p_centroids": "*fp16", "p_prototypes": "*fp16", "p_pages": "*u8", "softcap": "fp32"},
+    **{
+        "p_x": "*bf16",
+        "p_centroids": "*fp16",
+        "p_prototypes": "*fp16",
+        "p_lines": "*fp16",
+        "p_pages": "*u8",
+        "softcap": "fp32",
+    },
 }
-ALIGNED = ("key_page_bytes", "value_page_bytes", "num_pairs", "num_scores")
+ALIGNED = (
+    "key_page_bytes",
+    "value_page_bytes",
+    "num_pairs",
+    "num_scores",
+    "num_tokens",
+    "first_channel",
+    "page_bytes",
+    "tiles",
+)
 MOVES, SPILLS = {"SHFL", "STS", "LDS", "LDSM", "STSM"}, {"LDL", "STL"}
 
 
@@ -75,7 +92,7 @@ def _run(*command: object) -> str:
 
 
 def measure(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Run this file on `variants` of the decode kernel: constants, and `warps` and `registers` of the launch."""
+    """Run this file on `variants` of a kernel: its module and name, constants, and `warps` and `registers` of the launch."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, json.dumps(variants)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -85,13 +102,15 @@ def measure(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def main() -> None:
-    from pqkv_kernels.triton_attention import dot_width
-    from pqkv_kernels.triton_decode import split_kernel
+    from pqkv_kernels.triton_version import dot_width
 
     found = {}
     for name, variant in json.loads(sys.argv[1]).items():
+        module, name_of_kernel = variant.pop("kernel").split(":")
+        kernel = getattr(import_module(module), name_of_kernel)
         warps, registers = variant.pop("warps"), variant.pop("registers")
-        found[name] = counted(compiled(split_kernel, {**variant, "WIDTH": dot_width()}, warps, registers))
+        width = {"WIDTH": dot_width()} if "WIDTH" in kernel.arg_names else {}
+        found[name] = counted(compiled(kernel, variant | width, warps, registers))
     print(json.dumps(found))
 
 
