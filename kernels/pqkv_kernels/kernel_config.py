@@ -26,7 +26,7 @@ class DecodeConfig:
     tables
         Number format of the look-up tables and of products; sums are fp32 always.
     programs_per_processor
-        Splits are as many as give each multiprocessor about this many programs.
+        Splits are as many as give each multiprocessor about this many programs (`split_grid`).
     min_split_pages
         No split is shorter, so that merging stays cheap.
     key_scores
@@ -60,11 +60,6 @@ class DecodeConfig:
             raise KernelError(f"key_scores is {self.key_scores!r}; expected decode or table")
         if min(self.programs_per_processor, self.min_split_pages) < 1:
             raise KernelError("programs_per_processor and min_split_pages must be at least 1")
-
-    def split_pages(self, num_pages: int, num_heads: int, num_processors: int) -> int:
-        """Return the pages of one split, for `num_heads` programs (rows times heads) per split."""
-        wanted = max(1, self.programs_per_processor * num_processors // max(num_heads, 1))
-        return max(self.min_split_pages, -(-num_pages // wanted), 1)
 
 
 EXACT = DecodeConfig(tables="float32", origin="exact: for comparison with the reference")

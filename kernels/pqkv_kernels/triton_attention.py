@@ -11,6 +11,7 @@ from pqkv_kernels.attention import Part
 from pqkv_kernels.device_tables import CHUNK_PLANES, DeviceTables, device_tables, step_factors
 from pqkv_kernels.kernel_config import EXACT, DecodeConfig, decode_config
 from pqkv_kernels.score_tables import score_rows, score_tables
+from pqkv_kernels.split_grid import split_grid
 from pqkv_kernels.tables import CodecTables
 from pqkv_kernels.triton_decode import split_kernel
 from pqkv_kernels.triton_merge import merge_kernel
@@ -44,19 +45,19 @@ def triton_attention(
     config = config or _config(key_tables)
     key_pages, value_pages = whole_slabs(key_pages), whole_slabs(value_pages)  # alive until the kernel is launched
     keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
-    split_pages = config.split_pages(num_pages, batch * heads, _num_processors(query.device))
-    num_splits = triton.cdiv(num_pages, split_pages)
-    parts, part_lse = (query.new_empty(batch, heads, num_splits, num_queries, *last) for last in ((2 * keys.num_planes,), ()))
+    grid = split_grid(config, num_pages, batch * heads, _num_processors(query.device))
+    parts, part_lse = (query.new_empty(batch, heads, grid.num_splits, num_queries, *n) for n in ((2 * keys.num_planes,), ()))
     block = query_block(num_queries)
     turn, turning = _turning(keys, angles, query)
     scored = _plane_queries(query, keys, scaling)
     looked_up = config.key_scores == "table" and turn == 0 and num_queries == 1
     scores, score_row = _score_tables(scored, keys) if looked_up else (query, keys.first_row)
-    split_kernel[(batch * heads, num_splits, triton.cdiv(num_queries, block))](
+    split_kernel[(grid.num_programs, triton.cdiv(num_queries, block))](
         *(scored, page_addresses(key_pages), page_addresses(value_pages), spans.contiguous()),
         *(keys.part_bytes, keys.first_row, keys.entries, values.part_bytes, values.first_row, values.entries),
         *(*turning, scores, score_row, parts, part_lse),
-        *(heads, num_queries, num_pages, split_pages, key_tables.layout.page_bytes, value_tables.layout.page_bytes),
+        *(batch * heads, heads, num_queries, num_pages, grid.width, grid.columns, grid.rows, grid.split_pages, grid.num_splits),
+        *(key_tables.layout.page_bytes, value_tables.layout.page_bytes),
         *(0 if key_tables.rotary is None else key_tables.rotary.num_pairs, _angle_row(angles, batch)),
         *(1.0 if softcap is None else softcap, scores.shape[-1], 0),
         **{"LOOKED_UP": looked_up, "TURN": turn, "HAS_CAP": softcap is not None, "BN": block},

@@ -46,10 +46,15 @@ def split_kernel(
     p_score_rows,
     p_out,
     p_lse,
+    num_heads,
     heads,
     num_queries,
     num_pages,
+    width,
+    columns,
+    rows,
     split_pages,
+    num_splits,
     key_page_bytes,
     value_page_bytes,
     num_pairs,
@@ -74,7 +79,7 @@ def split_kernel(
     CHUNK: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Attend with `BN` queries of one head to the pages of one split, `CHUNK` planes at a time.
+    """Attend with `BN` queries of one head to the pages of one split (`split_grid`), `CHUNK` planes at a time.
 
     p_query [B, Hkv, N, 2, D2] fp32; p_*_pages [B, P] int64 addresses; p_spans [B, 2] int64. TURN 0: keys are not turned, 1: by
     page and step, 2: by token. LOOKED_UP: one query, whose products with the centroids are in p_scores [B, Hkv, num_scores].
@@ -82,13 +87,16 @@ def split_kernel(
     fp32, p_lse [B, Hkv, S, N] fp32 in base 2. `zero` is 0, which the compiler must not know: what belongs to planes alone is
     loaded anew for every page, since registers to keep it are too few.
     """
-    i_head = tl.program_id(0).to(tl.int64)  # row * heads + head
-    i_split = tl.program_id(1).to(tl.int64)
-    i_n = tl.program_id(2).to(tl.int64)
+    i_column, i_row = tl.program_id(0) % width, tl.program_id(0) // width
+    i_split = i_row % rows * columns + i_column % columns
+    i_place = i_row // rows * (width // columns) + i_column // columns  # row * heads + head
+    works = (i_column < width // columns * columns) & (i_place < num_heads) & (i_split < num_splits)
+    i_head = tl.minimum(i_place, num_heads - 1).to(tl.int64)
+    i_n = tl.program_id(1).to(tl.int64)
     i_b = i_head // heads
     i_h = i_head % heads
     o_n = i_n * BN + tl.arange(0, BN)[None, :]
-    m_n = o_n < num_queries
+    m_n = o_n < tl.where(works, num_queries, 0)
     p_q = p_query + (i_head * num_queries + o_n) * (2 * D2)
     scale, shrink = tl.full((1, BN), 1.0, tl.float32), 1.0
     if not LOOKED_UP:
@@ -101,7 +109,7 @@ def split_kernel(
     high = tl.full((1, BN), float("-inf"), tl.float32)
     total = tl.zeros((1, BN), tl.float32)
     low_page = tl.maximum(i_split * split_pages, tl.maximum(first, 0) // 64)
-    high_page = tl.minimum((i_split + 1) * split_pages, tl.minimum((stop + 63) // 64, num_pages))
+    high_page = tl.where(works, tl.minimum((i_split + 1) * split_pages, tl.minimum((stop + 63) // 64, num_pages)), 0)
     for i_page in range(low_page, high_page):
         key_page = tl.load(p_key_pages + i_b * num_pages + i_page).to(tl.pointer_type(tl.uint8)) + i_h * key_page_bytes
         value_page = tl.load(p_value_pages + i_b * num_pages + i_page).to(tl.pointer_type(tl.uint8)) + i_h * value_page_bytes
@@ -199,7 +207,7 @@ def split_kernel(
             )
         sums = added_to
     norm = tl.where(total > 0, total, 1.0)
-    o_part = (i_head * tl.num_programs(1) + i_split) * num_queries + o_n
+    o_part = (i_head * num_splits + i_split) * num_queries + o_n
     planes = tl.arange(0, CHUNK)[:, None]
     planes = planes // 16 * 16 + planes % 8 * 2 + planes % 16 // 8  # `value_operand` has the even ones first
     for chunk in tl.static_range(BP // CHUNK):

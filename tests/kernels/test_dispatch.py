@@ -149,7 +149,6 @@ def _no_rows(angles: PageAngles):
 def test_configs_are_data_and_checked() -> None:
     assert decode_config("NVIDIA H200", 128).num_warps == 1
     assert all(decode_config("unknown", dim) for dim in (64, 128, 256, 512)) and TABLE[-1][0] == ""
-    assert DecodeConfig().split_pages(2048, 8, 132) == 11 and DecodeConfig().split_pages(1, 8, 132) == 2
     for wrong, phrase in (
         ({"max_registers": 255}, "max_registers is 255"),
         ({"num_warps": 3}, "num_warps is 3"),
