@@ -120,6 +120,8 @@ def _device_tables(planes: Planes, table_type: TableType) -> DeviceTables:
             found, first = _side_by_side(found.view(heads, count, -1, 2))
         elif paired:
             found, first = _interleaved(found, stage, first)
+        else:
+            found, first = _even_first(found, stage, heads)
         entries.append(found)
         rows.append(first + start)
         start += len(found)
@@ -157,6 +159,23 @@ def _interleaved(entries: torch.Tensor, stage: PlaneStage, first: torch.Tensor) 
     return torch.cat(tables, 1).reshape(-1, 2), torch.stack((even, even + 1), -1).flatten(1)
 
 
+def _even_first(entries: torch.Tensor, stage: PlaneStage, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay the tables of a head's even planes before those of the odd ones, and return entries [E, 2] and first rows.
+
+    Lanes look up even planes together, then odd ones. Small tables of even planes should not lie in the same banks of memory,
+    as they would with those of odd planes between them.
+    """
+    sizes = _sizes(stage).to(entries.device)
+    order = torch.arange(len(sizes), device=sizes.device)
+    order = torch.cat((order[::2], order[1::2]))
+    starts = sizes.cumsum(0) - sizes
+    laid = sizes[order].cumsum(0) - sizes[order]
+    rows = (starts[order] - laid).repeat_interleave(sizes[order]) + torch.arange(int(sizes.sum()), device=sizes.device)
+    first = torch.empty_like(laid).scatter_(0, order, laid)
+    heads_first = torch.arange(heads, device=sizes.device)[:, None] * len(rows)
+    return entries.view(heads, -1, 2)[:, rows].reshape(-1, 2), padded(heads_first + first)
+
+
 def _scales(planes: Planes) -> torch.Tensor:
     """Return the least power of two per head and plane, [Hkv * D / 2] fp32, that is not less than any entry of any stage."""
     heads, device = planes.channels.shape[0], planes.channels.device
@@ -173,10 +192,16 @@ def _is_whole(stage: PlaneStage) -> bool:
 
 def _plane_of_entry(stage: PlaneStage, planes: Planes) -> torch.Tensor:
     """Return ``head * planes + plane`` of every entry of `stage`, [E] int64."""
-    sizes = [part.group.num_centroids for part in stage.groups for _ in range(part.group.num_subspaces * part.planes_per_code)]
-    heads = planes.channels.shape[0]
-    repeats = torch.tensor(sizes * heads, device=stage.entries.device)
+    repeats = _sizes(stage).to(stage.entries.device).repeat(planes.channels.shape[0])
     return torch.arange(len(repeats), device=repeats.device).repeat_interleave(repeats)
+
+
+def _sizes(stage: PlaneStage) -> torch.Tensor:
+    """Return how many entries the table of every plane has, [D / 2] int64."""
+    parts = stage.groups
+    return torch.tensor(
+        [part.group.num_centroids for part in parts for _ in range(part.group.num_subspaces * part.planes_per_code)]
+    )
 
 
 def _part_bytes(stage: PlaneStage, planes: Planes) -> torch.Tensor:
