@@ -14,7 +14,7 @@ from pqkv_kernels.layout import code_parts
 from pqkv_kernels.planes import Planes, PlaneStage, planes_of
 from pqkv_kernels.tables import CodecTables
 
-TableType = Literal["float16", "float32"]
+TableType = Literal["float16", "float32", "int8"]
 CHUNK_PLANES = 16
 PART_WIDTHS = (8, 4, 2, 1)
 
@@ -39,9 +39,11 @@ class DeviceTables:
         plane follow each other by one, by two where planes are paired, or by BP where a code stands for the whole vector, whose
         planes lie together.
     entries
-        Pairs of channels divided by their plane's `scale`: float16 pairs as [E] int32, or [E, 2] float32.
+        Pairs of channels divided by their plane's `scale`: float16 pairs as [E] int32, [E, 2] float32, or pairs of bytes, of
+        numbers from -127 to 127 with 128 added, as [E] int16.
     scale
-        A power of two per plane, so that float16 neither overflows nor loses small planes, [Hkv, D / 2] fp32.
+        Of every plane, [Hkv, D / 2] fp32: a power of two, so that float16 neither overflows nor loses small planes; for bytes a
+        127th of the largest component.
     pairs
         The rotary pair of every plane, or the number of pairs where it is not rotated, [Hkv, BP] int32; None as in `Planes`.
     """
@@ -111,7 +113,10 @@ def padded(rows: torch.Tensor) -> torch.Tensor:
 
 def _device_tables(planes: Planes, table_type: TableType) -> DeviceTables:
     heads, count = planes.channels.shape[:2]
-    scale, paired = _scales(planes), all(part.planes_per_code % 2 == 0 for stage in planes.stages for part in stage.groups)
+    scale, paired = (
+        _scales(planes, table_type),
+        all(part.planes_per_code % 2 == 0 for stage in planes.stages for part in stage.groups),
+    )
     entries, rows, start = [], [], 0
     for stage in planes.stages:
         found = stage.entries.view(torch.float32).view(-1, 2) / scale[_plane_of_entry(stage, planes)][:, None]
@@ -125,8 +130,7 @@ def _device_tables(planes: Planes, table_type: TableType) -> DeviceTables:
         entries.append(found)
         rows.append(first + start)
         start += len(found)
-    table = torch.cat(entries)
-    table = table.half().contiguous().view(torch.int32).flatten() if table_type == "float16" else table.contiguous()
+    table = _stored(torch.cat(entries), table_type)
     parts = [_part_bytes(stage, planes) for stage in planes.stages]
     part_bytes = padded(torch.stack(parts)).to(table.device)
     first_row = torch.stack(rows).to(torch.int32).contiguous()
@@ -176,14 +180,24 @@ def _even_first(entries: torch.Tensor, stage: PlaneStage, heads: int) -> tuple[t
     return entries.view(heads, -1, 2)[:, rows].reshape(-1, 2), padded(heads_first + first)
 
 
-def _scales(planes: Planes) -> torch.Tensor:
-    """Return the least power of two per head and plane, [Hkv * D / 2] fp32, that is not less than any entry of any stage."""
+def _stored(entries: torch.Tensor, table_type: TableType) -> torch.Tensor:
+    """Return entries [E, 2], divided by scales, as `DeviceTables.entries`."""
+    if table_type == "float32":
+        return entries.contiguous()
+    if table_type == "float16":
+        return entries.half().contiguous().view(torch.int32).flatten()
+    return (entries.round() + 128).to(torch.uint8).contiguous().view(torch.int16).flatten()
+
+
+def _scales(planes: Planes, table_type: TableType) -> torch.Tensor:
+    """Return `DeviceTables.scale`, [Hkv * D / 2]: so large that no entry of any stage is above 1, or above 127."""
     heads, device = planes.channels.shape[0], planes.channels.device
     largest = torch.zeros(heads * planes.num_planes, device=device)
     for stage in planes.stages:
         found = stage.entries.view(torch.float32).view(-1, 2)
         largest = largest.scatter_reduce(0, _plane_of_entry(stage, planes), found.abs().amax(-1), "amax")
-    return torch.exp2(torch.ceil(torch.log2(largest.clamp(min=torch.finfo(torch.float32).tiny)))).clamp(max=2.0**126)
+    largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
+    return largest / 127 if table_type == "int8" else torch.exp2(torch.ceil(torch.log2(largest))).clamp(max=2.0**126)
 
 
 def _is_whole(stage: PlaneStage) -> bool:

@@ -36,6 +36,11 @@ class SplitGrid:
     num_splits: int
     num_programs: int
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What a program finds its place by, in the order in which `split_kernel` takes it."""
+        return self.width, self.columns, self.rows, self.split_pages, self.num_splits
+
 
 def split_grid(config: DecodeConfig, num_pages: int, num_heads: int, num_processors: int) -> SplitGrid:
     """Return the grid for `num_heads` heads (rows times heads) of `num_pages` pages, both at least one."""

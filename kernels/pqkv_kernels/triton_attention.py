@@ -56,16 +56,20 @@ def triton_attention(
         *(scored, page_addresses(key_pages), page_addresses(value_pages), spans.contiguous()),
         *(keys.part_bytes, keys.first_row, keys.entries, values.part_bytes, values.first_row, values.entries),
         *(*turning, scores, score_row, parts, part_lse),
-        *(batch * heads, heads, num_queries, num_pages, grid.width, grid.columns, grid.rows, grid.split_pages, grid.num_splits),
+        *(batch * heads, heads, num_queries, num_pages, *grid.numbers),
         *(key_tables.layout.page_bytes, value_tables.layout.page_bytes),
         *(0 if key_tables.rotary is None else key_tables.rotary.num_pairs, _angle_row(angles, batch)),
         *(1.0 if softcap is None else softcap, scores.shape[-1], 0),
         **{"LOOKED_UP": looked_up, "TURN": turn, "HAS_CAP": softcap is not None, "BN": block},
-        **{"WIDE": config.tables == "float32", "ASM": not is_interpreted(), "WIDTH": dot_width()},
-        **{**_codes("K", keys), **_codes("V", values)},
+        **{**_numbers(config), **_codes("K", keys), **_codes("V", values)},
         **{"D2": dim // 2, "BP": keys.num_planes, "CHUNK": CHUNK_PLANES, **_launch(config, block)},
     )
     return _merged(query, parts, part_lse, values)
+
+
+def _numbers(config: DecodeConfig) -> dict[str, int]:
+    kinds = {"WIDE": config.tables == "float32", "BYTES": config.tables == "int8"}
+    return {**kinds, "ASM": not is_interpreted(), "WIDTH": dot_width()}
 
 
 def _codes(side: str, tables: DeviceTables) -> dict[str, int]:

@@ -66,6 +66,7 @@ def split_kernel(
     TURN: tl.constexpr,
     HAS_CAP: tl.constexpr,
     WIDE: tl.constexpr,
+    BYTES: tl.constexpr,
     ASM: tl.constexpr,
     WIDTH: tl.constexpr,
     K_STAGES: tl.constexpr,
@@ -83,9 +84,9 @@ def split_kernel(
 
     p_query [B, Hkv, N, 2, D2] fp32; p_*_pages [B, P] int64 addresses; p_spans [B, 2] int64. TURN 0: keys are not turned, 1: by
     page and step, 2: by token. LOOKED_UP: one query, whose products with the centroids are in p_scores [B, Hkv, num_scores].
-    WIDE: float32 tables and products instead of float16. ASM: see `scaled`. WIDTH: see `dot_width`. p_out [B, Hkv, S, N, 2, BP]
-    fp32, p_lse [B, Hkv, S, N] fp32 in base 2. `zero` is 0, which the compiler must not know: what belongs to planes alone is
-    loaded anew for every page, since registers to keep it are too few.
+    WIDE: float32 tables and products instead of float16. BYTES: tables of bytes. ASM: see `scaled`. WIDTH: see `dot_width`.
+    p_out [B, Hkv, S, N, 2, BP] fp32, p_lse [B, Hkv, S, N] fp32 in base 2. `zero` is 0, which the compiler must not know: what
+    belongs to planes alone is loaded anew for every page, since registers to keep it are too few.
     """
     i_column, i_row = tl.program_id(0) % width, tl.program_id(0) // width
     i_split = i_row % rows * columns + i_column % columns
@@ -153,6 +154,7 @@ def split_kernel(
                     chunk,
                     TURN,
                     WIDE,
+                    BYTES,
                     ASM,
                     WIDTH,
                     K_STAGES,
@@ -194,6 +196,7 @@ def split_kernel(
                 heads * BP,
                 p_value_entries,
                 WIDE,
+                BYTES,
                 ASM,
                 WIDTH,
                 V_STAGES,

@@ -132,6 +132,33 @@ def scaled(pair, factors, high: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def numbered(byte_pair, high: tl.constexpr, ASM: tl.constexpr):
+    """Return two bytes, the upper of four where `high`, as two float16 that are larger by 1,024: they are its lowest bits."""
+    if ASM:
+        if high:
+            return tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, 0x64646464, 0x4342;", "=r,r", [byte_pair], dtype=tl.uint32, is_pure=True, pack=1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, 0x64646464, 0x4140;", "=r,r", [byte_pair], dtype=tl.uint32, is_pure=True, pack=1
+            )
+    else:
+        if high:
+            byte_pair = byte_pair >> 16
+        return (byte_pair & 0xFF) | ((byte_pair & 0xFF00) << 8) | 0x64006400
+
+
+@triton.jit
+def moved(pair, twice: tl.constexpr, ASM: tl.constexpr):
+    """Add -1,152, or `twice` that, to planes of two float16: what `numbered` makes of -127 to 127, stored with 128 added."""
+    if twice:
+        return added(pair, tl.full(pair.shape, 0xE880E880, tl.uint32), ASM)
+    else:
+        return added(pair, tl.full(pair.shape, 0xE480E480, tl.uint32), ASM)
+
+
+@triton.jit
 def stage_words(page, p_parts, plane, word, PARTS: tl.constexpr, BP: tl.constexpr):
     """Load one stage's `code_words`; those of a code of the whole vector once for all planes."""
     if PARTS // 256 == 1:
@@ -150,14 +177,18 @@ def page_words(page, p_parts, plane, word, STAGES: tl.constexpr, PARTS: tl.const
 
 
 @triton.jit
-def entries_at(p_rows, p_entries, plane, code, STRIDE: tl.constexpr, WIDE: tl.constexpr):
-    """Look up planes: the pair of float16 twice, or both components in float32."""
+def entries_at(
+    p_rows, p_entries, plane, code, STRIDE: tl.constexpr, WIDE: tl.constexpr, BYTES: tl.constexpr, ASM: tl.constexpr
+):
+    """Look up planes: the pair of float16 twice, that of bytes as `numbered` returns it, or both components in float32."""
     row = tl.load(p_rows + plane)
     if WIDE:
         p_entry = p_entries + 2 * row.to(tl.int64) + 2 * STRIDE * code.to(tl.int64)
         return tl.load(tl.max_contiguous(p_entry, [1, 1, 2, 4])), tl.load(tl.max_contiguous(p_entry + 1, [1, 1, 2, 4]))
     else:
         pair = tl.load(tl.max_contiguous(p_entries + row + STRIDE * code, [1, 1, 2, 4]))
+        if BYTES:
+            pair = numbered(pair.to(tl.uint16, bitcast=True).to(tl.uint32), False, ASM)
         return pair, pair
 
 
@@ -173,18 +204,24 @@ def decoded_stage(
     PAIRED: tl.constexpr,
     BP: tl.constexpr,
     WIDE: tl.constexpr,
+    BYTES: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Look up the even planes `plane` and the next ones of the tokens ``4 * word + j`` in the tables of one stage."""
     STRIDE: tl.constexpr = BP if PARTS // 256 == 1 else (2 if PAIRED else 1)
     code = code_at(words, j, PARTS)
     if PAIRED and not WIDE:  # one code for both, whose entries lie side by side
-        p_both = (p_entries + tl.load(p_rows + plane) + STRIDE * code).to(tl.pointer_type(tl.uint64))
-        both = tl.load(tl.max_contiguous(p_both, [1, 1, 2, 4]))
-        a, b = both.to(tl.uint32), (both >> 32).to(tl.uint32)
+        p_both = p_entries + tl.load(p_rows + plane) + STRIDE * code
+        if BYTES:
+            both = tl.load(tl.max_contiguous(p_both.to(tl.pointer_type(tl.uint32)), [1, 1, 2, 4]))
+            a, b = numbered(both, False, ASM), numbered(both, True, ASM)
+        else:
+            both = tl.load(tl.max_contiguous(p_both.to(tl.pointer_type(tl.uint64)), [1, 1, 2, 4]))
+            a, b = both.to(tl.uint32), (both >> 32).to(tl.uint32)
         return a, a, b, b
     else:
-        a_x, a_y = entries_at(p_rows, p_entries, plane, code, STRIDE, WIDE)
-        b_x, b_y = entries_at(p_rows, p_entries, plane + 1, code_at(words_b, j, PARTS), STRIDE, WIDE)
+        a_x, a_y = entries_at(p_rows, p_entries, plane, code, STRIDE, WIDE, BYTES, ASM)
+        b_x, b_y = entries_at(p_rows, p_entries, plane + 1, code_at(words_b, j, PARTS), STRIDE, WIDE, BYTES, ASM)
         return a_x, a_y, b_x, b_y
 
 
@@ -202,14 +239,21 @@ def decoded(
     PAIRED: tl.constexpr,
     BP: tl.constexpr,
     WIDE: tl.constexpr,
+    BYTES: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Return the even planes `plane` and the next ones of the tokens ``4 * word + j``, summed over stages.
 
-    Four tiles: first planes' components and next planes', fp32 where WIDE; else their pairs of float16, each twice. `words` and
-    `words_b` are the `page_words` of either, the same where they are PAIRED: where every code stands for both.
+    Four tiles: first planes' components and next planes', fp32 where WIDE; else their pairs of float16, each twice, which are
+    whole numbers where tables are BYTES: none of their sums is above 2,048, so they are exact. `words` and `words_b` are the
+    `page_words` of either, the same where they are PAIRED: where every code stands for both.
     """
-    a_x, a_y, b_x, b_y = decoded_stage(p_rows, p_entries, plane, words[0], words_b[0], j, PARTS % 1024, PAIRED, BP, WIDE)
+    a_x, a_y, b_x, b_y = decoded_stage(
+        p_rows, p_entries, plane, words[0], words_b[0], j, PARTS % 1024, PAIRED, BP, WIDE, BYTES, ASM
+    )
+    if BYTES:
+        a_x, b_x = moved(a_x, STAGES > 1, ASM), moved(b_x, STAGES > 1, ASM)
+        a_y, b_y = a_x, b_x
     for stage in tl.static_range(1, STAGES):
         more = decoded_stage(
             p_rows + stage * stride,
@@ -222,9 +266,14 @@ def decoded(
             PAIRED,
             BP,
             WIDE,
+            BYTES,
+            ASM,
         )
         if WIDE:
             a_x, a_y, b_x, b_y = a_x + more[0], a_y + more[1], b_x + more[2], b_y + more[3]
+        elif BYTES and stage > 1:
+            a_x, b_x = added(a_x, moved(more[0], False, ASM), ASM), added(b_x, moved(more[2], False, ASM), ASM)
+            a_y, b_y = a_x, b_x
         else:
             a_x, b_x = added(a_x, more[0], ASM), added(b_x, more[2], ASM)
             a_y, b_y = a_x, b_x

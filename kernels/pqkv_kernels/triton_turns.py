@@ -130,6 +130,7 @@ def key_operands(
     chunk: tl.constexpr,
     TURN: tl.constexpr,
     WIDE: tl.constexpr,
+    BYTES: tl.constexpr,
     ASM: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
@@ -154,7 +155,9 @@ def key_operands(
         b_cosines, b_sines = step_words(p_factors, b, word, BP)
     operands = ()
     for j in tl.static_range(4):
-        a_x, a_y, b_x, b_y = decoded(p_rows, stride, p_entries, a, a_words, b_words, j, STAGES, PARTS, PAIRED, BP, WIDE, ASM)
+        a_x, a_y, b_x, b_y = decoded(
+            p_rows, stride, p_entries, a, a_words, b_words, j, STAGES, PARTS, PAIRED, BP, WIDE, BYTES, ASM
+        )
         if TURN == 0:
             keys = key_operand(a_x, a_y, b_x, b_y, CHUNK, WIDTH) if WIDE else pair_operand(a_x, b_x, CHUNK, WIDTH)
             operands = operands + (keys, keys)

@@ -27,6 +27,7 @@ def value_operands(
     stride,
     p_entries,
     WIDE: tl.constexpr,
+    BYTES: tl.constexpr,
     ASM: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
@@ -43,7 +44,7 @@ def value_operands(
         words_b = page_words(page, p_parts, plane + 1, word, STAGES, PARTS, BP)
     a_x, a_y, b_x, b_y = (), (), (), ()
     for j in tl.static_range(4):
-        found = decoded(p_rows, stride, p_entries, plane, words, words_b, j, STAGES, PARTS, PAIRED, BP, WIDE, ASM)
+        found = decoded(p_rows, stride, p_entries, plane, words, words_b, j, STAGES, PARTS, PAIRED, BP, WIDE, BYTES, ASM)
         if WIDE:
             a_x, a_y, b_x, b_y = a_x + (found[0],), a_y + (found[1],), b_x + (found[2],), b_y + (found[3],)
         else:

@@ -32,6 +32,12 @@ PrivateOption = Annotated[
 TuneOption = Annotated[
     bool, typer.Option("--tune", help="Measure kernel configurations on this GPU and keep the fastest beside the artifact.")
 ]
+ByteTablesOption = Annotated[
+    bool,
+    typer.Option(
+        "--byte-tables", help="With --tune, also try look-up tables of bytes: half as large, centroids rounded to 255 steps."
+    ),
+]
 
 
 def export(
@@ -42,6 +48,7 @@ def export(
     push_to_hub: PushOption = None,
     private: PrivateOption = True,
     tune: TuneOption = False,
+    byte_tables: ByteTablesOption = False,
     json_target: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -62,18 +69,13 @@ def export(
     changes = checked({"cache.num_sinks": num_sinks, "cache.window_tokens": window_tokens})
     found, recipe = continue_run(target_of(target, run, reporter), changes)
 
-    if tune:
-        from pqkv_cli.pipeline.tune import require_gpu
-
-        if push_to_hub is not None:
-            raise UsageError("--tune and --push-to-hub are two steps; expected one: tune first, then push")
-        require_gpu()  # before anything is written
-
+    _check_tuning(tune, byte_tables, push_to_hub)
     if push_to_hub is None:
         from pqkv_cli.pipeline.stages import run_stage
 
         if tune:
-            return _show_tuned(run_stage("export", found, recipe, reporter), found.artifact, output, reporter)
+            outcome = run_stage("export", found, recipe, reporter)
+            return _show_tuned(outcome, found.artifact, output, reporter, in_bytes=byte_tables)
 
         return show_stage(run_stage("export", found, recipe, reporter), output, f"pqkv eval {found.path}")
 
@@ -83,21 +85,35 @@ def export(
     _show(*export_and_push(found, recipe, push_to_hub, is_private=private, reporter=reporter), output)
 
 
-def _show_tuned(outcome: "StageOutcome", directory: "Path", output: "Output", reporter: "TerminalReporter") -> None:
+def _check_tuning(tune: bool, byte_tables: bool, push_to_hub: str | None) -> None:
+    """Refuse what cannot be tuned, before anything is written."""
+    if byte_tables and not tune:
+        raise UsageError("--byte-tables says what --tune tries; expected both: pqkv export RUN --tune --byte-tables")
+    if tune:
+        from pqkv_cli.pipeline.tune import require_gpu
+
+        if push_to_hub is not None:
+            raise UsageError("--tune and --push-to-hub are two steps; expected one: tune first, then push")
+        require_gpu()
+
+
+def _show_tuned(
+    outcome: "StageOutcome", directory: "Path", output: "Output", reporter: "TerminalReporter", *, in_bytes: bool
+) -> None:
     from pqkv_cli.cli.output import table
     from pqkv_cli.cli.stage_table import stage_document
     from pqkv_cli.pipeline.tune import tune_artifact
     from pqkv_kernels.tuning import config_document
 
-    tuned = tune_artifact(directory, reporter)
+    tuned = tune_artifact(directory, reporter, in_bytes=in_bytes)
     winners = {name: config_document(config) for name, config in tuned.winners.items()}
-    shown = ("num_warps", "max_registers", "programs_per_processor", "origin")
+    shown = ("num_warps", "max_registers", "tables", "programs_per_processor", "origin")
     rows = [(name, *(config[key] for key in shown)) for name, config in winners.items()]
     output.result(
         stage_document(outcome) | {"tuned": {"path": str(tuned.path), "device": tuned.device, "winners": winners}},
         table(
             f"fastest kernels, in {tuned.path}",
-            ("code format", "warps", "registers at most", "programs per processor", "measured"),
+            ("code format", "warps", "registers at most", "tables", "programs per processor", "measured"),
             rows,
         ),
     )

@@ -49,8 +49,10 @@ def require_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def tune_artifact(directory: Path, reporter: Reporter) -> Tuned:
+def tune_artifact(directory: Path, reporter: Reporter, *, in_bytes: bool = False) -> Tuned:
     """Measure every code format of the artifact in `directory` on the present GPU and write ``kernels.<gpu>.json``.
+
+    `in_bytes` also tries look-up tables of bytes, which round centroids.
 
     Raises
     ------
@@ -66,13 +68,20 @@ def tune_artifact(directory: Path, reporter: Reporter) -> Tuned:
     def on_gpu(keys: CodecTables, values: CodecTables, group: int) -> Callable[[DecodeConfig], Measured]:
         return measurer(keys.to(device), values.to(device), group, 1, _CONTEXT, torch.bfloat16, _REPEATS)
 
-    return write_tuned(artifact, directory, name, on_gpu, environment(device), reporter)
+    return write_tuned(artifact, directory, name, on_gpu, environment(device), reporter, in_bytes=in_bytes)
 
 
 def write_tuned(
-    artifact: Artifact, directory: Path, device_name: str, measure: Measurer, where: dict[str, Any], reporter: Reporter
+    artifact: Artifact,
+    directory: Path,
+    device_name: str,
+    measure: Measurer,
+    where: dict[str, Any],
+    reporter: Reporter,
+    *,
+    in_bytes: bool = False,
 ) -> Tuned:
-    """Tune with `measure` and write the winners for the device `device_name`.
+    """Tune with `measure` and write the winners for the device `device_name`; `in_bytes` as in `tune_artifact`.
 
     Raises
     ------
@@ -85,7 +94,7 @@ def write_tuned(
             if tables is not None and tables_format(tables) not in found:
                 keys, values = (tables[side] for side in SIDES)
                 group = artifact.header.geometry[index].group_size
-                first = candidates(looked_up=keys.rotary is None and group == 1)
+                first = candidates(looked_up=keys.rotary is None and group == 1, in_bytes=in_bytes)
                 try:
                     found[tables_format(tables)] = tune(first, measure(keys, values, group), device_name)
                 except KernelError as error:

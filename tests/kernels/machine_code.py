@@ -27,6 +27,7 @@ TYPES = {
         "softcap": "fp32",
     },
 }
+ENTRIES = ("p_key_entries", "p_value_entries")
 ALIGNED = (
     "key_page_bytes",
     "value_page_bytes",
@@ -46,13 +47,14 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int, registers: int 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, known = {}, {}
+    signature, known, types = {}, {}, dict(TYPES)
+    if constants.get("WIDE"):
+        types |= dict.fromkeys((*ENTRIES, "p_factors"), "*fp32")
+    elif constants.get("BYTES"):
+        types |= dict.fromkeys(ENTRIES, "*i16")
     for i, name in enumerate(kernel.arg_names):
         default = "*fp32" if name.startswith("p_") else "i32"
-        if constants.get("WIDE") and name in ("p_key_entries", "p_value_entries", "p_factors"):
-            signature[name] = default
-            continue
-        signature[name] = "constexpr" if name in constants else TYPES.get(name, default)
+        signature[name] = "constexpr" if name in constants else types.get(name, default)
         if name.startswith("p_") or name in ALIGNED:
             known[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=known)

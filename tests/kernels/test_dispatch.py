@@ -153,7 +153,7 @@ def test_configs_are_data_and_checked() -> None:
         ({"max_registers": 255}, "max_registers is 255"),
         ({"num_warps": 3}, "num_warps is 3"),
         ({"programs_per_processor": 0}, "at least 1"),
-        ({"tables": "int8"}, "tables are 'int8'"),
+        ({"tables": "int4"}, "tables are 'int4'"),
     ):
         with pytest.raises(KernelError, match=phrase):
             DecodeConfig(**wrong)

@@ -6,13 +6,14 @@ And what decode attention becomes there is counted: a GPU reads codes faster tha
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 from machine_code import measure
 
 from pqkv_kernels.device_tables import device_tables
-from pqkv_kernels.kernel_config import DecodeConfig
+from pqkv_kernels.kernel_config import DecodeConfig, TableKind
 from pqkv_kernels.layout import PAGE_TOKENS
 
 HERE = Path(__file__).parent
@@ -27,9 +28,10 @@ from pqkv_kernels.triton_points import points_kernel
 
 codes = dict(K_STAGES=1, K_PARTS=21, K_PAIRED=False, V_STAGES=2, V_PARTS=8 << 10 | 8, V_PAIRED=True)
 for looked_up, turn, queries, warps in ((False, 1, 64, 4), (False, 2, 16, 1), (True, 0, 16, 1)):
-    for numbers in (dict(WIDE=False, ASM=True), dict(WIDE=False, ASM=False), dict(WIDE=True, ASM=False)):
-        if numbers["WIDE"] and queries == 64:
+    for wide, in_bytes, asm in ((0, 0, 1), (0, 0, 0), (1, 0, 0), (0, 1, 1)):
+        if wide and queries == 64:
             continue
+        numbers = dict(WIDE=bool(wide), BYTES=bool(in_bytes), ASM=bool(asm))
         shape = dict(HAS_CAP=True, WIDTH=4, D2=24, BP=32, CHUNK=16, BN=queries)
         compiled(split_kernel, dict(LOOKED_UP=looked_up, TURN=turn, **shape, **numbers, **codes), warps)
 compiled(merge_kernel, dict(D2=32, BP=32, COLUMNS=32, BS=16), 4)
@@ -57,7 +59,14 @@ def test_kernels_compile_for_sm_90() -> None:
 
 
 # instructions per channel of a page, keys and values of 128 channels, one warp and up to eight queries
-BUDGET = {"quality 4 b/ch": 5.8, "speed 4 b/ch": 10.0, "speed 2 b/ch": 6.9}
+BUDGET = {
+    "quality 4 b/ch, float16": 5.8,
+    "speed 4 b/ch, float16": 10.0,
+    "speed 2 b/ch, float16": 6.9,
+    "quality 4 b/ch, int8": 7.2,
+    "speed 4 b/ch, int8": 12.2,
+    "speed 2 b/ch, int8": 8.4,
+}
 # and per channel that is encoded, beside some 60 that bring it to code space
 ENCODE_BUDGET = {
     "256 centroids of two channels": 300,
@@ -70,14 +79,15 @@ def test_decoding_fits_the_instructions_that_a_gpu_has_while_it_reads() -> None:
     """Where it fails after an update of Triton, see `triton_version` and the hints of `triton_planes`: data move again."""
     import torch
 
-    from pqkv_cli.evaluation.shapes import SHAPES, random_tables
+    from pqkv_cli.evaluation.shapes import FORMATS, SHAPES, random_tables
 
     config = DecodeConfig()
     variants = {}
-    for name in BUDGET:
-        keys, values = (device_tables(t, "float16") for t in random_tables(SHAPES["llama-3-8b"], name, torch.device("cpu")))
+    for name, in_bytes in product(FORMATS, (False, True)):
+        kind: TableKind = "int8" if in_bytes else "float16"
+        keys, values = (device_tables(t, kind) for t in random_tables(SHAPES["llama-3-8b"], name, torch.device("cpu")))
         codes = {f"{side}_{what}": value for side, t in (("K", keys), ("V", values)) for what, value in _codes(t).items()}
-        numbers = {"LOOKED_UP": False, "TURN": 1, "HAS_CAP": False, "WIDE": False, "ASM": True}
+        numbers = {"LOOKED_UP": False, "TURN": 1, "HAS_CAP": False, "WIDE": False, "BYTES": in_bytes, "ASM": True}
         shape = {
             "D2": 64,
             "BP": keys.num_planes,
@@ -87,7 +97,7 @@ def test_decoding_fits_the_instructions_that_a_gpu_has_while_it_reads() -> None:
             "warps": config.num_warps,
             "registers": config.max_registers,
         }
-        variants[name] = {**codes, **numbers, **shape}
+        variants[f"{name}, {kind}"] = {**codes, **numbers, **shape}
     for name, found in measure(variants).items():
         per_channel = found["instructions"] * 32 / (2 * PAGE_TOKENS * 128)
         print(f"{name}: {per_channel:.2f} instructions per channel, {found}")

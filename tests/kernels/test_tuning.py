@@ -25,6 +25,16 @@ def test_the_fastest_that_is_right_wins() -> None:
     assert faults[2] == "differs from the reference by 0.5; expected at most 0.01"
 
 
+def test_tables_of_bytes_are_tried_where_they_are_asked_for_and_may_differ_more() -> None:
+    assert all(config.tables == "float16" for config in candidates())
+    asked = candidates(in_bytes=True)
+    assert [config.tables for config in asked] == ["float16"] * len(candidates()) + ["int8"] * len(candidates())
+    winner, _ = tune(asked, lambda config: (0.02, 0.5 if config.tables == "int8" else 1.0), "Fake GPU")
+    assert winner.tables == "int8"
+    with pytest.raises(KernelError, match=r"differs from the reference by 0.04; expected at most 0.0[13]"):
+        tune(asked, lambda config: (0.04, 0.5), "Fake GPU")
+
+
 def test_nothing_that_is_wrong_everywhere_wins() -> None:
     with pytest.raises(KernelError, match="none of 9 kernel configurations runs and gives right answers: differs from"):
         tune(candidates(), lambda config: (float("nan"), 1.0), "Fake GPU")

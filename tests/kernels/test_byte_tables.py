@@ -1,0 +1,70 @@
+"""Tables of bytes round centroids, and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import Case, inputs
+from test_code_attention import SCALING, close, reference
+
+from pqkv_kernels.attention import code_queries, leave_code_space
+from pqkv_kernels.device_tables import device_tables
+from pqkv_kernels.kernel_config import DecodeConfig
+from pqkv_kernels.tables import CodecTables
+
+CASES = [
+    Case(nbits, dim, tokens, group, turn, unequal, None, "fast", queries, torch.float32)
+    for nbits, dim, tokens, group, turn, unequal, queries in (
+        ("8", 64, 130, 1, "pages", True, 1),
+        ("4,4", 64, 257, 4, "pages", False, 1),
+        ("4,4,2", 80, 63, 2, "tokens", True, 1),
+        ("w8,4", 64, 130, 4, "post", False, 3),
+        ("8+6+4", 96, 130, 1, "interleaved", True, 1),
+        ("10", 64, 65, 7, "partial", False, 3),
+    )
+]
+
+
+def attended(given, tables: str):
+    from pqkv_kernels.triton_attention import triton_attention
+
+    out, lse = triton_attention(
+        code_queries(given.query, given.keys),
+        *(given.key_pages, given.value_pages, given.keys, given.values, given.spans),
+        *(SCALING, given.angles, None, DecodeConfig(tables=tables)),
+    )
+    return leave_code_space(out, given.values), lse.flatten(1, 2)
+
+
+def rounded_in_float32(tables: CodecTables) -> None:
+    """Let the kernel with tables in float32 read the numbers that bytes hold."""
+    stored = device_tables(tables, "int8")
+    numbers = stored.entries.view(torch.uint8).view(-1, 2).float() - 128
+    assert numbers.abs().max() == 127
+    tables.derived["device_tables.float32"] = replace(stored, entries=numbers)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bytes_are_read_as_the_numbers_they_stand_for(case: Case) -> None:
+    given = inputs(case, heads=2)
+    rounded_in_float32(given.keys)
+    rounded_in_float32(given.values)
+    close(attended(given, "int8"), attended(given, "float32"), 5e-2)
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_other_numbers_are_rounded_to_255_steps(case: Case) -> None:
+    given = inputs(case, heads=2)
+    (found, _), (expected, _) = attended(given, "int8"), reference(given, None)
+    error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    assert 0 < error < 0.02
+    (found, _) = attended(given, "float16")
+    assert float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt()) < error
+
+
+def test_tables_of_zeros_stay_zeros() -> None:
+    given = inputs(CASES[0], heads=2)
+    nothing = tuple(tuple(torch.zeros_like(table) for table in stage) for stage in given.values.codebooks)
+    tables = device_tables(replace(given.values, codebooks=nothing), "int8")
+    assert (tables.entries.view(torch.uint8) == 128).all() and (tables.scale > 0).all()

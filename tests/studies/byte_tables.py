@@ -1,0 +1,31 @@
+"""What look-up tables of bytes cost in quality, without a GPU: `pqkv`, reading codes from centroids rounded as such tables are.
+
+    PYTHONPATH=.:kernels python tests/studies/byte_tables.py eval RUN --task kld --generated --limit 40
+
+Everything that attends over codes is rounded, on CPUs too; what encodes is not. Evaluate a copy of the run: results land in it.
+"""
+
+import torch
+
+from pqkv_cli.cli.main import main
+from pqkv_kernels import planes
+from pqkv_kernels.device_tables import _plane_of_entry, _scales
+from pqkv_kernels.tables import CodecTables
+
+_exact = planes._planes
+
+
+def rounded(tables: CodecTables) -> planes.Planes | None:
+    """Return the planes of `tables` with entries of the 255 steps that bytes hold."""
+    found = _exact(tables)
+    if found is not None:
+        scale = _scales(found, "int8")
+        for stage in found.stages:
+            entries, steps = stage.entries.view(torch.float32).view(-1, 2), scale[_plane_of_entry(stage, found)][:, None]
+            entries.copy_((entries / steps).round() * steps)
+    return found
+
+
+if __name__ == "__main__":
+    planes._planes = rounded
+    main()
