@@ -46,6 +46,12 @@ for turn in (False, True):
     compiled(points_kernel, dict(TURN=turn, D=80, BD=32), 4)
 for size, dim in ((2, 1), (256, 6)):
     compiled(lines_kernel, dict(K=size, DSUB=dim, BD=8, BK=64), 4)
+few = dict(HAS_CAP=False, WIDE=False, BYTES=False, ASM=True, WIDTH=4, D2=32, BP=32, CHUNK=16, BN=16, LOOKED_UP=False, TURN=1)
+ones = dict.fromkeys(("num_heads", "heads", "num_queries", "num_pages", "width", "columns", "rows", "num_splits"), 1)
+compiled(split_kernel, dict(**few, **codes, **ones), 1)  # what is one is a constant to the compiler
+compiled(encode_kernel, dict(LAST=True, CHOSEN=0, DSUB=2, heads=1, tiles=1, page_bytes=1, **part, **shares[0]), 1)
+compiled(error_kernel, dict(CHOSEN=16, DSUB=2, heads=1, tiles=1, tried=1, **part), 1)
+compiled(merge_kernel, dict(D2=32, BP=32, COLUMNS=32, BS=16, heads=1, num_queries=1, num_splits=1), 4)
 print("compiled")
 """
 needs_compiler = pytest.importorskip("triton.backends.nvidia", reason="this Triton has no NVIDIA backend")
