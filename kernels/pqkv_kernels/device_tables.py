@@ -113,10 +113,8 @@ def padded(rows: torch.Tensor) -> torch.Tensor:
 
 def _device_tables(planes: Planes, table_type: TableType) -> DeviceTables:
     heads, count = planes.channels.shape[:2]
-    scale, paired = (
-        _scales(planes, table_type),
-        all(part.planes_per_code % 2 == 0 for stage in planes.stages for part in stage.groups),
-    )
+    scale = _scales(planes, table_type)
+    paired = all(part.planes_per_code % 2 == 0 for stage in planes.stages for part in stage.groups)
     entries, rows, start = [], [], 0
     for stage in planes.stages:
         found = stage.entries.view(torch.float32).view(-1, 2) / scale[_plane_of_entry(stage, planes)][:, None]
@@ -212,10 +210,8 @@ def _plane_of_entry(stage: PlaneStage, planes: Planes) -> torch.Tensor:
 
 def _sizes(stage: PlaneStage) -> torch.Tensor:
     """Return how many entries the table of every plane has, [D / 2] int64."""
-    parts = stage.groups
-    return torch.tensor(
-        [part.group.num_centroids for part in parts for _ in range(part.group.num_subspaces * part.planes_per_code)]
-    )
+    sizes = [[part.group.num_centroids] * (part.group.num_subspaces * part.planes_per_code) for part in stage.groups]
+    return torch.tensor(sum(sizes, []))
 
 
 def _part_bytes(stage: PlaneStage, planes: Planes) -> torch.Tensor:

@@ -8,7 +8,8 @@ instructions for both components, and its sum is taken in fp32.
 import triton
 import triton.language as tl
 
-from pqkv_kernels.triton_planes import code_at, decoded, halves, packed, page_words, scaled, stage_words
+from pqkv_kernels.triton_halves import halves, packed, scaled
+from pqkv_kernels.triton_planes import code_at, decoded, page_words, stage_words
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from pqkv_kernels.triton_planes import decoded, halves, page_words
+from pqkv_kernels.triton_halves import halves
+from pqkv_kernels.triton_planes import decoded, page_words
 
 
 @triton.jit
