@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
-from pqkv_kernels.angles import PageAngles
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.layout import code_parts
+from pqkv_kernels.nibble_tables import SUBNORMAL, nibble_tables, planes_per_code
 from pqkv_kernels.planes import Planes, PlaneStage, planes_of
 from pqkv_kernels.tables import CodecTables
 
@@ -34,16 +34,18 @@ class DeviceTables:
         (2), then whether one code stands for the whole vector.
     paired
         Whether every code of every stage stands for an even plane and the next: their entries lie side by side.
-    first_row
+    nibbles
+        How many planes every code stands for where tables are `NibbleTables`, else 0.
+    rows
         First entry of every plane, [stages, Hkv, BP] int32, into `entries` of all stages one after the other. Entries of a
         plane follow each other by one, by two where planes are paired, or by BP where a code stands for the whole vector, whose
-        planes lie together.
+        planes lie together. Of `NibbleTables` their offset instead, [1, Hkv, BP]: two float16, smaller by ``2 ** 24``.
     entries
         Pairs of channels divided by their plane's `scale`: float16 pairs as [E] int32, [E, 2] float32, or pairs of bytes, of
-        numbers from -127 to 127 with 128 added, as [E] int16.
+        numbers from -127 to 127 with 128 added, as [E] int16. Of `NibbleTables` [Hkv, stages, BP, 4] int64.
     scale
         Of every plane, [Hkv, D / 2] fp32: a power of two, so that float16 neither overflows nor loses small planes; for bytes a
-        127th of the largest component.
+        127th of the largest component, or the step of `NibbleTables`.
     pairs
         The rotary pair of every plane, or the number of pairs where it is not rotated, [Hkv, BP] int32; None as in `Planes`.
     """
@@ -52,7 +54,8 @@ class DeviceTables:
     part_bytes: torch.Tensor
     parts: int
     paired: bool
-    first_row: torch.Tensor
+    nibbles: int
+    rows: torch.Tensor
     entries: torch.Tensor
     scale: torch.Tensor
     pairs: torch.Tensor | None
@@ -86,25 +89,6 @@ def device_tables(tables: CodecTables, table_type: TableType) -> DeviceTables:
     return found
 
 
-def step_factors(angles: PageAngles, tables: DeviceTables) -> torch.Tensor:
-    """Return cosines and sines inside a page as `key_operands` reads them, kept as long as the angles are the same.
-
-    [Hkv, 2, BP / 8, 2, 16 words, 4 planes, 4 tokens], even planes and then odd ones, in the type of the tables' entries;
-    float16 as words of 64 bits, one for the four tokens.
-    """
-    kept, key = tables.planes.steps, f"device.{tables.entries.dtype}"
-    step, factors = kept.get(key, (None, None))
-    if step is not angles.step[0] or factors is None:
-        assert tables.pairs is not None  # angles are given only for keys coded before rotary embedding
-        both = [torch.nn.functional.pad(t, (0, 1), value=v) for t, v in zip(angles.step, (1.0, 0.0), strict=True)]
-        found = torch.stack([t[:, tables.pairs.long()] for t in both])  # [2, 64, Hkv, BP]
-        found = found.unflatten(-1, (-1, 4, 2)).unflatten(1, (16, 4))  # [2, 16, 4, Hkv, BP / 8, 4, 2]
-        found = found.permute(3, 0, 4, 6, 1, 5, 2).contiguous()
-        factors = found if tables.entries.dtype == torch.float32 else found.half().view(torch.int64)
-        kept[key] = (angles.step[0], factors)
-    return factors
-
-
 def padded(rows: torch.Tensor) -> torch.Tensor:
     """Return `rows` [..., D / 2] with copies of the first plane up to a multiple of `CHUNK_PLANES`."""
     missing = -rows.shape[-1] % CHUNK_PLANES
@@ -112,9 +96,27 @@ def padded(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _device_tables(planes: Planes, table_type: TableType) -> DeviceTables:
+    paired = all(part.planes_per_code % 2 == 0 for stage in planes.stages for part in stage.groups)
+    nibbles = planes_per_code(planes) if table_type == "int8" else 0
+    rows, entries, scale = _in_registers(planes) if nibbles else _in_memory(planes, table_type, paired)
+    parts = [_part_bytes(stage, planes) for stage in planes.stages]
+    part_bytes = padded(torch.stack(parts)).to(entries.device)
+    pairs = None if planes.pairs is None else padded(planes.pairs).to(torch.int32)
+    code = sum(_parts_code(stage, found) << (10 * i) for i, (stage, found) in enumerate(zip(planes.stages, parts, strict=True)))
+    return DeviceTables(planes, part_bytes, code, paired, nibbles, rows, entries, scale, pairs)
+
+
+def _in_registers(planes: Planes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `rows`, `entries` and `scale` of `NibbleTables`."""
+    found = nibble_tables(planes)
+    offset = (found.offset / SUBNORMAL).half().view(torch.int32)[None, ..., 0]
+    return padded(offset), padded(found.entries.mT).mT.contiguous(), found.step
+
+
+def _in_memory(planes: Planes, table_type: TableType, paired: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `rows`, `entries` and `scale` of tables of any other form."""
     heads, count = planes.channels.shape[:2]
     scale = _scales(planes, table_type)
-    paired = all(part.planes_per_code % 2 == 0 for stage in planes.stages for part in stage.groups)
     entries, rows, start = [], [], 0
     for stage in planes.stages:
         found = stage.entries.view(torch.float32).view(-1, 2) / scale[_plane_of_entry(stage, planes)][:, None]
@@ -129,12 +131,7 @@ def _device_tables(planes: Planes, table_type: TableType) -> DeviceTables:
         rows.append(first + start)
         start += len(found)
     table = _stored(torch.cat(entries), table_type)
-    parts = [_part_bytes(stage, planes) for stage in planes.stages]
-    part_bytes = padded(torch.stack(parts)).to(table.device)
-    first_row = torch.stack(rows).to(torch.int32).contiguous()
-    pairs = None if planes.pairs is None else padded(planes.pairs).to(torch.int32)
-    code = sum(_parts_code(stage, found) << (10 * i) for i, (stage, found) in enumerate(zip(planes.stages, parts, strict=True)))
-    return DeviceTables(planes, part_bytes, code, paired, first_row, table, scale.view(heads, -1), pairs)
+    return torch.stack(rows).to(torch.int32).contiguous(), table, scale.view(heads, -1)
 
 
 def _side_by_side(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,10 +8,12 @@ import triton
 from pqkv_kernels.addresses import page_addresses, whole_slabs
 from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.attention import Part
-from pqkv_kernels.device_tables import CHUNK_PLANES, DeviceTables, device_tables, step_factors
+from pqkv_kernels.device_tables import CHUNK_PLANES, DeviceTables, device_tables
 from pqkv_kernels.kernel_config import EXACT, DecodeConfig, decode_config
+from pqkv_kernels.nibble_tables import SUBNORMAL
 from pqkv_kernels.score_tables import score_rows, score_tables
 from pqkv_kernels.split_grid import split_grid
+from pqkv_kernels.step_factors import FACTOR, step_factors
 from pqkv_kernels.tables import CodecTables
 from pqkv_kernels.triton_decode import split_kernel
 from pqkv_kernels.triton_merge import merge_kernel
@@ -49,12 +51,13 @@ def triton_attention(
     parts, part_lse = (query.new_empty(batch, heads, grid.num_splits, num_queries, *n) for n in ((2 * keys.num_planes,), ()))
     block = query_block(num_queries)
     turn, turning = _turning(keys, angles, query)
-    scored = _plane_queries(query, keys, scaling)
+    key_scale = _key_scale(keys, turn)
+    scored = _plane_queries(query, keys, key_scale * scaling)
     looked_up = config.key_scores == "table" and turn == 0 and num_queries == 1
-    scores, score_row = _score_tables(scored, keys) if looked_up else (query, keys.first_row)
+    scores, score_row = _score_tables(scored / key_scale[:, None, None], keys) if looked_up else (query, keys.rows)
     split_kernel[(grid.num_programs, triton.cdiv(num_queries, block))](
         *(scored, page_addresses(key_pages), page_addresses(value_pages), spans.contiguous()),
-        *(keys.part_bytes, keys.first_row, keys.entries, values.part_bytes, values.first_row, values.entries),
+        *(keys.part_bytes, keys.rows, keys.entries, values.part_bytes, values.rows, values.entries),
         *(*turning, scores, score_row, parts, part_lse),
         *(batch * heads, heads, num_queries, num_pages, *grid.numbers),
         *(key_tables.layout.page_bytes, value_tables.layout.page_bytes),
@@ -73,7 +76,8 @@ def _numbers(config: DecodeConfig) -> dict[str, int]:
 
 
 def _codes(side: str, tables: DeviceTables) -> dict[str, int]:
-    return {f"{side}_STAGES": tables.num_stages, f"{side}_PARTS": tables.parts, f"{side}_PAIRED": tables.paired}
+    found = {"STAGES": tables.num_stages, "PARTS": tables.parts, "PAIRED": tables.paired, "NIBBLES": tables.nibbles}
+    return {f"{side}_{name}": value for name, value in found.items()}
 
 
 def query_block(num_queries: int) -> int:
@@ -89,9 +93,9 @@ def _launch(config: DecodeConfig, block: int) -> dict[str, int]:
 def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, values: DeviceTables) -> Part:
     batch, heads, num_splits, num_queries = part_lse.shape
     out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:-1])
-    rows = (parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits)
+    rows = (parts, part_lse, values.scale, values.rows, out, lse, heads, num_queries, num_splits)
     columns = triton.next_power_of_2(values.num_planes)
-    shape = {"D2": query.shape[-1] // 2, "BP": values.num_planes, "COLUMNS": columns, "BS": 16}
+    shape = {"D2": query.shape[-1] // 2, "BP": values.num_planes, "COLUMNS": columns, "BS": 16, "NIBBLES": values.nibbles}
     merge_kernel[(batch * heads, num_queries)](*rows, **shape, num_warps=4)
     return out, lse
 
@@ -106,20 +110,24 @@ def use_config(tables: CodecTables, config: DecodeConfig) -> None:
     tables.derived["decode_config"] = config
 
 
-def _plane_queries(query: torch.Tensor, keys: DeviceTables, scaling: float) -> torch.Tensor:
-    """Return the queries [B, Hkv, N, 2, D / 2] in the planes' order, with the planes' scales and `scaling` in them."""
+def _key_scale(keys: DeviceTables, turn: int) -> torch.Tensor:
+    """Return what the planes of keys are divided by as the kernel makes them, [Hkv, D / 2]."""
+    return keys.scale * (SUBNORMAL / (FACTOR if turn else 1.0)) if keys.nibbles else keys.scale
+
+
+def _plane_queries(query: torch.Tensor, keys: DeviceTables, scale: torch.Tensor) -> torch.Tensor:
+    """Return the queries [B, Hkv, N, 2, D / 2] in the planes' order, times `scale` [Hkv, D / 2]."""
     batch, heads, group, tokens, dim = query.shape
     channels = keys.planes.channels.mT.reshape(1, heads, 1, dim).expand(batch, -1, group * tokens, -1)
     rows = query.flatten(2, 3).gather(3, channels).unflatten(-1, (2, dim // 2))
-    scaled: torch.Tensor = rows * (keys.scale * scaling)[:, None, None]
+    scaled: torch.Tensor = rows * scale[:, None, None]
     return scaled.contiguous()
 
 
-def _score_tables(scored: torch.Tensor, keys: DeviceTables) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the products of one scaled query per head with every centroid, [B, Hkv, S] fp32, and where codes find theirs."""
-    plain = (scored / keys.scale[:, None, None]).transpose(-1, -2).contiguous()  # the entries there are not divided by scales
+def _score_tables(query: torch.Tensor, keys: DeviceTables) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the products of a plane query per head with every centroid, [B, Hkv, S] fp32, and where codes find theirs."""
     rows = torch.nn.functional.pad(score_rows(keys.planes), (0, keys.num_planes - keys.planes.num_planes), value=-1)
-    return score_tables(plain, keys.planes)[:, :, 0].contiguous(), rows
+    return score_tables(query.transpose(-1, -2).contiguous(), keys.planes)[:, :, 0].contiguous(), rows
 
 
 def is_interpreted() -> bool:

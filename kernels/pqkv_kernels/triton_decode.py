@@ -72,9 +72,11 @@ def split_kernel(
     K_STAGES: tl.constexpr,
     K_PARTS: tl.constexpr,
     K_PAIRED: tl.constexpr,
+    K_NIBBLES: tl.constexpr,
     V_STAGES: tl.constexpr,
     V_PARTS: tl.constexpr,
     V_PAIRED: tl.constexpr,
+    V_NIBBLES: tl.constexpr,
     D2: tl.constexpr,
     BP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -145,7 +147,7 @@ def split_kernel(
                     p_key_parts + anew,
                     p_key_rows + i_h * BP + anew,
                     heads * BP,
-                    p_key_entries,
+                    p_key_entries + (i_h * K_STAGES * BP * 4 + anew if K_NIBBLES else 0),
                     p_pairs + i_h * BP + anew,
                     p_factors + i_h * (BP * 32) * (4 if WIDE else 1) + anew,
                     p_cos + (i_b * angle_row + i_page * 64) * num_pairs,
@@ -160,6 +162,8 @@ def split_kernel(
                     K_STAGES,
                     K_PARTS,
                     K_PAIRED,
+                    K_NIBBLES,
+                    D2,
                     BP,
                     CHUNK,
                 )
@@ -183,10 +187,13 @@ def split_kernel(
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         s_0, s_1, s_2, s_3 = tl.exp2(s_0 - safe), tl.exp2(s_1 - safe), tl.exp2(s_2 - safe), tl.exp2(s_3 - safe)
         keep = tl.exp2(high - safe)
+        kind = tl.float32 if WIDE else tl.float16
+        w_0, w_1, w_2, w_3 = s_0.to(kind), s_1.to(kind), s_2.to(kind), s_3.to(kind)
+        if V_NIBBLES != 0:  # offsets are added to the values' mean: their weights must be one together
+            s_0, s_1, s_2, s_3 = w_0.to(tl.float32), w_1.to(tl.float32), w_2.to(tl.float32), w_3.to(tl.float32)
         total = total * keep + tl.sum((s_0 + s_1) + (s_2 + s_3), 0)[None, :]
         high = higher
-        kind = tl.float32 if WIDE else tl.float16
-        weight = weight_operand(s_0.to(kind), s_1.to(kind), s_2.to(kind), s_3.to(kind), BN, WIDTH)
+        weight = weight_operand(w_0, w_1, w_2, w_3, BN, WIDTH)
         added_to = ()
         for chunk in tl.static_range(BP // CHUNK):
             x, y = value_operands(
@@ -194,7 +201,7 @@ def split_kernel(
                 p_value_parts + chunk * CHUNK + anew,
                 p_value_rows + i_h * BP + chunk * CHUNK + anew,
                 heads * BP,
-                p_value_entries,
+                p_value_entries + (i_h * V_STAGES * BP * 4 + anew if V_NIBBLES else 0),
                 WIDE,
                 BYTES,
                 ASM,
@@ -202,7 +209,10 @@ def split_kernel(
                 V_STAGES,
                 V_PARTS,
                 V_PAIRED,
+                V_NIBBLES,
+                D2,
                 BP,
+                chunk * CHUNK,
             )
             added_to = added_to + (
                 tl.dot(x, weight, sums[2 * chunk] * keep, input_precision="ieee"),

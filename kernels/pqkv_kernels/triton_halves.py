@@ -84,3 +84,39 @@ def moved(pair, twice: tl.constexpr, ASM: tl.constexpr):
         return added(pair, tl.full(pair.shape, 0xE880E880, tl.uint32), ASM)
     else:
         return added(pair, tl.full(pair.shape, 0xE480E480, tl.uint32), ASM)
+
+
+@triton.jit
+def spread(four_bytes, high: tl.constexpr, ASM: tl.constexpr):
+    """Return two bytes, the upper of four where `high`, as two float16 that are smaller by ``2 ** 24``, and exact."""
+    if ASM:
+        if high:
+            return tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, 0, 0x4342;", "=r,r", [four_bytes], dtype=tl.uint32, is_pure=True, pack=1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, 0, 0x4140;", "=r,r", [four_bytes], dtype=tl.uint32, is_pure=True, pack=1
+            )
+    else:
+        if high:
+            four_bytes = four_bytes >> 16
+        return (four_bytes & 0xFF) | ((four_bytes & 0xFF00) << 8)
+
+
+@triton.jit
+def mixed(x, y, high: tl.constexpr, ASM: tl.constexpr):
+    """Return the lower two bytes of `x` and of `y`, or the upper where `high`, in turns: x, y, x, y."""
+    if ASM:
+        if high:
+            return tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, 0x7362;", "=r,r,r", [x, y], dtype=tl.uint32, is_pure=True, pack=1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, 0x5140;", "=r,r,r", [x, y], dtype=tl.uint32, is_pure=True, pack=1
+            )
+    else:
+        if high:
+            x, y = x >> 16, y >> 16
+        return (x & 0xFF) | ((y & 0xFF) << 8) | ((x & 0xFF00) << 8) | ((y & 0xFF00) << 16)

@@ -3,12 +3,15 @@
 import triton
 import triton.language as tl
 
+from pqkv_kernels.triton_halves import halves
+
 
 @triton.jit
 def merge_kernel(
     p_part,
     p_part_lse,
     p_scale,
+    p_offset,
     p_out,
     p_lse,
     heads,
@@ -18,11 +21,13 @@ def merge_kernel(
     BP: tl.constexpr,
     COLUMNS: tl.constexpr,
     BS: tl.constexpr,
+    NIBBLES: tl.constexpr,
 ):
     """Merge the splits of one query of one head, `BS` at a time, and give the planes their scales back.
 
     p_part [B, Hkv, S, N, 2, BP] fp32, p_part_lse [B, Hkv, S, N] fp32 in base 2, p_scale [Hkv, D2] fp32; p_out [B, Hkv, N, D]
-    fp32 with the planes' components side by side; p_lse [B, Hkv, N] fp32, natural logarithm. COLUMNS is at least BP.
+    fp32 with the planes' components side by side; p_lse [B, Hkv, N] fp32, natural logarithm. COLUMNS is at least BP. NIBBLES:
+    parts are sums of bytes, see `four`, and lack the offset p_offset [Hkv, BP] int32 (`DeviceTables.rows`).
     """
     i_head = tl.program_id(0).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
@@ -49,8 +54,14 @@ def merge_kernel(
     norm = tl.where(total > 0, total, 1.0)
     columns = tl.arange(0, COLUMNS)
     scale = tl.load(p_scale + (i_head % heads) * D2 + columns, mask=columns < D2, other=0.0)
+    x, y = sum_x / norm, sum_y / norm
+    if NIBBLES:
+        offset = tl.load(p_offset + (i_head % heads) * BP + columns, mask=columns < D2, other=0).to(tl.uint32, bitcast=True)
+        more_x, more_y = halves(offset)
+        present = tl.where(total > 0, 16777216.0, 0.0)
+        x, y = (x + more_x.to(tl.float32)) * present, (y + more_y.to(tl.float32)) * present
     p_o = p_out + (i_head * num_queries + i_n) * (2 * D2) + 2 * columns
-    tl.store(p_o, sum_x / norm * scale, mask=columns < D2)
-    tl.store(p_o + 1, sum_y / norm * scale, mask=columns < D2)
+    tl.store(p_o, x * scale, mask=columns < D2)
+    tl.store(p_o + 1, y * scale, mask=columns < D2)
     lse = tl.where(total > 0, (high + tl.log2(norm)) * 0.6931471805599453, float("-inf"))
     tl.store(p_lse + i_head * num_queries + i_n, lse)

@@ -8,7 +8,8 @@ instructions for both components, and its sum is taken in fp32.
 import triton
 import triton.language as tl
 
-from pqkv_kernels.triton_halves import halves, packed, scaled
+from pqkv_kernels.triton_halves import added, halves, mixed, packed, scaled, spread
+from pqkv_kernels.triton_nibbles import page_sums
 from pqkv_kernels.triton_planes import code_at, decoded, page_words, stage_words
 
 
@@ -137,28 +138,39 @@ def key_operands(
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     PAIRED: tl.constexpr,
+    NIBBLES: tl.constexpr,
+    D2: tl.constexpr,
     BP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Return eight operands: for ``j`` of 0 to 3 the tokens ``4 * word + j`` times cosines, and times sines.
 
-    p_factors [2, BP / 8, 2, 16 words, 4, 4 tokens] are cosines and sines inside a page (`device_tables.step_factors`).
+    p_factors [2, BP / 8, 2, 16 words, 4, 4 tokens] are cosines and sines inside a page (`step_factors`).
     """
     a = chunk * CHUNK + tl.arange(0, CHUNK // 8)[:, None, None, None] * 8 + tl.arange(0, 4)[None, None, None, :] * 2
     b = a + 1
     word = tl.arange(0, 2)[None, :, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
-    a_words = page_words(page, p_parts, a, word, STAGES, PARTS, BP)
-    b_words = a_words
-    if not PAIRED:
-        b_words = page_words(page, p_parts, b, word, STAGES, PARTS, BP)
+    if NIBBLES:
+        sums = page_sums(page, p_entries, a, word, STAGES, NIBBLES, D2, BP, ASM)
+        a_zero, b_zero = tl.load(p_rows + a).to(tl.uint32, bitcast=True), tl.load(p_rows + b).to(tl.uint32, bitcast=True)
+    else:
+        a_words = page_words(page, p_parts, a, word, STAGES, PARTS, BP)
+        b_words = a_words
+        if not PAIRED:
+            b_words = page_words(page, p_parts, b, word, STAGES, PARTS, BP)
     if TURN == 1 and not WIDE:
         a_cosines, a_sines = step_words(p_factors, a, word, BP)
         b_cosines, b_sines = step_words(p_factors, b, word, BP)
     operands = ()
     for j in tl.static_range(4):
-        a_x, a_y, b_x, b_y = decoded(
-            p_rows, stride, p_entries, a, a_words, b_words, j, STAGES, PARTS, PAIRED, BP, WIDE, BYTES, ASM
-        )
+        if NIBBLES:
+            a_x = added(spread(mixed(sums[0], sums[1], j // 2, ASM), j % 2, ASM), a_zero, ASM)
+            b_x = added(spread(mixed(sums[2], sums[3], j // 2, ASM), j % 2, ASM), b_zero, ASM)
+            a_y, b_y = a_x, b_x
+        else:
+            a_x, a_y, b_x, b_y = decoded(
+                p_rows, stride, p_entries, a, a_words, b_words, j, STAGES, PARTS, PAIRED, BP, WIDE, BYTES, ASM
+            )
         if TURN == 0:
             keys = key_operand(a_x, a_y, b_x, b_y, CHUNK, WIDTH) if WIDE else pair_operand(a_x, b_x, CHUNK, WIDTH)
             operands = operands + (keys, keys)
@@ -178,6 +190,8 @@ def key_operands(
                 across = key_operand(a_x * a_cos, a_y * a_cos, b_x * b_cos, b_y * b_cos, CHUNK, WIDTH)
                 along = key_operand(a_x * a_sin, a_y * a_sin, b_x * b_sin, b_y * b_sin, CHUNK, WIDTH)
             else:
+                if NIBBLES:  # as `step_factors` are
+                    a_cos, b_cos, a_sin, b_sin = a_cos * 16384.0, b_cos * 16384.0, a_sin * 16384.0, b_sin * 16384.0
                 across = times(a_x, b_x, twice(a_cos), twice(b_cos), 0, ASM, CHUNK, WIDTH)
                 along = times(a_x, b_x, twice(a_sin), twice(b_sin), 0, ASM, CHUNK, WIDTH)
             operands = operands + (across, along)

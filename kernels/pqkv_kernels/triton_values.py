@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from pqkv_kernels.triton_halves import halves
+from pqkv_kernels.triton_halves import halves, spread
+from pqkv_kernels.triton_nibbles import page_sums
 from pqkv_kernels.triton_planes import decoded, page_words
 
 
@@ -21,6 +22,12 @@ def value_operand(a, b, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def four(four_bytes, ASM: tl.constexpr):
+    """Return four bytes as float16 that are smaller by ``2 ** 24``."""
+    return halves(spread(four_bytes, False, ASM)) + halves(spread(four_bytes, True, ASM))
+
+
+@triton.jit
 def value_operands(
     page,
     p_parts,
@@ -34,23 +41,30 @@ def value_operands(
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     PAIRED: tl.constexpr,
+    NIBBLES: tl.constexpr,
+    D2: tl.constexpr,
     BP: tl.constexpr,
+    first: tl.constexpr,
 ):
     """Return both components of sixteen planes of a page's values, each as `value_operand` [16, 64 tokens]."""
     plane = 2 * tl.arange(0, 8)[None, None, :, None]
     word = tl.arange(0, 4)[None, :, None, None] * 4 + tl.arange(0, 4)[None, None, None, :]
-    words = page_words(page, p_parts, plane, word, STAGES, PARTS, BP)
-    words_b = words
-    if not PAIRED:
-        words_b = page_words(page, p_parts, plane + 1, word, STAGES, PARTS, BP)
-    a_x, a_y, b_x, b_y = (), (), (), ()
-    for j in tl.static_range(4):
-        found = decoded(p_rows, stride, p_entries, plane, words, words_b, j, STAGES, PARTS, PAIRED, BP, WIDE, BYTES, ASM)
-        if WIDE:
-            a_x, a_y, b_x, b_y = a_x + (found[0],), a_y + (found[1],), b_x + (found[2],), b_y + (found[3],)
-        else:
-            a, b = halves(found[0]), halves(found[2])
-            a_x, a_y, b_x, b_y = a_x + (a[0],), a_y + (a[1],), b_x + (b[0],), b_y + (b[1],)
+    if NIBBLES:
+        sums = page_sums(page, p_entries, first + plane, word, STAGES, NIBBLES, D2, BP, ASM)
+        a_x, a_y, b_x, b_y = four(sums[0], ASM), four(sums[1], ASM), four(sums[2], ASM), four(sums[3], ASM)
+    else:
+        words = page_words(page, p_parts, plane, word, STAGES, PARTS, BP)
+        words_b = words
+        if not PAIRED:
+            words_b = page_words(page, p_parts, plane + 1, word, STAGES, PARTS, BP)
+        a_x, a_y, b_x, b_y = (), (), (), ()
+        for j in tl.static_range(4):
+            found = decoded(p_rows, stride, p_entries, plane, words, words_b, j, STAGES, PARTS, PAIRED, BP, WIDE, BYTES, ASM)
+            if WIDE:
+                a_x, a_y, b_x, b_y = a_x + (found[0],), a_y + (found[1],), b_x + (found[2],), b_y + (found[3],)
+            else:
+                a, b = halves(found[0]), halves(found[2])
+                a_x, a_y, b_x, b_y = a_x + (a[0],), a_y + (a[1],), b_x + (b[0],), b_y + (b[1],)
     return value_operand(a_x, b_x, WIDTH), value_operand(a_y, b_y, WIDTH)
 
 

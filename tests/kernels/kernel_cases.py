@@ -66,12 +66,19 @@ def _pair(i, a, j, b):
     return (i, a, j, b) if i < j else (j, b, i, a)
 
 
-def layout_of(nbits: str, dim: int) -> CodeLayout:
-    """Pairs of channels, or four for the narrowest codes; "a+b" are groups of one stage, "a,b" stages, "w" one code."""
+def layout_of(form: str, dim: int) -> CodeLayout:
+    """Pairs of channels, or four for the narrowest codes, or as many as follow an "x".
+
+    "a+b" are groups of one stage, "a,b" stages, "w" is one code.
+    """
     stages = []
-    for stage in nbits.split(","):
+    for stage in form.split(","):
         if stage.startswith("w"):
             stages.append((CodeGroup(1, int(stage[1:]), dim),))
+            continue
+        if "x" in stage:
+            nbits, subspace_dim = (int(n) for n in stage.split("x"))
+            stages.append((CodeGroup(dim // subspace_dim, nbits, subspace_dim),))
             continue
         widths = [int(n) for n in stage.split("+")]
         pairs = [dim // 2 // len(widths)] * len(widths)

@@ -8,8 +8,9 @@ from kernel_cases import Case, inputs
 from test_code_attention import SCALING, close, reference
 
 from pqkv_kernels.attention import code_queries, leave_code_space
-from pqkv_kernels.device_tables import device_tables
+from pqkv_kernels.device_tables import _plane_of_entry, device_tables
 from pqkv_kernels.kernel_config import DecodeConfig
+from pqkv_kernels.planes import planes_of
 from pqkv_kernels.tables import CodecTables
 
 CASES = [
@@ -21,6 +22,11 @@ CASES = [
         ("w8,4", 64, 130, 4, "post", False, 3),
         ("8+6+4", 96, 130, 1, "interleaved", True, 1),
         ("10", 64, 65, 7, "partial", False, 3),
+        ("4", 80, 63, 7, "interleaved", True, 3),
+        ("4,4,4", 64, 130, 1, "post", True, 1),
+        ("4x4,4x4", 128, 130, 4, "pages", True, 1),
+        ("4x6,4x6", 96, 65, 1, "tokens", False, 17),
+        ("4x4", 80, 65, 4, "partial", False, 1),
     )
 ]
 
@@ -38,10 +44,13 @@ def attended(given, tables: str):
 
 def rounded_in_float32(tables: CodecTables) -> None:
     """Let the kernel with tables in float32 read the numbers that bytes hold."""
-    stored = device_tables(tables, "int8")
-    numbers = stored.entries.view(torch.uint8).view(-1, 2).float() - 128
-    assert numbers.abs().max() == 127
-    tables.derived["device_tables.float32"] = replace(stored, entries=numbers)
+    steps, planes = device_tables(tables, "int8").scale, planes_of(tables)
+    assert planes is not None
+    for stage in planes.stages:
+        entries = stage.entries.view(torch.float32).view(-1, 2)
+        step = steps.flatten()[_plane_of_entry(stage, planes)][:, None]
+        entries.copy_((entries / step).round() * step)
+    device_tables(tables, "float32")
 
 
 @pytest.mark.usefixtures("poisoned")
