@@ -6,7 +6,10 @@ Rows were chosen by reasoning from bandwidth, registers and occupancy unless the
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from pqkv_kernels.errors import KernelError
+from pqkv_kernels.tables import CodecTables
 
 TableKind = Literal["float16", "float32", "int8"]
 KeyScores = Literal["decode", "table"]
@@ -25,8 +28,8 @@ class DecodeConfig:
         leaves it to the compiler. Fewer let more programs wait for memory at a time.
     tables
         Number format of the look-up tables; products are of float16, or fp32 where tables are, and sums are fp32 always.
-        ``int8`` rounds every channel to one of 255 steps, which is why nothing chooses it unasked: tables are half as large,
-        and look-ups meet in fewer lines of the first-level cache.
+        ``int8`` rounds every channel to one of 255 steps, or of 127 where all codes have four bits, which is why nothing
+        chooses it unasked: tables are half as large, and those of codes of four bits are read in registers (`NibbleTables`).
     programs_per_processor
         Splits are as many as give each multiprocessor about this many programs (`split_grid`).
     min_split_pages
@@ -78,3 +81,16 @@ TABLE: tuple[tuple[str, int, DecodeConfig], ...] = (
 def decode_config(device_name: str, head_dim: int) -> DecodeConfig:
     """Return the row of `TABLE` for a device by its name and for heads of `head_dim` channels."""
     return next(config for word, largest, config in TABLE if word in device_name and head_dim <= largest)
+
+
+def use_config(tables: CodecTables, config: DecodeConfig) -> None:
+    """Attend with `config` wherever `tables` are the keys'."""
+    tables.derived["decode_config"] = config
+
+
+def config_of(tables: CodecTables) -> DecodeConfig:
+    """Return how keys of `tables` are attended to: as `use_config` said, else by their device; exactly in the interpreter."""
+    device, chosen = tables.codebooks[0][0].device, tables.derived.get("decode_config")
+    if isinstance(chosen, DecodeConfig):
+        return chosen
+    return EXACT if device.type == "cpu" else decode_config(torch.cuda.get_device_name(device), tables.layout.head_dim)

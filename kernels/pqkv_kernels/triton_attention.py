@@ -9,7 +9,7 @@ from pqkv_kernels.addresses import page_addresses, whole_slabs
 from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.attention import Part
 from pqkv_kernels.device_tables import CHUNK_PLANES, DeviceTables, device_tables
-from pqkv_kernels.kernel_config import EXACT, DecodeConfig, decode_config
+from pqkv_kernels.kernel_config import DecodeConfig, config_of
 from pqkv_kernels.nibble_tables import SUBNORMAL
 from pqkv_kernels.score_tables import score_rows, score_tables
 from pqkv_kernels.split_grid import split_grid
@@ -44,7 +44,7 @@ def triton_attention(
     num_pages, num_queries = sum(slab.shape[1] for slab in key_pages), group * tokens
     if num_pages == 0 or num_queries == 0 or batch == 0:
         return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
-    config = config or _config(key_tables)
+    config = config or config_of(key_tables)
     key_pages, value_pages = whole_slabs(key_pages), whole_slabs(value_pages)  # alive until the kernel is launched
     keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
     grid = split_grid(config, num_pages, batch * heads, _num_processors(query.device))
@@ -102,12 +102,7 @@ def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, va
 
 def prepare(tables: CodecTables) -> None:
     """Make the tables that `triton_attention` reads, once."""
-    device_tables(tables, _config(tables).tables)
-
-
-def use_config(tables: CodecTables, config: DecodeConfig) -> None:
-    """Attend with `config` wherever `tables` are the keys'."""
-    tables.derived["decode_config"] = config
+    device_tables(tables, config_of(tables).tables)
 
 
 def _key_scale(keys: DeviceTables, turn: int) -> torch.Tensor:
@@ -153,13 +148,6 @@ def _angle_row(angles: Angles | PageAngles | None, batch: int) -> int:
         return 0
     first = angles.base[0] if isinstance(angles, PageAngles) else angles[0]
     return int(first.shape[1]) if first.shape[0] > 1 or batch == 1 else 0
-
-
-def _config(tables: CodecTables) -> DecodeConfig:
-    device, chosen = tables.codebooks[0][0].device, tables.derived.get("decode_config")
-    if isinstance(chosen, DecodeConfig):
-        return chosen
-    return EXACT if device.type == "cpu" else decode_config(torch.cuda.get_device_name(device), tables.layout.head_dim)
 
 
 def _num_processors(device: torch.device) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pqkv_kernels.attention import code_attention, code_queries
-from pqkv_kernels.bench import GATE_ERROR, GATE_TOKENS, bench_inputs, measure
+from pqkv_kernels.bench import GATE_TOKENS, bench_inputs, gate_error, measure
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.kernel_config import DecodeConfig, KeyScores, TableKind
 from pqkv_kernels.layout import CodeLayout
@@ -18,9 +18,6 @@ from pqkv_kernels.tables import CodecTables
 
 Measured = tuple[float, float]
 """Error against the reference, relative to the answer, and milliseconds."""
-
-
-BYTE_GATE_ERROR = 0.03  # 255 steps over some eight standard deviations are in error by a hundredth of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +68,6 @@ def tune(
     trials += [_tried(config, measured) for config in finer]
     winner = _fastest(trials)
     return replace(winner.config, origin=f"measured on {device}: {winner.ms:.4f} ms"), trials
-
-
-def gate_error(config: DecodeConfig) -> float:
-    """Return by how much of its size an answer may differ from the reference: what is rounded to bytes differs more."""
-    return BYTE_GATE_ERROR if config.tables == "int8" else GATE_ERROR
 
 
 def config_document(config: DecodeConfig) -> dict[str, Any]:

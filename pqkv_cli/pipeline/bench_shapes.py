@@ -6,7 +6,7 @@ What does not fit into memory is listed, not tried.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 from typing import Any
 
@@ -32,6 +32,8 @@ from pqkv_cli.specs import CacheSpec
 from pqkv_kernels.bench import copy_bandwidth, time_attention
 from pqkv_kernels.dispatch import BackendRequest, choose_backend
 from pqkv_kernels.errors import KernelError
+from pqkv_kernels.kernel_config import config_of, use_config
+from pqkv_kernels.tables import CodecTables
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]  # kind, row
@@ -128,8 +130,7 @@ class _Bench:
     def attention(self, name: str, contexts: Sequence[int], batches: Sequence[int]) -> Rows:
         """Yield the times of one layer's attention for every format, batch and context that fits."""
         shape, bandwidth = SHAPES[name], copy_bandwidth(self.device)
-        for label in FORMATS:
-            keys, values = random_tables(shape, label, self.device)
+        for label, keys, values in self._formats(shape):
             choice = choose_backend(self.settings.backend, self.device, [(keys, values)])
             for batch, context in product(batches, contexts):
                 if not self._fits(f"{name}, batch {batch}, {context} tokens", shape, batch, context, 2):
@@ -156,8 +157,7 @@ class _Bench:
         budget = self.settings.memory_bytes or (self._free() // 2 if self.device.type == "cuda" else _CPU_BUDGET)
         static = [self._static(name, shape, model, context, budget) for context in equal]
         prompt = max((context for context in contexts if context <= MOST_PROMPT), default=MOST_PROMPT)
-        for label in FORMATS:
-            keys, values = random_tables(shape, label, self.device)
+        for label, keys, values in self._formats(shape):
             named = {"shape": name, "format": label}
             layers: list[Any] = [{"keys": keys, "values": values}] * shape.num_layers
             with Attached(model, layers, SPEC, backend=self.settings.backend) as attached:
@@ -174,6 +174,16 @@ class _Bench:
                         capture = capture_cuda if choose_graph("auto", attached, attached.new_cache()).used else None
                         coded = codes_throughput(attached, batch, context, repeats, capture)
                         yield "equal_memory", named | _compared(context, budget, plain, coded)
+
+    def _formats(self, shape: ModelShape) -> Iterator[tuple[str, CodecTables, CodecTables]]:
+        """Yield every format and its tables; for the Triton kernels then once more, with look-up tables of bytes."""
+        for label in FORMATS:
+            keys, values = random_tables(shape, label, self.device)
+            yield label, keys, values
+            if choose_backend(self.settings.backend, self.device, [(keys, values)]).name == "triton":
+                rounded = replace(keys)
+                use_config(rounded, replace(config_of(keys), tables="int8"))
+                yield f"{label}, int8", rounded, values
 
     def _static(self, name: str, shape: ModelShape, model: Any, context: int, budget: int) -> Throughput | None:
         row_bytes = static_row_bytes(shape, self._last(context), self.dtype.itemsize)

@@ -15,7 +15,7 @@ import torch
 from pqkv_cli.errors import ArtifactError
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.kernel_config import DecodeConfig
+from pqkv_kernels.kernel_config import DecodeConfig, use_config
 from pqkv_kernels.tables import CodecTables
 from pqkv_kernels.tuning import format_name, read_config
 
@@ -72,6 +72,6 @@ def use_tuned(tables: Tables, directory: Path, device: torch.device) -> str | No
     used = False
     for layer in tables:
         if layer is not None and (config := found.get(tables_format(layer))) is not None:
-            layer["keys"].to(device).derived["decode_config"] = config
+            use_config(layer["keys"].to(device), config)
             used = True
     return kernels_file(directory, name).name if used else None

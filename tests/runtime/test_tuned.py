@@ -13,7 +13,7 @@ from pqkv_cli.errors import ArtifactError, RunError
 from pqkv_cli.pipeline.tune import tune_artifact, write_tuned
 from pqkv_cli.runtime import Artifact
 from pqkv_cli.runtime.tuned import kernels_file, read_tuned, tables_format, use_tuned
-from pqkv_kernels.kernel_config import DecodeConfig
+from pqkv_kernels.kernel_config import DecodeConfig, config_of, use_config
 
 
 class Silent:
@@ -70,12 +70,10 @@ def test_the_loader_gives_them_to_the_keys_of_their_format(
 
 
 def test_a_measured_configuration_is_the_one_that_runs(artifact: Artifact) -> None:
-    from pqkv_kernels import triton_attention
-
     tables = next(replace(t["keys"]) for t in artifact.tables if t is not None)
     config = DecodeConfig(num_warps=2)
-    triton_attention.use_config(tables, config)
-    assert triton_attention._config(tables) is config
+    use_config(tables, config)
+    assert config_of(tables) is config
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
