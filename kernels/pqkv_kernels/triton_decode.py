@@ -9,7 +9,8 @@ token is folded into the queries. All sums are fp32, all addresses int64.
 import triton
 import triton.language as tl
 
-from pqkv_kernels.triton_turns import key_operands, looked_up, query_scales, turned_queries
+from pqkv_kernels.triton_queries import query_scales, turned_queries
+from pqkv_kernels.triton_turns import key_operands, looked_up
 from pqkv_kernels.triton_values import value_operands, weight_operand
 
 
@@ -101,7 +102,7 @@ def split_kernel(
     o_n = i_n * BN + tl.arange(0, BN)[None, :]
     m_n = o_n < tl.where(works, num_queries, 0)
     p_q = p_query + (i_head * num_queries + o_n) * (2 * D2)
-    scale, shrink = tl.full((1, BN), 1.0, tl.float32), 1.0
+    scale, shrink = tl.full((1, BN), 1.0, tl.float32), tl.full((1, BN), 1.0, tl.float32)
     if not LOOKED_UP:
         scale, shrink = query_scales(p_q, m_n, D2, BP, CHUNK)
     first = tl.load(p_spans + 2 * i_b)
@@ -127,10 +128,11 @@ def split_kernel(
                 s_0, s_1, s_2, s_3 = s_0 + found[0], s_1 + found[1], s_2 + found[2], s_3 + found[3]
             else:
                 across, along = turned_queries(
-                    p_q + anew,
-                    m_n,
+                    p_query + i_head * num_queries * (2 * D2) + anew,
+                    i_n * BN,
+                    tl.where(works, num_queries, 0),
                     shrink,
-                    p_pairs + i_h * BP + chunk * CHUNK + anew,
+                    p_pairs + i_h * BP + anew,
                     p_base_cos + (i_b * angle_row + i_page) * num_pairs,
                     p_base_sin + (i_b * angle_row + i_page) * num_pairs,
                     num_pairs,

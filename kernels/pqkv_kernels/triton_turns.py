@@ -1,4 +1,4 @@
-"""Keys of one page, turned, as operands of products on the tensor cores, and the queries that meet them. Knows planes.
+"""Keys of one page, turned, as operands of products on the tensor cores (`triton_queries` has the other one). Knows planes.
 
 A key (x, y) turned by an angle meets a query (q, r) in ``c (x q + y r) + s (x r - y q)`` with the angle's cosine and sine: two
 products, of keys times cosines with queries, and of keys times sines with queries turned by a quarter. So turning costs two
@@ -11,55 +11,6 @@ import triton.language as tl
 from pqkv_kernels.triton_halves import added, halves, mixed, packed, scaled, spread
 from pqkv_kernels.triton_nibbles import page_sums
 from pqkv_kernels.triton_planes import code_at, decoded, page_words, stage_words
-
-
-@triton.jit
-def query_scales(p_query, m_n, D2: tl.constexpr, BP: tl.constexpr, CHUNK: tl.constexpr):
-    """Return powers of two [1, BN] that no plane of a query exceeds, so that float16 holds them, and their inverses."""
-    largest = tl.full(m_n.shape, 1e-37, tl.float32)
-    for chunk in tl.static_range(BP // CHUNK):
-        i = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
-        q_x = tl.load(p_query + i, mask=m_n & (i < D2), other=0.0)
-        q_y = tl.load(p_query + D2 + i, mask=m_n & (i < D2), other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(q_x), tl.abs(q_y)), 0)[None, :])
-    exponent = tl.minimum(tl.ceil(tl.log2(largest)), 126.0)
-    return tl.exp2(exponent), tl.exp2(-exponent)
-
-
-@triton.jit
-def turned_queries(
-    p_query,
-    m_n,
-    shrink,
-    p_pairs,
-    p_base_cos,
-    p_base_sin,
-    num_pairs,
-    chunk: tl.constexpr,
-    TURN: tl.constexpr,
-    WIDE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D2: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Return queries [2 CHUNK, BN] times `shrink`, turned back by the page's base (TURN 1), and those a quarter further."""
-    i = tl.arange(0, CHUNK)[:, None]
-    if WIDTH == 2:  # the order of planes in `key_operand`
-        i = i // 8 * 8 + i % 4 * 2 + i % 8 // 4
-    m_q = m_n & (chunk * CHUNK + i < D2)
-    q_x = tl.load(p_query + chunk * CHUNK + i, mask=m_q, other=0.0) * shrink
-    q_y = tl.load(p_query + D2 + chunk * CHUNK + i, mask=m_q, other=0.0) * shrink
-    if TURN == 1:
-        pair = tl.load(p_pairs + i)
-        cos = tl.load(p_base_cos + pair, mask=pair < num_pairs, other=1.0)
-        sin = tl.load(p_base_sin + pair, mask=pair < num_pairs, other=0.0)
-        q_x, q_y = q_x * cos + q_y * sin, q_y * cos - q_x * sin
-    kind = tl.float32 if WIDE else tl.float16
-    x, y = q_x.to(kind), q_y.to(kind)
-    across = tl.reshape(tl.permute(tl.join(x, y), (0, 2, 1)), (2 * CHUNK, BN))
-    along = tl.reshape(tl.permute(tl.join(y, -x), (0, 2, 1)), (2 * CHUNK, BN))
-    return across, along
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """What a kernel becomes on a GPU that is not here: compiled for sm_90 in a process of its own, its main loop counted.
 
-Prints one JSON object: for every variant asked for, how many instructions the loop over pages has, how many of them move data
-between lanes (`moves`) or to and from memory for want of registers (`spills`), and registers. Arguments: JSON of the variants.
+Prints one JSON object: for every variant asked for, how many instructions the loop over pages has, how many of them are for the
+integer unit, which takes half as many per cycle (`integers`), move data between lanes (`moves`) or to and from memory for want
+of registers (`spills`), and registers. Arguments: JSON of the variants.
 """
 
 import json
@@ -38,6 +39,7 @@ ALIGNED = (
     "page_bytes",
     "tiles",
 )
+INTEGERS = set("PRMT LOP3 PLOP3 IADD3 VIADD SHF LEA ISETP FSETP SEL FSEL FMNMX IMNMX VIMNMX SGXT I2FP F2FP".split())
 MOVES, SPILLS = {"SHFL", "STS", "LDS", "LDSM", "STSM"}, {"LDL", "STL"}
 
 
@@ -85,8 +87,9 @@ def counted(kernel: Any) -> dict[str, int]:
                 loop = names[places[back[1]] :]
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None
-    moves, spills = (sum(name in kind for name in loop) for kind in (MOVES, SPILLS))
-    return {"instructions": len(loop), "moves": moves, "spills": spills, "registers": int(registers[1])}
+    kinds = {"integers": INTEGERS, "moves": MOVES, "spills": SPILLS}
+    found = {kind: sum(name in names for name in loop) for kind, names in kinds.items()}
+    return {"instructions": len(loop), **found, "registers": int(registers[1])}
 
 
 def _run(*command: object) -> str:

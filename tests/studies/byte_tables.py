@@ -9,17 +9,17 @@ import torch
 
 from pqkv_cli.cli.main import main
 from pqkv_kernels import planes
-from pqkv_kernels.device_tables import _plane_of_entry, _scales
+from pqkv_kernels.device_tables import _device_tables, _plane_of_entry
 from pqkv_kernels.tables import CodecTables
 
 _exact = planes._planes
 
 
 def rounded(tables: CodecTables) -> planes.Planes | None:
-    """Return the planes of `tables` with entries of the 255 steps that bytes hold."""
+    """Return the planes of `tables` with entries of the steps that bytes hold."""
     found = _exact(tables)
     if found is not None:
-        scale = _scales(found, "int8")
+        scale = _device_tables(found, "int8").scale.flatten()
         for stage in found.stages:
             entries, steps = stage.entries.view(torch.float32).view(-1, 2), scale[_plane_of_entry(stage, found)][:, None]
             entries.copy_((entries / steps).round() * steps)
