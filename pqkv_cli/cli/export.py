@@ -35,7 +35,7 @@ TuneOption = Annotated[
 ByteTablesOption = Annotated[
     bool,
     typer.Option(
-        "--byte-tables", help="With --tune, also try look-up tables of bytes: half as large, centroids rounded to 255 steps."
+        "--byte-tables", help="With --tune, also try look-up tables of bytes: half as large, rounded to 255 or 127 steps."
     ),
 ]
 
