@@ -60,51 +60,6 @@ def scaled(pair, factors, high: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def numbered(byte_pair, high: tl.constexpr, ASM: tl.constexpr):
-    """Return two bytes, the upper of four where `high`, as two float16 that are larger by 1,024: they are its lowest bits."""
-    if ASM:
-        if high:
-            return tl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, 0x64646464, 0x4342;", "=r,r", [byte_pair], dtype=tl.uint32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, 0x64646464, 0x4140;", "=r,r", [byte_pair], dtype=tl.uint32, is_pure=True, pack=1
-            )
-    else:
-        if high:
-            byte_pair = byte_pair >> 16
-        return (byte_pair & 0xFF) | ((byte_pair & 0xFF00) << 8) | 0x64006400
-
-
-@triton.jit
-def moved(pair, twice: tl.constexpr, ASM: tl.constexpr):
-    """Add -1,152, or `twice` that, to planes of two float16: what `numbered` makes of -127 to 127, stored with 128 added."""
-    if twice:
-        return added(pair, tl.full(pair.shape, 0xE880E880, tl.uint32), ASM)
-    else:
-        return added(pair, tl.full(pair.shape, 0xE480E480, tl.uint32), ASM)
-
-
-@triton.jit
-def spread(four_bytes, high: tl.constexpr, ASM: tl.constexpr):
-    """Return two bytes, the upper of four where `high`, as two float16 that are smaller by ``2 ** 24``, and exact."""
-    if ASM:
-        if high:
-            return tl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, 0, 0x4342;", "=r,r", [four_bytes], dtype=tl.uint32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, 0, 0x4140;", "=r,r", [four_bytes], dtype=tl.uint32, is_pure=True, pack=1
-            )
-    else:
-        if high:
-            four_bytes = four_bytes >> 16
-        return (four_bytes & 0xFF) | ((four_bytes & 0xFF00) << 8)
-
-
-@triton.jit
 def mixed(x, y, high: tl.constexpr, ASM: tl.constexpr):
     """Return the lower two bytes of `x` and of `y`, or the upper where `high`, in turns: x, y, x, y."""
     if ASM:
@@ -120,3 +75,24 @@ def mixed(x, y, high: tl.constexpr, ASM: tl.constexpr):
         if high:
             x, y = x >> 16, y >> 16
         return (x & 0xFF) | ((y & 0xFF) << 8) | ((x & 0xFF00) << 8) | ((y & 0xFF00) << 16)
+
+
+@triton.jit
+def numbered(four_bytes, high: tl.constexpr, ASM: tl.constexpr):
+    """Return two bytes, the upper of four where `high`, as two float16 that are larger by 1,024: they are its lowest bits."""
+    return mixed(four_bytes, tl.full(four_bytes.shape, 0x64646464, tl.uint32), high, ASM)
+
+
+@triton.jit
+def moved(pair, twice: tl.constexpr, ASM: tl.constexpr):
+    """Add -1,152, or `twice` that, to planes of two float16: what `numbered` makes of -127 to 127, stored with 128 added."""
+    if twice:
+        return added(pair, tl.full(pair.shape, 0xE880E880, tl.uint32), ASM)
+    else:
+        return added(pair, tl.full(pair.shape, 0xE480E480, tl.uint32), ASM)
+
+
+@triton.jit
+def spread(four_bytes, high: tl.constexpr, ASM: tl.constexpr):
+    """Return two bytes, the upper of four where `high`, as two float16 that are smaller by ``2 ** 24``, and exact."""
+    return mixed(four_bytes, tl.full(four_bytes.shape, 0, tl.uint32), high, ASM)
