@@ -17,7 +17,7 @@ from pqkv_kernels.step_factors import FACTOR, step_factors
 from pqkv_kernels.tables import CodecTables
 from pqkv_kernels.triton_decode import split_kernel
 from pqkv_kernels.triton_merge import merge_kernel
-from pqkv_kernels.triton_version import dot_width, least_columns
+from pqkv_kernels.triton_version import dot_width, launch_options, least_columns
 
 _MAX_QUERIES = 64  # queries per program: more would not fit into registers beside a decoded page
 _MANY_WARPS = 4  # of programs of more than sixteen queries, which share what they decode
@@ -86,8 +86,8 @@ def query_block(num_queries: int) -> int:
 
 
 def _launch(config: DecodeConfig, block: int) -> dict[str, int]:
-    warps = {"num_warps": config.num_warps if block <= 16 else _MANY_WARPS, "num_stages": 1}
-    return {**warps, "maxnreg": config.max_registers} if config.max_registers and block <= 8 else warps
+    num_warps = config.num_warps if block <= 16 else _MANY_WARPS
+    return launch_options(num_warps, max_registers=config.max_registers if block <= 8 else 0)
 
 
 def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, values: DeviceTables) -> Part:
@@ -96,7 +96,7 @@ def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, va
     rows = (parts, part_lse, values.scale, values.rows, out, lse, heads, num_queries, num_splits)
     columns = triton.next_power_of_2(values.num_planes)
     shape = {"D2": query.shape[-1] // 2, "BP": values.num_planes, "COLUMNS": columns, "BS": 16, "NIBBLES": values.nibbles}
-    merge_kernel[(batch * heads, num_queries)](*rows, **shape, num_warps=4)
+    merge_kernel[(batch * heads, num_queries)](*rows, **shape, **launch_options(4))
     return out, lse
 
 

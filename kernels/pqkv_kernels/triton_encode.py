@@ -18,13 +18,13 @@ from pqkv_kernels.triton_codes import encode_kernel
 from pqkv_kernels.triton_lines import LEAST_LINES, lines_kernel
 from pqkv_kernels.triton_points import points_kernel
 from pqkv_kernels.triton_scores import TOKENS
-from pqkv_kernels.triton_version import dot_width
+from pqkv_kernels.triton_version import dot_width, launch_options
 
 _SCRATCH_NUMBERS = 1 << 23  # points held at a time, 32 MiB: they are read again while they lie in the second-level cache
 _MOST_TILES = 32  # a program's tokens, in `TOKENS`: then its table has paid for its way
 _MOST_SHARES = 4  # stages that the kernel packs one joint code to
+FEW_STAGES = 3  # rounds of `few_kernel` under way at a time: its prototypes come from afar
 _LEAST_DOT = 16  # no side of a matrix product on tensor cores is shorter
-_ONE_WARP = {"num_warps": 1, "num_stages": 1}
 
 
 def triton_encode(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:
@@ -81,7 +81,7 @@ class _Encoder:
         block = min(32, triton.next_power_of_2(dim))
         points_kernel[(tokens // PAGE_TOKENS, batch * heads, triton.cdiv(dim, block))](
             *(x, channels.places, channels.factors, cos, sin, points, heads, tokens, pairs, angle_row, *x.stride()),
-            **{"TURN": self.tables.rotary is not None, "D": dim, "BD": block, "num_warps": 4},
+            **{"TURN": self.tables.rotary is not None, "D": dim, "BD": block, **launch_options(4)},
         )
         return points
 
@@ -94,8 +94,8 @@ class _Encoder:
         squares = shrink[:, None] * prototypes.float().square().sum(-1)[:, 0]
         few_kernel[(tokens // PAGE_TOKENS, rows)](
             *(points, prototypes, squares, shrink, few, heads, tokens),
-            **{"WIDE": prototypes.dtype == torch.float32, "K": group.num_centroids, "D": dim, "num_warps": 4},
-            BD=max(triton.next_power_of_2(dim), _LEAST_DOT),
+            **{"WIDE": prototypes.dtype == torch.float32, "K": group.num_centroids, "D": dim},
+            **{"BD": max(triton.next_power_of_2(dim), _LEAST_DOT), **launch_options(4, num_stages=FEW_STAGES)},
         )
         errors = self._errors(points, prototypes, few)
         chosen = few.gather(0, errors.argmin(0, keepdim=True))[0]
@@ -117,7 +117,7 @@ class _Encoder:
             error_kernel[grid](
                 *(points, prototypes, few, self._codebooks[1][i], *lines, errors),
                 *(self.tables.num_heads, points.shape[2], tiles, len(few), channel),
-                **{"CHOSEN": prototypes.shape[2], **self._part(group), **_ONE_WARP},
+                **{"CHOSEN": prototypes.shape[2], **self._part(group), **launch_options(1)},
             )
             total += errors.sum(0)
             channel += group.num_channels
@@ -146,7 +146,7 @@ class _Encoder:
             CHOSEN=0 if chosen is None else self.layout.stages[0][0].num_centroids,
             **{f"N{i}": nbits for i, nbits in enumerate([*(share.nbits for share in shares), *absent])},
             **self._part(group),
-            **_ONE_WARP,
+            **launch_options(1),
         )
 
     def _grid(self, points: torch.Tensor, group: CodeGroup) -> tuple[int, tuple[int, int, int]]:
@@ -165,7 +165,8 @@ def _lines(group: CodeGroup, table: torch.Tensor) -> tuple[torch.Tensor, torch.T
     count, size, dim = table.shape[0] * group.num_subspaces, group.num_centroids, group.subspace_dim
     lines = torch.empty(count, triton.cdiv(dim, 4), max(size, LEAST_LINES.value), 16, dtype=torch.float16, device=table.device)
     shrink, shift = torch.empty(count, device=table.device), torch.empty(count, dim, device=table.device)
-    lines_kernel[(count,)](table, lines, shrink, shift, K=size, DSUB=dim, BD=triton.next_power_of_2(dim), BK=64, num_warps=4)
+    shape = {"K": size, "DSUB": dim, "BD": triton.next_power_of_2(dim), "BK": 64}
+    lines_kernel[(count,)](table, lines, shrink, shift, **shape, **launch_options(4))
     return lines, shrink, shift
 
 

@@ -17,6 +17,27 @@ def least_columns() -> int:
     return 8 if _version() >= (3, 5) else 16
 
 
+def launch_options(num_warps: int, num_stages: int = 1, max_registers: int = 0) -> dict[str, int]:
+    """Return how a kernel is compiled for a launch.
+
+    Parameters
+    ----------
+    num_warps
+        Of a program.
+    num_stages
+        How many rounds of a loop are under way at a time: with more than one, loads run ahead through shared memory.
+    max_registers
+        Per lane; 0 leaves it to the compiler.
+
+    Notes
+    -----
+    fp32 products are fused with the sums they are added to, as the counts of instructions assume; from version 3.10 on Triton
+    would not do so unasked.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return {**options, "maxnreg": max_registers} if max_registers else options
+
+
 def _version() -> tuple[int, int]:
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)

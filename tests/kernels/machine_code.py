@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,18 @@ ALIGNED = (
     "page_bytes",
     "tiles",
 )
+PROCESSES = min(4, os.cpu_count() or 1)  # that compile at a time, a gigabyte each
 INTEGERS = set("PRMT LOP3 PLOP3 IADD3 VIADD SHF LEA ISETP FSETP SEL FSEL FMNMX IMNMX VIMNMX SGXT I2FP F2FP".split())
 MOVES, SPILLS = {"SHFL", "STS", "LDS", "LDSM", "STSM"}, {"LDL", "STL"}
 
 
-def compiled(kernel: Any, constants: dict[str, Any], warps: int, registers: int = 0) -> Any:
+def compiled(kernel: Any, constants: dict[str, Any], num_warps: int, **launch: int) -> Any:
     """Compile for sm_90 with arguments as a launch describes them: pointers and round numbers are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from pqkv_kernels.triton_version import launch_options
 
     signature, known, types = {}, {}, dict(TYPES)
     if constants.get("WIDE"):
@@ -60,7 +64,7 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int, registers: int 
         if name.startswith("p_") or name in ALIGNED:
             known[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=known)
-    options = {"num_warps": warps, "num_stages": 1, **({"maxnreg": registers} if registers else {})}
+    options = launch_options(num_warps, **launch)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -97,7 +101,15 @@ def _run(*command: object) -> str:
 
 
 def measure(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Run this file on `variants` of a kernel: its module and name, constants, and `warps` and `registers` of the launch."""
+    """Run this file on `variants` of a kernel: its module and name, constants, and those of its `launch_options`."""
+    processes = min(len(variants), PROCESSES)
+    shares = [dict(list(variants.items())[i::processes]) for i in range(processes)]
+    with ThreadPoolExecutor(processes) as pool:
+        found = {name: counts for share in pool.map(_measure, shares) for name, counts in share.items()}
+    return {name: found[name] for name in variants}
+
+
+def _measure(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, json.dumps(variants)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -113,9 +125,9 @@ def main() -> None:
     for name, variant in json.loads(sys.argv[1]).items():
         module, name_of_kernel = variant.pop("kernel").split(":")
         kernel = getattr(import_module(module), name_of_kernel)
-        warps, registers = variant.pop("warps"), variant.pop("registers")
+        launch = {option: variant.pop(option) for option in ("num_warps", "num_stages", "max_registers") if option in variant}
         width = {"WIDTH": dot_width()} if "WIDTH" in kernel.arg_names else {}
-        found[name] = counted(compiled(kernel, variant | width, warps, registers))
+        found[name] = counted(compiled(kernel, variant | width, **launch))
     print(json.dumps(found))
 
 
