@@ -123,7 +123,17 @@ def split_kernel(
         for chunk in tl.static_range(BP // CHUNK):
             if LOOKED_UP:
                 found = looked_up(
-                    key_page, p_key_parts, p_score_rows, p_scores + i_head * num_scores, chunk, K_STAGES, K_PARTS, BP, CHUNK, BN
+                    key_page,
+                    p_key_parts + anew,
+                    p_score_rows + anew,
+                    p_scores + i_head * num_scores,
+                    chunk,
+                    K_STAGES,
+                    K_PARTS,
+                    BP,
+                    CHUNK,
+                    BN,
+                    ASM,
                 )
                 s_0, s_1, s_2, s_3 = s_0 + found[0], s_1 + found[1], s_2 + found[2], s_3 + found[3]
             else:

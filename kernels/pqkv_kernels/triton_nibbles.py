@@ -9,6 +9,8 @@ others, the upper eight the other way round where the highest bits are flipped, 
 import triton
 import triton.language as tl
 
+from pqkv_kernels.triton_loads import fetched_two
+
 
 @triton.jit
 def selected(table, codes, ASM: tl.constexpr):
@@ -32,17 +34,6 @@ def selected(table, codes, ASM: tl.constexpr):
 
 
 @triton.jit
-def table_at(p_table, ASM: tl.constexpr):
-    """Load one table: its lower eight bytes and its upper eight."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.v2.b64 {$0, $1}, [$2];", "=l,=l,l", [p_table], dtype=(tl.uint64, tl.uint64), is_pure=True, pack=1
-        )
-    else:
-        return tl.load(p_table).to(tl.uint64, bitcast=True), tl.load(p_table + 1).to(tl.uint64, bitcast=True)
-
-
-@triton.jit
 def plane_sums(p_tables, plane, codes, BP: tl.constexpr, ASM: tl.constexpr):
     """Return both components of `plane`, of the four tokens of a word each, as sums of bytes over the stages of `codes`.
 
@@ -50,9 +41,9 @@ def plane_sums(p_tables, plane, codes, BP: tl.constexpr, ASM: tl.constexpr):
     """
     for stage in tl.static_range(len(codes)):
         p_table = p_tables + (stage * BP + plane) * 4
-        low, high = table_at(p_table, ASM)
+        low, high = fetched_two(p_table, ASM)
         x_more = selected(low, codes[stage], ASM) + selected(high, codes[stage] ^ 0x8888, ASM)
-        low, high = table_at(p_table + 2, ASM)
+        low, high = fetched_two(p_table + 2, ASM)
         y_more = selected(low, codes[stage], ASM) + selected(high, codes[stage] ^ 0x8888, ASM)
         if stage == 0:
             x, y = x_more, y_more

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 
 from pqkv_kernels.triton_halves import added, moved, numbered
+from pqkv_kernels.triton_loads import fetched, fetched_number
 
 
 @triton.jit
-def code_words(page, p_parts, plane, word, PARTS: tl.constexpr, BP: tl.constexpr):
+def code_words(page, p_parts, plane, word, PARTS: tl.constexpr, BP: tl.constexpr, ASM: tl.constexpr):
     """Load the words `word` (0 to 15, four tokens each) of the codes of `plane`, as `code_at` takes them.
 
     `p_parts` [4, BP] int32 are first bytes of the parts of 8, 4, 2 and 1 bits, -1 where a plane has none; two bits of `PARTS`
@@ -27,33 +28,33 @@ def code_words(page, p_parts, plane, word, PARTS: tl.constexpr, BP: tl.constexpr
     w_8 = tl.zeros((1, 1, 1, 1), tl.uint32)
     w_4, w_2, w_1, low_4 = w_8, w_8, w_8, w_8
     if PARTS % 4 != 0:
-        o_8 = tl.load(p_parts + plane)
+        o_8 = fetched_number(p_parts + plane, ASM)
         p_8 = tl.max_contiguous((page + (o_8 + word * 4)).to(tl.pointer_type(tl.uint32)), [1, 1, 2, 4])
         if PARTS % 4 == 1:
             w_8 = tl.load(p_8, mask=o_8 >= 0, other=0)
             low_4 = tl.where(o_8 >= 0, 8, 0).to(tl.uint32)
         else:
-            w_8 = tl.load(p_8)
+            w_8 = fetched(p_8, 32, ASM)
             low_4 = low_4 + 8
     low_2 = low_4
     if PARTS // 4 % 4 != 0:
-        o_4 = tl.load(p_parts + BP + plane)
+        o_4 = fetched_number(p_parts + BP + plane, ASM)
         p_4 = tl.max_contiguous((page + (o_4 + word * 2)).to(tl.pointer_type(tl.uint16)), [1, 1, 2, 4])
         if PARTS // 4 % 4 == 1:
             w_4 = tl.load(p_4, mask=o_4 >= 0, other=0).to(tl.uint32)
             low_2 = low_4 + tl.where(o_4 >= 0, 4, 0).to(tl.uint32)
         else:
-            w_4 = tl.load(p_4).to(tl.uint32)
+            w_4 = fetched(p_4, 16, ASM).to(tl.uint32)
             low_2 = low_4 + 4
     low_1 = low_2
     if PARTS // 16 % 4 != 0:
-        o_2 = tl.load(p_parts + 2 * BP + plane)
+        o_2 = fetched_number(p_parts + 2 * BP + plane, ASM)
         p_2 = tl.max_contiguous((page + (o_2 + word // 2 * 2)).to(tl.pointer_type(tl.uint16)), [1, 1, 2, 4])
         if PARTS // 16 % 4 == 1:
             w_2 = tl.load(p_2, mask=o_2 >= 0, other=0).to(tl.uint32)
             low_1 = low_2 + tl.where(o_2 >= 0, 2, 0).to(tl.uint32)
         else:
-            w_2 = tl.load(p_2).to(tl.uint32)
+            w_2 = fetched(p_2, 16, ASM).to(tl.uint32)
             low_1 = low_2 + 2
         w_2 = w_2 >> (word % 2 * 8).to(tl.uint32)
     if PARTS // 64 % 4 != 0:
@@ -79,20 +80,20 @@ def code_at(words, j: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def stage_words(page, p_parts, plane, word, PARTS: tl.constexpr, BP: tl.constexpr):
+def stage_words(page, p_parts, plane, word, PARTS: tl.constexpr, BP: tl.constexpr, ASM: tl.constexpr):
     """Load one stage's `code_words`; those of a code of the whole vector once for all planes."""
     if PARTS // 256 == 1:
-        return code_words(page, p_parts, tl.zeros((1, 1, 1, 1), tl.int32), word, PARTS, BP)
+        return code_words(page, p_parts, tl.zeros((1, 1, 1, 1), tl.int32), word, PARTS, BP, ASM)
     else:
-        return code_words(page, p_parts, plane, word, PARTS, BP)
+        return code_words(page, p_parts, plane, word, PARTS, BP, ASM)
 
 
 @triton.jit
-def page_words(page, p_parts, plane, word, STAGES: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr):
+def page_words(page, p_parts, plane, word, STAGES: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, ASM: tl.constexpr):
     """Return the `stage_words` of every stage: `PARTS` holds ten bits for each."""
-    words = (stage_words(page, p_parts, plane, word, PARTS % 1024, BP),)
+    words = (stage_words(page, p_parts, plane, word, PARTS % 1024, BP, ASM),)
     for stage in tl.static_range(1, STAGES):
-        words = words + (stage_words(page, p_parts + stage * 4 * BP, plane, word, PARTS // 1024**stage % 1024, BP),)
+        words = words + (stage_words(page, p_parts + stage * 4 * BP, plane, word, PARTS // 1024**stage % 1024, BP, ASM),)
     return words
 
 
@@ -101,14 +102,17 @@ def entries_at(
     p_rows, p_entries, plane, code, STRIDE: tl.constexpr, WIDE: tl.constexpr, BYTES: tl.constexpr, ASM: tl.constexpr
 ):
     """Look up planes: the pair of float16 twice, that of bytes as `numbered` returns it, or both components in float32."""
-    row = tl.load(p_rows + plane)
+    row = fetched_number(p_rows + plane, ASM)
     if WIDE:
         p_entry = p_entries + 2 * row.to(tl.int64) + 2 * STRIDE * code.to(tl.int64)
         return tl.load(tl.max_contiguous(p_entry, [1, 1, 2, 4])), tl.load(tl.max_contiguous(p_entry + 1, [1, 1, 2, 4]))
     else:
-        pair = tl.load(tl.max_contiguous(p_entries + row + STRIDE * code, [1, 1, 2, 4]))
+        p_entry = p_entries + row + STRIDE * code
         if BYTES:
-            pair = numbered(pair.to(tl.uint16, bitcast=True).to(tl.uint32), False, ASM)
+            entry = fetched(p_entry, 16, ASM).to(tl.uint32)
+            pair = numbered(entry, False, ASM)
+        else:
+            pair = fetched(p_entry, 32, ASM)
         return pair, pair
 
 
@@ -131,12 +135,12 @@ def decoded_stage(
     STRIDE: tl.constexpr = BP if PARTS // 256 == 1 else (2 if PAIRED else 1)
     code = code_at(words, j, PARTS)
     if PAIRED and not WIDE:  # one code for both, whose entries lie side by side
-        p_both = p_entries + tl.load(p_rows + plane) + STRIDE * code
+        p_both = p_entries + fetched_number(p_rows + plane, ASM) + STRIDE * code
         if BYTES:
-            both = tl.load(tl.max_contiguous(p_both.to(tl.pointer_type(tl.uint32)), [1, 1, 2, 4]))
+            both = fetched(p_both, 32, ASM)
             a, b = numbered(both, False, ASM), numbered(both, True, ASM)
         else:
-            both = tl.load(tl.max_contiguous(p_both.to(tl.pointer_type(tl.uint64)), [1, 1, 2, 4]))
+            both = fetched(p_both, 64, ASM)
             a, b = both.to(tl.uint32), (both >> 32).to(tl.uint32)
         return a, a, b, b
     else:

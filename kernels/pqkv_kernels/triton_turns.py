@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from pqkv_kernels.triton_halves import added, halves, mixed, packed, scaled, spread
+from pqkv_kernels.triton_loads import fetched
 from pqkv_kernels.triton_nibbles import page_sums
 from pqkv_kernels.triton_planes import code_at, decoded, page_words, stage_words
 
@@ -40,12 +41,10 @@ def token_factors(p_cos, p_sin, p_pairs, num_pairs, plane, word, j: tl.constexpr
 
 
 @triton.jit
-def step_words(p_factors, plane, word, BP: tl.constexpr):
+def step_words(p_factors, plane, word, BP: tl.constexpr, ASM: tl.constexpr):
     """Return cosines and sines of the steps of four tokens of a page, four float16 in 64 bits."""
     at = plane // 8 * 128 + plane % 2 * 64 + word * 4 + plane // 2 % 4
-    cos = tl.load(tl.max_contiguous(p_factors + at, [1, 1, 2, 4]))
-    sin = tl.load(tl.max_contiguous(p_factors + at + BP * 16, [1, 1, 2, 4]))
-    return cos, sin
+    return fetched(p_factors + at, 64, ASM), fetched(p_factors + at + BP * 16, 64, ASM)
 
 
 @triton.jit
@@ -105,13 +104,13 @@ def key_operands(
         sums = page_sums(page, p_entries, a, word, STAGES, NIBBLES, D2, BP, ASM)
         a_zero, b_zero = tl.load(p_rows + a).to(tl.uint32, bitcast=True), tl.load(p_rows + b).to(tl.uint32, bitcast=True)
     else:
-        a_words = page_words(page, p_parts, a, word, STAGES, PARTS, BP)
+        a_words = page_words(page, p_parts, a, word, STAGES, PARTS, BP, ASM)
         b_words = a_words
         if not PAIRED:
-            b_words = page_words(page, p_parts, b, word, STAGES, PARTS, BP)
+            b_words = page_words(page, p_parts, b, word, STAGES, PARTS, BP, ASM)
     if TURN == 1 and not WIDE:
-        a_cosines, a_sines = step_words(p_factors, a, word, BP)
-        b_cosines, b_sines = step_words(p_factors, b, word, BP)
+        a_cosines, a_sines = step_words(p_factors, a, word, BP, ASM)
+        b_cosines, b_sines = step_words(p_factors, b, word, BP, ASM)
     operands = ()
     for j in tl.static_range(4):
         if NIBBLES:
@@ -161,6 +160,7 @@ def looked_up(
     BP: tl.constexpr,
     CHUNK: tl.constexpr,
     BN: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Return the scores of the tokens ``4 * word + j``, for ``j`` of 0 to 3, as sums of looked-up products, each [16, BN].
 
@@ -172,11 +172,10 @@ def looked_up(
     for j in tl.static_range(4):
         total = tl.zeros((CHUNK // 4, 2, 8, 4), tl.float32)
         for stage in tl.static_range(STAGES):
-            words = stage_words(page, p_parts + stage * 4 * BP, plane, word, PARTS // 1024**stage % 1024, BP)
+            words = stage_words(page, p_parts + stage * 4 * BP, plane, word, PARTS // 1024**stage % 1024, BP, ASM)
             row = tl.load(p_rows + stage * BP + plane)
-            p_score = tl.max_contiguous(
-                p_scores + row + code_at(words, j, PARTS // 1024**stage % 1024) + plane * 0, [1, 1, 2, 4]
-            )
+            code = code_at(words, j, PARTS // 1024**stage % 1024)
+            p_score = tl.max_contiguous(p_scores + row + code + plane * 0, [1, 1, 2, 4])
             total += tl.load(p_score, mask=row >= 0, other=0.0)
         sums = tl.reshape(tl.sum(tl.sum(total, 3), 0), (16,))
         found = found + (tl.zeros((16, BN), tl.float32) + sums[:, None],)

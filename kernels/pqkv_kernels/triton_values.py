@@ -53,10 +53,10 @@ def value_operands(
         sums = page_sums(page, p_entries, first + plane, word, STAGES, NIBBLES, D2, BP, ASM)
         a_x, a_y, b_x, b_y = four(sums[0], ASM), four(sums[1], ASM), four(sums[2], ASM), four(sums[3], ASM)
     else:
-        words = page_words(page, p_parts, plane, word, STAGES, PARTS, BP)
+        words = page_words(page, p_parts, plane, word, STAGES, PARTS, BP, ASM)
         words_b = words
         if not PAIRED:
-            words_b = page_words(page, p_parts, plane + 1, word, STAGES, PARTS, BP)
+            words_b = page_words(page, p_parts, plane + 1, word, STAGES, PARTS, BP, ASM)
         a_x, a_y, b_x, b_y = (), (), (), ()
         for j in tl.static_range(4):
             found = decoded(p_rows, stride, p_entries, plane, words, words_b, j, STAGES, PARTS, PAIRED, BP, WIDE, BYTES, ASM)
