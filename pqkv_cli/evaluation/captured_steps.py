@@ -9,6 +9,7 @@ import torch
 
 from pqkv_cli.errors import CacheError
 from pqkv_cli.evaluation.decode_step import attention, filled, plain_step
+from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.step_graph import Capture, capture_cuda, choose_graph, step_graph
 
@@ -76,7 +77,7 @@ def captured_static(model: Any, cache: Any, tokens: torch.Tensor, context: int, 
     """
     where = torch.full_like(tokens, context)
     with attention(model, "sdpa"):
-        captured = capture(partial(model, input_ids=tokens, position_ids=where, past_key_values=cache, use_cache=True))
+        captured = capture(partial(model, input_ids=tokens, position_ids=where, **cache_argument(model, cache), use_cache=True))
 
     def step(position: int) -> Any:
         where.fill_(position + 1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pqkv_cli.cache.cache import QuantizedCache, tensor_bytes
+from pqkv_cli.hf.names import cache_argument
 
 
 def cache_bytes(cache: Any) -> int:
@@ -37,7 +38,7 @@ def filled(model: Any, cache: Any, context: int, batch: int = 1, chunk: int | No
 def plain_step(model: Any, tokens: torch.Tensor, cache: Any, position: int) -> Any:
     """Decode `tokens` [B, 1], all at `position`, and return the model's answer."""
     where = torch.full_like(tokens, position)
-    return model(input_ids=tokens, position_ids=where, past_key_values=cache, use_cache=True)
+    return model(input_ids=tokens, position_ids=where, **cache_argument(model, cache), use_cache=True)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from pqkv_cli.evaluation.memory import peak_memory
 from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.samples import Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
+from pqkv_cli.hf.names import cache_argument
 
 _REQUESTS_AT_ONCE = 16
 _DEFAULT_POSITIONS = 2048
@@ -98,13 +99,13 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         with torch.no_grad():
             cache = None if self._new_cache is None else self._new_cache()
-            logits: torch.Tensor = self.model(inps, past_key_values=cache, use_cache=cache is not None).logits
+            logits: torch.Tensor = self.model(inps, **cache_argument(self.model, cache), use_cache=cache is not None).logits
         return logits
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
         cache = None if self._new_cache is None else self._new_cache()
         if cache is not None:
-            options["past_key_values"] = cache
+            options |= cache_argument(self.model, cache)
         with watching(len(context), self.model.device) as watch:
             answered = super()._model_generate(context, max_length, stop, logits_processor=watch.processors, **options)
         self._part.note(watch, cache)

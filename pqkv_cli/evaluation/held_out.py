@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pqkv_cli.evaluation.divergence import diverge
+from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec, VectorCodec
 from pqkv_cli.runtime.attach import simulate
 from pqkv_cli.specs import SIDES, Side
@@ -62,7 +63,7 @@ def held_out_losses(
         for column, codecs in enumerate(choices):
             with simulate(model, codecs) as simulation:
                 cache = simulation.new_cache()
-                quantized = model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0, :-1]
+                quantized = model(ids, position_ids=positions, **cache_argument(model, cache), use_cache=True).logits[0, :-1]
             losses[row, column] = diverge(baseline, quantized, targets).kl_bits.mean()
         if on_progress is not None:
             on_progress(row + 1, len(windows))

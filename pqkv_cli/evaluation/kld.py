@@ -30,6 +30,7 @@ from pqkv_cli.evaluation.windows import (
     table,
     timed,
 )
+from pqkv_cli.hf.names import cache_argument
 
 DEFAULT_NEW_TOKENS = 1024
 DEFAULT_CONTINUATIONS = 4
@@ -93,7 +94,7 @@ def _continue(
         logits = {}
         for side, cache in caches.items():
             started = timed(model.device)
-            logits[side] = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits[side] = model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits[:, -1]
             seconds[side] += timed(model.device) - started
         # A broken uncompressed model has no next token; diverge() names it.
         best = logits["baseline"].float().nan_to_num(0.0, 0.0, 0.0)

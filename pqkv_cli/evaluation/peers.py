@@ -21,6 +21,7 @@ from pqkv_cli.evaluation.peers_fit import SampleSource, fit_rival
 from pqkv_cli.evaluation.perplexity import perplexity_metric
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.windows import check_context, divergence_metrics, positions_of, scored, windows_of
+from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.quantizers.rivals.protocol import Rival, RivalCodec
 from pqkv_cli.quantizers.rivals.stored import StoredBits
@@ -144,7 +145,9 @@ def _judge(model: Any, ids: torch.Tensor, settings: EvaluationSettings, baseline
     try:
         with simulate(model, own.codecs) as simulation:
             cache = simulation.new_cache()
-            logits = model(ids, position_ids=positions_of(ids, settings), past_key_values=cache, use_cache=True).logits[0]
+            logits = model(
+                ids, position_ids=positions_of(ids, settings), **cache_argument(model, cache), use_cache=True
+            ).logits[0]
         own.parts.append(diverge(baseline[:-1][counted], logits[:-1][counted], ids[0, 1:][counted]))
     except PqkvError as error:
         own.failures.append(str(error))

@@ -7,6 +7,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from pqkv_cli.evaluation.decode_step import wall_ms
+from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.runtime.attach import Attached
 from pqkv_kernels.angles import Angles
 from pqkv_kernels.bench import Quantiles, quantiles
@@ -49,7 +50,7 @@ def time_prefill(attached: Attached, keys: CodecTables, values: CodecTables, num
 
     def read(attention: str, cache: Any) -> float:
         model.set_attn_implementation(attention)
-        return wall_ms(lambda: model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1), device)
+        return wall_ms(lambda: model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1), device)
 
     def encode() -> None:
         encode_pages(attached.backend.name, states, keys, angles)

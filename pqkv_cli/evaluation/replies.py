@@ -8,6 +8,7 @@ import torch
 
 from pqkv_cli.evaluation.generation_watch import watching
 from pqkv_cli.evaluation.uncompressed import uncompressed_cache
+from pqkv_cli.hf.names import cache_argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def reply(model: Any, tokenizer: Any, questions: Sequence[Question], cache: Any)
         output = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=uncompressed_cache(model.config) if cache is None else cache,
+            **cache_argument(model, uncompressed_cache(model.config) if cache is None else cache),
             max_new_tokens=first.max_new_tokens,
             min_new_tokens=first.min_new_tokens or None,
             do_sample=False,

@@ -19,6 +19,7 @@ from pqkv_cli.evaluation.memory import peak_memory
 from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.samples import Group, Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.hf.names import cache_argument
 
 _FIRST_SPAN = 128
 
@@ -68,7 +69,9 @@ def logits_of(model: Any, ids: torch.Tensor, settings: EvaluationSettings, new_c
     logits = []
     for start in range(0, ids.shape[1], size):
         chunk = slice(start, start + size)
-        logits.append(model(ids[:, chunk], position_ids=positions[:, chunk], past_key_values=cache, use_cache=True).logits[0])
+        logits.append(
+            model(ids[:, chunk], position_ids=positions[:, chunk], **cache_argument(model, cache), use_cache=True).logits[0]
+        )
     return torch.cat(logits), cache
 
 

@@ -11,6 +11,7 @@ import torch
 from pqkv_cli.errors import DataError
 from pqkv_cli.fitting.refine_codec import Mode, WatchedCodec
 from pqkv_cli.fitting.refine_sums import CodecSums, Weighting, moved
+from pqkv_cli.hf.names import cache_argument
 from pqkv_kernels.tables import CodecTables
 
 _LN2 = 0.6931471805599453
@@ -142,7 +143,7 @@ class RefineWork:
         ids = window[None].to(self.model.device)
         with _in_mode(self.codecs, mode):
             cache = self.simulation.new_cache()
-            logits: torch.Tensor = self.model(ids, past_key_values=cache, use_cache=True).logits[0].float()
+            logits: torch.Tensor = self.model(ids, **cache_argument(self.model, cache), use_cache=True).logits[0].float()
         if not bool(torch.isfinite(logits.detach()).all()):
             raise DataError("the model gives logits that are not finite; expected numbers: try --dtype float32")
         return logits

@@ -11,6 +11,7 @@ from transformers import TextStreamer
 
 from pqkv_cli.cache.cache import CacheBytes
 from pqkv_cli.errors import DataError, UsageError
+from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.step_graph import GraphChoice, GraphRequest, choose_graph, step_graph
@@ -83,7 +84,7 @@ def generate(
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **cache_argument(model, cache),
             max_new_tokens=settings.max_new_tokens,
             pad_token_id=padding,
             streamer=None if on_text is None else _CallbackStreamer(tokenizer, on_text),

@@ -3,7 +3,6 @@
 ``Cache.update`` is given neither. The hook sits on the base model, where all callers' arguments arrive by name.
 """
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pqkv_cli.cache.cache import TimedCache
 from pqkv_cli.errors import CacheError
+from pqkv_cli.hf.names import forward_arguments, given_cache
 from pqkv_cli.models.geometry import text_config
 
 
@@ -25,8 +25,8 @@ def install_step_hook(model: Any) -> RemovableHandle:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _begin_step(max_positions: int | None, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    cache = arguments.get("past_key_values")
+    arguments = forward_arguments(module, args, kwargs)
+    cache = given_cache(arguments)
     if not isinstance(cache, TimedCache) or cache.stands:
         return
     cache.check_owner(module)

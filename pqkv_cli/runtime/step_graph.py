@@ -15,13 +15,14 @@ import torch
 from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.cache.static_step import StaticStep, has_room
 from pqkv_cli.errors import CacheError
+from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_argument, given_cache
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.attention import angles_of_pages
 from pqkv_cli.runtime.hooks import step_positions
 from pqkv_kernels.angles import PageAngles
 
 GraphRequest = Literal["auto", "on", "off"]
-_INPUTS = ("input_ids", "position_ids", "attention_mask", "past_key_values")
+_INPUTS = ("input_ids", "position_ids", "attention_mask", *CACHE_KEYWORDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class StepGraph:
     def _is_known(self, inputs: dict[str, Any], options: dict[str, Any]) -> bool:
         """Return whether this is a step of one token per row over the cache, without gradients or tensors of its own."""
         tokens = inputs.get("input_ids")
-        if inputs.get("past_key_values") is not self._cache or not isinstance(tokens, torch.Tensor) or tokens.shape[1] != 1:
+        if given_cache(inputs) is not self._cache or not isinstance(tokens, torch.Tensor) or tokens.shape[1] != 1:
             return False
         return not torch.is_grad_enabled() and not any(isinstance(value, torch.Tensor) for value in options.values())
 
@@ -153,9 +154,10 @@ class StepGraph:
         self._static = StaticStep(self._cache)
         self._tokens, self._positions, self._options = tokens.clone(), positions.contiguous().clone(), options
         self._held_angles = self._angles
+        held = cache_argument(self._forward, self._cache)
 
         def run() -> Any:
-            return self._forward(input_ids=self._tokens, position_ids=self._positions, past_key_values=self._cache, **options)
+            return self._forward(input_ids=self._tokens, position_ids=self._positions, **held, **options)
 
         with self._static.on(self._cache):
             self._captured = self._capture(run)

@@ -13,6 +13,7 @@ ROWS = (
     ("pqkv_cli", "errors"),
     ("specs", "rates", "recipe_faults", "strict_yaml", "files", "gates"),
     ("recipe", "pqkv_kernels"),
+    ("hf",),
     ("quantizers", "models"),
     ("calibration", "artifact", "cache"),
     ("fitting", "runtime"),
