@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
-
 from pqkv_cli.cache.cache import QuantizedCache, TimedCache
 from pqkv_cli.cache.drift import DriftMeter, DriftVoice, Errors
 from pqkv_cli.cache.encoder import EncoderQueue
@@ -12,6 +10,7 @@ from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.cache.simulated import SimulatedLayer
 from pqkv_cli.cache.timeline import AngleSource, Timeline
 from pqkv_cli.errors import CacheError
+from pqkv_cli.hf.cache_layers import CacheLayerMixin, grows, own_layers
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import CacheSpec, Side
 from pqkv_kernels.tables import CodecTables
@@ -69,18 +68,16 @@ def simulated_cache(config: Any, codecs: Sequence[dict[Side, VectorCodec] | None
 
 
 def _layers(config: Any, num_layers: int, make: Callable[[int], CacheLayerMixin | None]) -> list[CacheLayerMixin]:
-    # The layers that transformers itself would make, whatever they are called in its present version.
-    layers: list[Any] = list(DynamicCache(config=config).layers)
+    layers = own_layers(config)
     if len(layers) > num_layers:
         raise CacheError(f"transformers makes {len(layers)} cache layers for this model; the artifact describes {num_layers}")
     for index in range(num_layers):
         layer = make(index)
         if layer is None:
             continue
-        # Where the last layers read earlier caches, older versions of transformers make no cache layers for them.
         if index >= len(layers):
             raise CacheError(f"transformers makes {len(layers)} cache layers for this model; layer {index} is quantized")
-        if type(layers[index]) is not DynamicLayer:
+        if not grows(layers[index]):
             raise CacheError(
                 f"layer {index} is quantized in the artifact but is a {type(layers[index]).__name__} in this model; "
                 "expected a full-attention layer: fit and export again for this model"

@@ -3,14 +3,14 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.cache.timeline import Timeline
 from pqkv_cli.errors import CacheError
+from pqkv_cli.hf.cache_layers import CacheLayerMixin, forget, tensor_bytes
+from pqkv_cli.hf.steps import SteppedCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,8 @@ class CacheBytes:
         return self.codes + self.exact + self.dense + self.positions
 
 
-class TimedCache(Cache):
+class TimedCache(SteppedCache):
     """A cache that is told positions and padding of every step before its layers are updated."""
-
-    stands = False  # while a step is captured, which was begun already and changes nothing that the host knows
 
     def __init__(self, layers: list[CacheLayerMixin], timeline: Timeline) -> None:
         super().__init__(layers=[*layers])
@@ -60,13 +58,14 @@ class TimedCache(Cache):
         """Take the facts of the step to come: positions [B, T] of its tokens and first real slots [B] of the rows."""
         self.timeline.begin(self.get_seq_length(), positions, row_start)
 
+    def warn_once(self, key: str, text: str) -> None:
+        """Warn with `text` unless something was said under `key` before."""
+        self.timeline.notices.once(key, text)
+
     def reset(self) -> None:
         """Drop all tokens."""
         for layer in self.layers:
-            # Older versions of transformers set the tokens of these to zero and keep them.
-            if isinstance(layer, DynamicLayer):
-                layer.keys = layer.values = None
-                layer.is_initialized = False
+            forget(layer)
         super().reset()  # type: ignore[no-untyped-call]
         self.timeline.reset()
 
@@ -125,14 +124,3 @@ class QuantizedCache(TimedCache):
             dense=sum(tensor_bytes(layer) for layer in dense),
             positions=self.timeline.num_bytes,
         )
-
-
-def tensor_bytes(layer: Any) -> int:
-    """Return the bytes of all tensors that one of transformers' own cache layers holds: keys and values, or states."""
-    return sum(t.numel() * t.element_size() for value in vars(layer).values() for t in _tensors(value))
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []

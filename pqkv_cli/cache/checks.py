@@ -51,3 +51,18 @@ def check_crop(tokens_to_remove: int, num_held: int) -> int:
     if tokens_to_remove > 0 or num_held + tokens_to_remove < 0:
         raise CacheError(f"crop({tokens_to_remove}) on {num_held} tokens; expected minus the number of tokens to remove")
     return int(num_held + tokens_to_remove)  # older versions of transformers count in tensors
+
+
+def check_gradients(keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Refuse states that autograd follows: it would lose them here, and gradients would be zero without a word.
+
+    Raises
+    ------
+    CacheError
+        If it does.
+    """
+    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+        raise CacheError(
+            "gradients are asked for through a quantized cache, and none pass through codes; expected a call under "
+            "torch.no_grad(): to differentiate through quantized keys and values use simulate_artifact()"
+        )

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
-from pqkv_cli.cache.checks import check_crop, check_states
+from pqkv_cli.cache.checks import check_crop, check_gradients, check_states
 from pqkv_cli.cache.drift import LayerDrift
 from pqkv_cli.cache.encoder import EncoderQueue
 from pqkv_cli.cache.handle import LazyStates, StepView
@@ -19,6 +18,7 @@ from pqkv_cli.cache.sinks import sinks_among, with_sinks
 from pqkv_cli.cache.static_step import StaticStep
 from pqkv_cli.cache.timeline import AngleSource, Timeline
 from pqkv_cli.cache.window import coded_then_exact, with_room
+from pqkv_cli.hf.cache_layers import CacheLayerMixin
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.codec import decode
 from pqkv_kernels.dispatch import Backend, prepare_tables
@@ -95,8 +95,9 @@ class QuantizedLayer(CacheLayerMixin):
         Raises
         ------
         CacheError
-            If shape, dtype or device differ from the cache's, or the step's positions are unknown.
+            If shape, dtype or device differ from the cache's, the step's positions are unknown, or gradients are asked for.
         """
+        check_gradients(key_states, value_states)
         states: dict[Side, torch.Tensor] = {"keys": key_states.detach(), "values": value_states.detach()}
         if self.static is not None:
             return self.static.update(self, states)

@@ -7,7 +7,7 @@ measures quality, not memory: what it holds is dense.
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicLayer
 
 from pqkv_cli.cache.timeline import AngleSource, Timeline
 from pqkv_cli.quantizers.codec import VectorCodec

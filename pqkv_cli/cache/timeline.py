@@ -1,6 +1,7 @@
 """Where every cached token of a cache stands: row starts and positions, shared by all layers. Knows no keys or values."""
 
 from collections.abc import Callable
+from weakref import ref
 
 import torch
 
@@ -8,6 +9,7 @@ from pqkv_cli.cache.notices import Notices
 from pqkv_cli.cache.page_bases import PageBases
 from pqkv_cli.cache.schedule import coded_stops
 from pqkv_cli.errors import CacheError
+from pqkv_cli.hf.steps import require
 from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.layout import PAGE_TOKENS
 
@@ -34,12 +36,15 @@ class Timeline:
         Number of steps begun; a handle of an earlier step is stale.
     notices
         What the cache has warned of.
+    checked_mask
+        The attention mask of the present step that was found to be causal.
     """
 
     def __init__(self, window_tokens: int = 0) -> None:
         self._window_tokens = window_tokens
         self.step = 0
         self.notices = Notices()
+        self.checked_mask: ref[torch.Tensor] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -79,7 +84,8 @@ class Timeline:
         Raises
         ------
         CacheError
-            If the batch size differs from the cache's, or slots were added without a step.
+            If the batch size differs from the cache's, slots were added without a step, or the tokens stand where the cache
+            has some already.
         """
         if num_past > self.num_slots:
             raise CacheError(
@@ -87,6 +93,7 @@ class Timeline:
                 "it was filled without `attach`: make a new cache with Attached.new_cache()"
             )
         self.step += 1
+        self.checked_mask = None
         self._angles.clear()
         if num_past < self.num_slots:
             self._forget_angles()
@@ -104,8 +111,20 @@ class Timeline:
             self.positions = torch.cat((self.positions[:, :num_past], new), dim=1)
         if row_start is not None:
             self.row_start = row_start
+        self._check_order(num_past)
         self.settle(num_past)
         self._bases.extend(self.positions, self.starts())
+
+    def _check_order(self, num_past: int) -> None:
+        """Refuse a step that begins at a position which the cache holds: its text would stand there twice."""
+        if num_past and self.positions is not None:
+            held = num_past - self.starts()
+            require(
+                self.positions[:, num_past] >= held,
+                f"the step begins at a position that the cache of {num_past} tokens holds already; expected the tokens behind "
+                "them: give generate() the whole text with use_cache=True, of which it reads what is new; before another text "
+                "call cache.reset()",
+            )
 
     def settle(self, num_slots: int) -> None:
         """Count as codes what the rows do not read exact with `num_slots` in the cache."""

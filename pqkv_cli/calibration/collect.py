@@ -22,15 +22,16 @@ from pqkv_cli.calibration.formats import read_json, write_json, write_tensors
 from pqkv_cli.calibration.observer import BatchObserver, LayerBatch
 from pqkv_cli.calibration.parts import MOMENT_FIELDS, Moments, Parts, check_same, present
 from pqkv_cli.calibration.ranks import Ranks, current_ranks
+from pqkv_cli.calibration.rotation_check import check_rotation
 from pqkv_cli.calibration.sampling import draw_queries, draw_sample
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.store import SCHEMA, WINDOWS_FILE, layer_file
 from pqkv_cli.errors import DataError, RunError
+from pqkv_cli.hf.modules import attention_modules, output_weight
+from pqkv_cli.hf.taps import tap
 from pqkv_cli.models.frozen import frozen
 from pqkv_cli.models.geometry import check_quantizable, geometry
 from pqkv_cli.models.identity import model_identity
-from pqkv_cli.models.modules import attention_modules, output_weight
-from pqkv_cli.models.taps import tap
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
 from pqkv_kernels.layout import RotaryLayout
 
@@ -52,7 +53,7 @@ def collect(model: Any, windows: torch.Tensor, directory: Path, settings: Collec
     DataError
         If activations are not finite or do not fit fp16, or the windows do not fit the settings or the model.
     UnsupportedModelError
-        If the model's cache cannot be quantized or observed.
+        If the model's cache cannot be quantized or observed, or its keys do not end with their rotation.
     """
     shape = geometry(model.config)
     check_quantizable(shape)
@@ -65,6 +66,7 @@ def collect(model: Any, windows: torch.Tensor, directory: Path, settings: Collec
         parts.remove()  # A kill may have come between the manifest and the clean-up.
         on_progress(len(share), len(share))
         return
+    check_rotation(model, shape, windows[0])
     _prepare(directory)
     sample = draw_sample(settings.num_windows, settings.seq_len, settings.reservoir_size, settings.seed)
     run = _Run(model, windows, directory, settings, shape, sample, parts, ranks, share)

@@ -15,7 +15,7 @@ import torch
 
 from pqkv_cli.calibration.observer import given_angles
 from pqkv_cli.errors import DataError, UnsupportedModelError
-from pqkv_cli.models.taps import AttentionStep
+from pqkv_cli.hf.taps import AttentionStep
 from pqkv_cli.quantizers.maps import metric_matrix
 from pqkv_cli.specs import ModelGeometry
 from pqkv_kernels.layout import RotaryLayout

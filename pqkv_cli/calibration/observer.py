@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from pqkv_cli.errors import DataError, UnsupportedModelError
-from pqkv_cli.models.taps import AttentionStep
+from pqkv_cli.hf.taps import AttentionStep
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
 from pqkv_kernels.layout import RotaryLayout
 from pqkv_kernels.rope import unit_angles, unrotate

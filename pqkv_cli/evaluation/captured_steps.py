@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from pqkv_cli.errors import CacheError
-from pqkv_cli.evaluation.decode_step import attention, filled, plain_step
+from pqkv_cli.evaluation.decode_step import filled, plain_step
+from pqkv_cli.hf.attention import attending
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.step_graph import Capture, capture_cuda, choose_graph, step_graph
@@ -76,7 +77,7 @@ def captured_static(model: Any, cache: Any, tokens: torch.Tensor, context: int, 
         If it cannot be captured.
     """
     where = torch.full_like(tokens, context)
-    with attention(model, "sdpa"):
+    with attending(model, "sdpa"):
         captured = capture(partial(model, input_ids=tokens, position_ids=where, **cache_argument(model, cache), use_cache=True))
 
     def step(position: int) -> Any:

@@ -12,11 +12,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, StaticCache
-from transformers.cache_utils import QuantizedCache as TransformersQuantizedCache
+from transformers import DynamicCache, StaticCache
+from transformers import QuantizedCache as TransformersQuantizedCache
 
 from pqkv_cli.evaluation.captured_steps import CAPTURED, OURS, ROOM, STATIC, Step, captured_steps
 from pqkv_cli.evaluation.decode_step import cache_bytes, filled, plain_step, wall_ms
+from pqkv_cli.hf.attention import attention_of
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.step_graph import Capture
 from pqkv_kernels.bench import Quantiles, quantiles
@@ -61,7 +62,7 @@ def time_tokens(attached: Attached, context: int, repeats: int, capture: Capture
     caches = {name: filled(model, make(), context) for name, make in makers.items()}
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
     steps: dict[str, Step] = {name: partial(plain_step, model, token, cache) for name, cache in caches.items()}
-    ours = model.config._attn_implementation
+    ours = attention_of(model)
     with ExitStack() as stack:
         replayed, obstacles = captured_steps(attached, makers, token, context, capture, stack)
         steps, missing = steps | replayed, missing | obstacles

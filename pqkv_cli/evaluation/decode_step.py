@@ -1,13 +1,13 @@
 """One decode step over a cache filled at random: filling, running, weighing, the clock. Compares nothing."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from pqkv_cli.cache.cache import QuantizedCache, tensor_bytes
+from pqkv_cli.cache.cache import QuantizedCache
+from pqkv_cli.hf.cache_layers import tensor_bytes
 from pqkv_cli.hf.names import cache_argument
 
 
@@ -39,17 +39,6 @@ def plain_step(model: Any, tokens: torch.Tensor, cache: Any, position: int) -> A
     """Decode `tokens` [B, 1], all at `position`, and return the model's answer."""
     where = torch.full_like(tokens, position)
     return model(input_ids=tokens, position_ids=where, **cache_argument(model, cache), use_cache=True)
-
-
-@contextmanager
-def attention(model: Any, implementation: str) -> Iterator[None]:
-    """Let `model` attend as `implementation` says while the context lasts."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def wall_ms(run: Callable[[], Any], device: torch.device) -> float:

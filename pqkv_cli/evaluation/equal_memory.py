@@ -9,14 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import StaticCache
+from transformers import StaticCache
 
 from pqkv_cli.cache.pages import SLAB_PAGES
 from pqkv_cli.cache.schedule import most_exact, num_pages
 from pqkv_cli.errors import CacheError
 from pqkv_cli.evaluation.captured_steps import ROOM, Step, captured_static
-from pqkv_cli.evaluation.decode_step import attention, cache_bytes, filled, plain_step, wall_ms
+from pqkv_cli.evaluation.decode_step import cache_bytes, filled, plain_step, wall_ms
 from pqkv_cli.evaluation.shapes import ModelShape
+from pqkv_cli.hf.attention import attending
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.step_graph import Capture, step_graph
 from pqkv_cli.specs import CacheSpec
@@ -72,7 +73,7 @@ def codes_row_bytes(
 @torch.no_grad()
 def static_throughput(model: Any, batch: int, context: int, repeats: int, capture: Capture | None) -> Throughput:
     """Time `batch` rows over transformers' StaticCache with torch's own attention; captured, if `capture` can."""
-    with attention(model, "sdpa"):
+    with attending(model, "sdpa"):
         cache = StaticCache(config=model.config, max_cache_len=context + repeats + ROOM)
         tokens = _fill(model, cache, batch, context)
         step: Step = partial(plain_step, model, tokens, cache)

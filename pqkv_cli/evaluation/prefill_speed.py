@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers import DynamicCache
 
 from pqkv_cli.evaluation.decode_step import wall_ms
+from pqkv_cli.hf.attention import attention_of
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.runtime.attach import Attached
 from pqkv_kernels.angles import Angles
@@ -40,7 +41,7 @@ class PrefillTimes:
 @torch.no_grad()
 def time_prefill(attached: Attached, keys: CodecTables, values: CodecTables, num_tokens: int, repeats: int) -> PrefillTimes:
     """Read `num_tokens` in turns over both caches; `keys` and `values` are the tables of all layers."""
-    model, ours = attached.model, attached.model.config._attn_implementation
+    model, ours = attached.model, attention_of(attached.model)
     device, num_layers = torch.device(model.device), model.config.get_text_config().num_hidden_layers
     ids = torch.ones(1, num_tokens, dtype=torch.int64, device=device)
     states, angles = _states(keys, num_tokens, device, model.dtype)

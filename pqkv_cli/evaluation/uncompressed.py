@@ -7,7 +7,9 @@ compare our milliseconds per token with it.
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache, DynamicLayer
+
+from pqkv_cli.hf.cache_layers import grows
 
 _ROOM = 256  # tokens for which there is room behind those held; more are copied at once when it is full
 
@@ -15,8 +17,7 @@ _ROOM = 256  # tokens for which there is room behind those held; more are copied
 def uncompressed_cache(config: Any) -> DynamicCache:
     """Return the cache that `generate` makes for a model of `config`, whose full-attention layers append in place."""
     cache = DynamicCache(config=config)
-    layers: list[Any] = cache.layers
-    cache.layers = [InPlaceLayer() if type(layer) is DynamicLayer else layer for layer in layers]  # type: ignore[no-untyped-call]
+    cache.layers = [InPlaceLayer() if grows(layer) else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
     return cache
 
 

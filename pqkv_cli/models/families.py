@@ -57,6 +57,8 @@ _NO_ROPE_LIST = FamilyFacts(nope="no_rope_layers")
 _HYBRID_NOPE = FamilyFacts(nope="full_attention_of_hybrid")
 # Their modules hand out (c0, c0, c1, c1, ...) where all others repeat the whole half.
 _REPEATED = "its rotary module repeats each angle in place"
+_NORMED_AFTER = "it normalizes keys after their rotation, with a factor per channel"
+_BACKWARDS = "it rotates pairs the other way round"
 _COMPLEX = "its rotary embedding is a complex tensor"
 _STATE_SPACE = FamilyFacts(unsupported="it keeps a recurrent state instead of attention keys and values")
 _LATENT = FamilyFacts(unsupported=LATENT_REASON)
@@ -88,6 +90,9 @@ FAMILIES: Mapping[str, FamilyFacts] = {
     "smollm3": _NO_ROPE_LIST,
     "exaone4": _HYBRID_NOPE,
     "exaone_moe": _HYBRID_NOPE,
+    "hunyuan_v1_dense": FamilyFacts(unrotatable=_NORMED_AFTER),
+    "hunyuan_v1_moe": FamilyFacts(unrotatable=_NORMED_AFTER),
+    "nanochat": FamilyFacts(unrotatable=_BACKWARDS),
     "llama4_text": FamilyFacts(unrotatable=_COMPLEX, nope="no_rope_layers"),
     "doge": FamilyFacts(decoded="it computes its attention mask from all cached values"),
     "diffllama": FamilyFacts(unsupported="its layers attend twice with halves of the values, which is not handled"),

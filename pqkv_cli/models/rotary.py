@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pqkv_cli.errors import UnsupportedModelError
+from pqkv_cli.hf.modules import attention_modules
 from pqkv_cli.models.geometry import geometry, layer_types, text_config
-from pqkv_cli.models.modules import attention_modules
 from pqkv_kernels.rope import unit_angles
 
 Angles = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -17,13 +17,16 @@ from pqkv_cli.cache.cache import QuantizedCache, TimedCache
 from pqkv_cli.cache.drift import DriftVoice, Errors
 from pqkv_cli.cache.timeline import AngleSource
 from pqkv_cli.errors import CacheError, UnsupportedModelError, UsageError
+from pqkv_cli.hf.attention import attention_of
+from pqkv_cli.hf.steps import install_step_hook
+from pqkv_cli.hf.wrappers import inner_model
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.rotary import rotary_angles, rotary_key
 from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
 from pqkv_cli.runtime.attention import ATTENTION_NAME, register_attention
 from pqkv_cli.runtime.backend import backend_for
-from pqkv_cli.runtime.hooks import install_step_hook
+from pqkv_cli.runtime.check_step import check_step
 from pqkv_cli.runtime.self_test import self_test
 from pqkv_cli.runtime.tuned import use_tuned
 from pqkv_cli.specs import SIDES, CacheSpec, Side
@@ -39,7 +42,7 @@ class Attached:
     Attributes
     ----------
     model
-        The model that was given to `attach`.
+        The transformers model: the one that was given to `attach`, or the one inside the wrapper that was given.
     spec
         How many first and recent tokens of each row its caches keep exact.
     backend
@@ -58,20 +61,22 @@ class Attached:
         self.backend = backend_for(backend, torch.device(model.device), tables)
         self._tables, self._errors, self._voice = tables, errors, DriftVoice()
         self._angles = _angle_sources(model, [None if t is None else t["keys"].rotary is not None for t in tables])
-        self._previous = model.config._attn_implementation
+        self._previous = attention_of(model)
         self._is_attached = True
         register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
-        if model.config._attn_implementation != ATTENTION_NAME:
+        if attention_of(model) != ATTENTION_NAME:
             raise UnsupportedModelError(
-                f"{type(model).__name__} keeps its own attention ({model.config._attn_implementation}) and cannot attend over "
+                f"{type(model).__name__} keeps its own attention ({attention_of(model)}) and cannot attend over "
                 "codes; expected a model that dispatches through transformers' attention interface"
             )
         self._hook = install_step_hook(model)
         _attached.add(model)
 
     def new_cache(self, *, offload: bool = False) -> QuantizedCache:
-        """Return an empty quantized cache for ``model(...)`` or ``model.generate(..., past_key_values=cache)``.
+        """Return an empty quantized cache for ``model(...)`` or ``model.generate(..., cache=cache)``.
+
+        The model takes it under the name ``past_key_values`` as well, whatever its version of transformers calls it.
 
         It holds one batch of texts: `QuantizedCache.reset` empties it for the next, another call of `generate` goes on with it.
         `QuantizedCache.num_bytes` says what it weighs.
@@ -156,7 +161,7 @@ def attach(
     Parameters
     ----------
     model
-        A transformers causal language model.
+        A transformers causal language model, or what wraps one: an adapter of peft, torch.compile, DistributedDataParallel.
     artifact
         As `pqkv_cli.runtime.load` returns it.
     cache
@@ -177,9 +182,10 @@ def attach(
         If the model is attached already, the backend cannot run here, or this machine computes wrong answers (see
         `Attached.self_test`).
     UnsupportedModelError
-        If the model cannot use the attention function.
+        If the model cannot use the attention function, or a step of one token over an empty cache does not work.
     """
-    _require_kinds(model, artifact)
+    _require_artifact(artifact)
+    model = inner_model(model)
     if model in _attached:
         raise CacheError("the model is attached already; call detach() on what the first attach returned")
     _require_match(model, artifact, force)
@@ -188,7 +194,8 @@ def attach(
     attached = Attached(model, artifact.tables, spec, calibration_errors(artifact.header), backend)
     try:
         attached.self_test()
-    except CacheError:
+        check_step(attached)
+    except BaseException:
         attached.detach()
         raise
     return attached
@@ -196,7 +203,7 @@ def attach(
 
 def simulate(model: Any, codecs: Sequence[dict[Side, VectorCodec] | None]) -> Simulation:
     """Prepare `model` for caches of mode `all` with one pair of codecs per layer (None: the layer stays dense)."""
-    return Simulation(model, codecs)
+    return Simulation(inner_model(model), codecs)
 
 
 def simulate_artifact(model: Any, artifact: Artifact, *, force: bool = False) -> Simulation:
@@ -207,7 +214,7 @@ def simulate_artifact(model: Any, artifact: Artifact, *, force: bool = False) ->
     ArtifactError
         If the artifact is of another model.
     """
-    _require_match(model, artifact, force)
+    _require_match(inner_model(model), artifact, force)
     return simulate(model, artifact_codecs(artifact))
 
 
@@ -216,14 +223,9 @@ def artifact_codecs(artifact: Artifact) -> list[dict[Side, VectorCodec] | None]:
     return [None if t is None else {side: ProductCodec(t[side]) for side in SIDES} for t in artifact.tables]
 
 
-def _require_kinds(model: Any, artifact: Any) -> None:
+def _require_artifact(artifact: Any) -> None:
     if not isinstance(artifact, Artifact):
         raise UsageError(f"the artifact is a {type(artifact).__name__}; expected what pqkv_cli.runtime.load(path) returns")
-    if not all(hasattr(model, name) for name in ("config", "base_model", "set_attn_implementation")):
-        raise UsageError(
-            f"the model is a {type(model).__name__}; expected a causal language model of transformers, as "
-            "AutoModelForCausalLM.from_pretrained returns it: of a pipeline give pipeline.model"
-        )
 
 
 def _require_match(model: Any, artifact: Artifact, force: bool) -> None:

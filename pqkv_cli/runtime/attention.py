@@ -1,14 +1,17 @@
 """The attention function `pqkv`: attends to codes, sinks and window without rebuilding the cache."""
 
 from typing import Any
+from weakref import ref
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from pqkv_cli.cache.handle import LazyStates, StepView
 from pqkv_cli.cache.layer import QuantizedLayer
-from pqkv_cli.runtime.dense_attention import dense_attention, sink_share
+from pqkv_cli.errors import CacheError, UnsupportedModelError
+from pqkv_cli.hf.attention import register
+from pqkv_cli.hf.attention_arguments import read_arguments
+from pqkv_cli.hf.dense_attention import dense_attention, sink_share
+from pqkv_cli.hf.steps import require
 from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.attention import Part
 from pqkv_kernels.dispatch import attend_codes, attend_exact
@@ -22,19 +25,7 @@ def register_attention() -> None:
 
     Layers without codes and steps without coded tokens are left to transformers' own attention.
     """
-    AttentionInterface.register(ATTENTION_NAME, pqkv_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, pqkv_mask)
-
-
-def pqkv_mask(*, q_length: int, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
-    """Return the mask of sdpa; None only where one query sees all keys, or as many queries as keys are causal.
-
-    sdpa also leaves it out for the first tokens of a longer, static cache. But Gemma 4 drops queries after its mask is made, so
-    that fewer queries than keys without a mask must mean the last ones.
-    """
-    skip = kwargs.pop("allow_is_causal_skip", True) and q_length in (1, kv_length)
-    mask: torch.Tensor | None = sdpa_mask(q_length=q_length, kv_length=kv_length, allow_is_causal_skip=skip, **kwargs)
-    return mask
+    register(ATTENTION_NAME, pqkv_attention)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -58,24 +49,63 @@ def pqkv_attention(
     Raises
     ------
     CacheError
-        If a handle is stale.
+        If a handle is stale, or weights are to be dropped at random.
+    UnsupportedModelError
+        If the model asks for attention of another kind: by a keyword that is not known, or by a mask that is not causal.
     """
+    arguments = read_arguments(module, query, scaling, kwargs)
     if not isinstance(key, LazyStates):
-        return dense_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs), None
+        return dense_attention(module, query, key, value, attention_mask, arguments, dropout), None
     view = key.step_view
     view.check_fresh()
     if not view.num_coded:
         keys, values = view.exact["keys"], view.exact["values"]
-        return dense_attention(module, query, keys, values, attention_mask, scaling, dropout, **kwargs), None
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return dense_attention(module, query, keys, values, attention_mask, arguments, dropout), None
+    if dropout:
+        raise CacheError(
+            f"attention weights are to be dropped with probability {dropout:g}; over codes none are: call model.eval() first"
+        )
     row_start = view.layer.timeline.starts()
+    _check_visible(view, attention_mask, arguments.is_causal, query.shape[2])
     # Every query sees all codes, so a page is decoded once for the whole chunk; what is exact is causal.
-    coded = _coded_part(query, view, row_start, scale, softcap)
-    output, lse = attend_exact(view.layer.backend, coded, query, view.exact_tokens(row_start), scale, softcap)
-    if sinks is not None:
-        output = output * sink_share(lse, sinks)[..., None]
-    return output.transpose(1, 2).to(query.dtype), None
+    coded = _coded_part(query, view, row_start, arguments.scaling, arguments.softcap)
+    output, lse = attend_exact(
+        view.layer.backend, coded, query, view.exact_tokens(row_start), arguments.scaling, arguments.softcap
+    )
+    if arguments.sinks is not None:
+        output = output * sink_share(lse, arguments.sinks)[..., None]
+    # Some models take views of what attention returns, which only a contiguous tensor has.
+    return output.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+def _check_visible(view: StepView, mask: torch.Tensor | None, is_causal: bool, num_queries: int) -> None:
+    """Refuse a mask under which queries see other slots than the real ones up to their own, once per step and mask.
+
+    Attention over codes reads no mask: padding is known from the step, and the rest is causal.
+    """
+    message = (
+        "the model's attention mask is not causal: tokens see later ones, or not all earlier ones; expected a causal mask with "
+        "padding on the left, as attention over codes assumes: use this model, or this input, without pqkv"
+    )
+    if mask is None:
+        if num_queries > 1 and not is_causal:
+            raise UnsupportedModelError(message)
+        return
+    timeline = view.layer.timeline
+    if timeline.checked_mask is not None and timeline.checked_mask() is mask:
+        return
+    require(_is_causal(mask, timeline.starts(), view.num_slots), message, UnsupportedModelError)
+    timeline.checked_mask = ref(mask)
+
+
+def _is_causal(mask: torch.Tensor, starts: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """Return where a mask [B or 1, 1 or H, Tq, T] is the causal one of rows that start at `starts` [B]; padding may see all."""
+    slots = torch.arange(num_slots, device=mask.device)
+    queries = slots[num_slots - mask.shape[2] :]
+    first = starts.to(mask.device)[:, None, None, None]
+    expected = (slots <= queries[:, None]) & (slots >= first)
+    visible = mask[..., :num_slots] if mask.dtype == torch.bool else mask[..., :num_slots] > torch.finfo(mask.dtype).min / 2
+    return (visible == expected) | (queries[:, None] < first)
 
 
 def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None) -> Part:

@@ -16,9 +16,9 @@ from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.cache.static_step import StaticStep, has_room
 from pqkv_cli.errors import CacheError
 from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_argument, given_cache
+from pqkv_cli.hf.steps import step_positions
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.attention import angles_of_pages
-from pqkv_cli.runtime.hooks import step_positions
 from pqkv_kernels.angles import PageAngles
 
 GraphRequest = Literal["auto", "on", "off"]

@@ -7,8 +7,8 @@ from tests_support import key_tables, value_tables
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pqkv_cli.cache.build import quantized_cache
+from pqkv_cli.hf.steps import install_step_hook
 from pqkv_cli.runtime.attention import register_attention
-from pqkv_cli.runtime.hooks import install_step_hook
 
 sys.path.insert(0, str(Path(__file__).parent))
 

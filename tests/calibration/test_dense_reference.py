@@ -11,9 +11,9 @@ from pqkv_cli.calibration.collect import collect
 from pqkv_cli.calibration.sampling import draw_queries, draw_sample
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.store import CalibrationStore, LayerSamples
+from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.rotary import rotary_angles
-from pqkv_cli.models.taps import AttentionStep, tap
 from pqkv_kernels.rope import unrotate
 
 

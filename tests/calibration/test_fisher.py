@@ -16,10 +16,10 @@ from pqkv_cli.calibration.fisher import GradientObserver, fisher_directions, fis
 from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.store import CalibrationStore, LayerSamples
 from pqkv_cli.errors import DataError, UnsupportedModelError, UsageError
+from pqkv_cli.hf.taps import tap
 from pqkv_cli.models.frozen import frozen
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.outliers import injected, outlier_gauges
-from pqkv_cli.models.taps import tap
 
 PLAIN = ("keys", "values", "positions", "attention_mass", "query_moment", "pair_moment", "output_gram")
 FISHER = ("key_fisher", "value_fisher", "key_weight", "value_weight")

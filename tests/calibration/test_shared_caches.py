@@ -6,9 +6,9 @@ from tiny_chain import tokens
 
 from pqkv_cli.calibration.collect import output_gram
 from pqkv_cli.calibration.observer import BatchObserver
+from pqkv_cli.hf.modules import attention_modules
+from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.models.modules import attention_modules
-from pqkv_cli.models.taps import AttentionStep, tap
 from pqkv_cli.specs import ModelGeometry
 
 

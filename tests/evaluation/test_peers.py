@@ -15,9 +15,9 @@ from pqkv_cli.evaluation.peers_fit import fit_rival
 from pqkv_cli.evaluation.peers_record import peer_records
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.rotary import rotary_angles
-from pqkv_cli.models.taps import AttentionStep, tap
 from pqkv_cli.quantizers.rivals.registry import parse_rivals
 
 SETTINGS = EvaluationSettings("all", context=96, limit=3)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pqkv_cli.errors import UnsupportedModelError, UsageError
+from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.gauge import layer_gauge
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.outliers import inject, injected, outlier_gauges
-from pqkv_cli.models.taps import AttentionStep, tap
 from pqkv_cli.specs import LayerGeometry
 from pqkv_kernels.layout import RotaryLayout
 

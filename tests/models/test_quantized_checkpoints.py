@@ -11,8 +11,8 @@ from tiny_chain import fit_artifact, tiny_llama, tokens
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from pqkv_cli.errors import ArtifactError
+from pqkv_cli.hf.modules import attention_modules, output_weight
 from pqkv_cli.models.identity import model_identity
-from pqkv_cli.models.modules import attention_modules, output_weight
 from pqkv_cli.runtime import attach, load
 
 SIZES = dict(hidden_size=64, intermediate_size=64)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pqkv_cli.errors import UnsupportedModelError
+from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.rotary import rotary_angles
-from pqkv_cli.models.taps import AttentionStep, tap
 from pqkv_kernels.rope import rotate, unit_angles, unrotate
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}

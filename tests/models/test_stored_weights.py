@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pqkv_cli.hf.modules import attention_modules, output_weight, stored_tensors
 from pqkv_cli.models.identity import model_identity
-from pqkv_cli.models.modules import attention_modules, output_weight, stored_tensors
 
 
 class PackedLinear(nn.Module):

@@ -5,19 +5,16 @@ quanto, half-quadratic ones for HQQ). Its residual window of 128 tokens is left 
 ``pip install 'pqkv[quantized-cache]'``.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
 
 import torch
-from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 
 from pqkv_cli.errors import PqkvError
+from pqkv_cli.hf.quantized_layers import Backend, LayerQuantizer
 from pqkv_cli.quantizers.rivals.protocol import ExactTokens, Grouping, RivalCodec, Samples, unsupported
 from pqkv_cli.quantizers.rivals.stored import Payload
 from pqkv_cli.specs import KeySpace, Side
 
-Backend = Literal["quanto", "hqq"]
-_LAYERS: Mapping[Backend, Any] = {"quanto": QuantoQuantizedLayer, "hqq": HQQQuantizedLayer}
 GROUP_SIZE = 64
 
 
@@ -27,22 +24,19 @@ class LibraryCodec(RivalCodec):
     def __init__(self, backend: Backend, nbits: int) -> None:
         # Half precision: what the library would be given by a model in use; scales are stored in the dtype of the cache.
         super().__init__(Grouping("sequence"), ExactTokens(), None, nbits + 32 / GROUP_SIZE)
-        self._backend, self._layer = backend, _LAYERS[backend](nbits=nbits, q_group_size=GROUP_SIZE)
+        self._backend, self._quantizer = backend, LayerQuantizer(backend, nbits, GROUP_SIZE)
 
     def quantize(self, x: torch.Tensor) -> Payload:
         """Code the tokens of `x` [B, Hkv, T, D], together."""
         if x.numel() % GROUP_SIZE:
             raise unsupported(self._backend, f"{x.numel()} entries at once", f"a multiple of {GROUP_SIZE}; change --context")
-        half = x.half().contiguous()
-        self._layer.keys = half[..., :0, :]
-        held = self._layer._quantize(half, axis=0)
-        codes, scales = _tensors(self._backend, held)
+        held = self._quantizer.quantize(x.half().contiguous())
+        codes, scales = self._quantizer.tensors(held)
         return Payload(codes, 8 * codes.element_size(), scales, handle=held)
 
     def dequantize(self, payload: Payload, shape: tuple[int, int, int, int]) -> torch.Tensor:
         """Return the vectors."""
-        decoded: torch.Tensor = self._layer._dequantize(payload.handle)
-        return decoded.float().reshape(shape)
+        return self._quantizer.dequantize(payload.handle).float().reshape(shape)
 
 
 class LibraryCache:
@@ -70,11 +64,3 @@ class LibraryCache:
                 f"{self.name}: found no package for this backend of transformers' QuantizedCache; expected "
                 f"{'optimum-quanto' if self._backend == 'quanto' else 'hqq'}; run: pip install 'pqkv[quantized-cache]'"
             ) from error
-
-
-def _tensors(backend: Backend, held: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Return the packed codes, and scales and zero points, of what a backend made."""
-    if backend == "quanto":
-        return held._data._data, (held._scale, held._shift)
-    packed, meta = held
-    return packed, (meta["scale"], meta["zero"])

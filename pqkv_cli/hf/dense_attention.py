@@ -3,10 +3,10 @@
 transformers' sdpa serves the common case; it knows neither soft caps nor attention sinks, which are done here.
 """
 
-from typing import Any
-
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pqkv_cli.hf.attention_arguments import AttentionArguments
 
 _QUERY_BLOCK = 256  # queries scored at a time, so that logits stay small in a long prompt
 
@@ -17,27 +17,26 @@ def dense_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
+    arguments: AttentionArguments,
     dropout: float = 0.0,
-    **kwargs: Any,
 ) -> torch.Tensor:
     """Attend with `query` [B, H, Tq, D] to `key` and `value` [B, Hkv, T, D], as sdpa masks them; return [B, Tq, H, D].
 
-    Without a mask attention is causal, and the queries are those of the last tokens.
-    `softcap` (bound of the logits) and `s_aux` (one extra logit per query head [H]) may come in `kwargs`.
+    Without a mask the queries are those of the last tokens where attention is causal.
     """
-    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    scale, softcap, sinks = arguments.scaling, arguments.softcap, arguments.sinks
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if attention_mask is None and 1 < num_queries < num_keys:  # sdpa would take them for the first
+    if attention_mask is None and arguments.is_causal and 1 < num_queries < num_keys:  # sdpa would take them for the first
         slots = torch.arange(num_keys, device=query.device)
         attention_mask = (slots <= slots[num_keys - num_queries :, None])[None, None]
     if softcap is None and sinks is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        output: torch.Tensor = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scale, is_causal=arguments.is_causal
+        )[0]
         return output
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = _additive(attention_mask, query.shape[2], key.shape[2], query.device)
+    if attention_mask is None and not arguments.is_causal:
+        attention_mask = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
+    mask = _additive(attention_mask, num_queries, num_keys, query.device)
     blocks = []
     for start in range(0, query.shape[2], _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)

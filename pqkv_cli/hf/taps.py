@@ -18,7 +18,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from pqkv_cli.errors import UnsupportedModelError
-from pqkv_cli.models.modules import attention_modules, forward_globals
+from pqkv_cli.hf.attention_arguments import read_arguments
+from pqkv_cli.hf.modules import attention_modules, forward_globals
 
 _SERIAL = itertools.count()
 
@@ -122,22 +123,18 @@ class _Taps:
             output = _former_function(module, former)(module, queries, keys, values, *args, **kwargs)
             if layer_index is not None:
                 cos, sin = self._angles.pop(id(module), (None, None))
-                scaling = kwargs.get("scaling")
-                step = AttentionStep(
-                    queries,
-                    keys,
-                    values,
-                    cos,
-                    sin,
-                    float(queries.shape[-1] ** -0.5 if scaling is None else scaling),
-                    kwargs.get("softcap"),
-                    kwargs.get("s_aux"),
-                )
+                arguments = read_arguments(module, queries, kwargs.pop("scaling", None), _optional(kwargs))
+                step = AttentionStep(queries, keys, values, cos, sin, arguments.scaling, arguments.softcap, arguments.sinks)
                 with torch.no_grad():
                     self._observer.attention(layer_index, step)
             return output
 
         return attention
+
+
+def _optional(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords that have no place of their own in every attention function."""
+    return {name: value for name, value in keywords.items() if name not in ("attention_mask", "dropout")}
 
 
 def _register(taps: _Taps, former: str, undo: ExitStack) -> str:

@@ -6,8 +6,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from pqkv_cli.errors import UnsupportedModelError
-from pqkv_cli.models.modules import attention_modules
-from pqkv_cli.models.taps import AttentionStep, tap
+from pqkv_cli.hf.modules import attention_modules
+from pqkv_cli.hf.taps import AttentionStep, tap
 
 FAMILIES = [
     "llama",

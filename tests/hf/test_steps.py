@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pqkv_cli.errors import CacheError
-from pqkv_cli.runtime.hooks import row_starts, step_positions
+from pqkv_cli.hf.steps import row_starts, step_positions
 
 CPU = torch.device("cpu")
 

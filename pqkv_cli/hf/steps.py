@@ -1,0 +1,195 @@
+"""Tells a cache the positions and the padding of every step, through hooks on the model. Knows no attention.
+
+``Cache.update`` is given neither. The step hook sits on the base model, where all callers' arguments arrive by name.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from pqkv_cli.errors import CacheError, PqkvError
+from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_keyword, forward_arguments, given_cache
+
+
+class SteppedCache(Cache):
+    """A cache that must know every step before its layers are updated. What it does with that is for classes below."""
+
+    stands = False  # while a step is captured, which was begun already and changes nothing that the host knows
+
+    def check_owner(self, model: torch.nn.Module) -> None:
+        """Refuse another base model than the one this cache is for."""
+        raise NotImplementedError
+
+    def begin_step(self, positions: torch.Tensor, row_start: torch.Tensor | None) -> None:
+        """Take positions [B, T] of the tokens to come, and the first real slots [B] of the rows or None if unchanged."""
+        raise NotImplementedError
+
+    def warn_once(self, key: str, text: str) -> None:
+        """Warn with `text`, once in the life of the cache under `key`."""
+        raise NotImplementedError
+
+
+class StepHooks:
+    """What was put on a model; `remove` takes it off again."""
+
+    def __init__(self) -> None:
+        self._undo = ExitStack()
+
+    def add(self, undo: Callable[..., Any], *arguments: Any) -> None:
+        """Remember what to call."""
+        self._undo.callback(undo, *arguments)
+
+    def remove(self) -> None:
+        """Leave the model as it was; harmless when repeated."""
+        self._undo.close()
+
+
+def install_step_hook(model: Any) -> StepHooks:
+    """Make `model` tell every `SteppedCache` it is called with about each step.
+
+    Until the hooks are removed its ``forward`` and its ``generate`` take such a cache under its old name and its new one, and
+    ``generate`` uses it whatever the settings of the checkpoint say: with ``use_cache`` false every step would read the whole
+    text again and append it.
+    """
+    hooks = StepHooks()
+    rename = partial(_rename_cache, cache_keyword(model))
+    hooks.add(model.register_forward_pre_hook(rename, with_kwargs=True).remove)
+    begin = partial(_begin_step, _max_positions(model.config))
+    hooks.add(model.base_model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    _use_caches(model, hooks)
+    return hooks
+
+
+def _max_positions(config: Any) -> int | None:
+    text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
+def _rename_cache(
+    keyword: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    other = next((name for name in CACHE_KEYWORDS if name != keyword and isinstance(kwargs.get(name), SteppedCache)), None)
+    if other is None:
+        return None
+    return args, {keyword if name == other else name: value for name, value in kwargs.items()}
+
+
+def _use_caches(model: Any, hooks: StepHooks) -> None:
+    """Let ``model.generate`` use the caches that it is given."""
+    if not callable(getattr(model, "generate", None)):
+        return
+    former = vars(model).get("generate")
+    # A method, not a closure: a copy of the model generates with itself.
+    model.generate = MethodType(_generate if former is None else partial(_generate_by, former), model)
+    hooks.add(_restore_generate, model, former)
+    for config in (model.config, model.config.get_text_config(decoder=True), model.generation_config):
+        if getattr(config, "use_cache", None) is False:
+            config.use_cache = True
+            hooks.add(setattr, config, "use_cache", False)
+
+
+def _restore_generate(model: Any, former: Callable[..., Any] | None) -> None:
+    del model.generate
+    if former is not None:
+        model.generate = former
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    return _generate_by(type(model).generate.__get__(model), model, *args, **kwargs)
+
+
+def _generate_by(generate: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    cache = given_cache(kwargs)
+    if isinstance(cache, SteppedCache):
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_KEYWORDS}
+        kwargs |= {cache_keyword(model): cache, "use_cache": True}
+    return generate(*args, **kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _begin_step(max_positions: int | None, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    arguments = forward_arguments(module, args, kwargs)
+    cache = given_cache(arguments)
+    if not isinstance(cache, SteppedCache) or cache.stands:
+        return
+    cache.check_owner(module)
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        tokens = arguments["inputs_embeds"]
+    batch, num_new = tokens.shape[:2]
+    num_past = cache.get_seq_length()
+    if max_positions is not None and num_past + num_new > max_positions:
+        cache.warn_once(
+            "long",
+            f"the text reaches {num_past + num_new} tokens and the model was made for {max_positions}; "
+            "what it says beyond them is not to be trusted: shorten the prompt, or ask for fewer new tokens",
+        )
+    positions = step_positions(arguments.get("position_ids"), batch, num_new, num_past, tokens.device)
+    cache.begin_step(positions, row_starts(arguments.get("attention_mask"), batch, num_past + num_new))
+
+
+def step_positions(
+    position_ids: torch.Tensor | None, batch: int, num_new: int, num_past: int, device: torch.device
+) -> torch.Tensor:
+    """Return the positions [B, T] int64 of a step's tokens, as the model itself will understand its arguments.
+
+    Raises
+    ------
+    CacheError
+        If the model is called with positions of more than one axis.
+    """
+    if position_ids is None:
+        position_ids = torch.arange(num_past, num_past + num_new, device=device)[None]
+    if position_ids.ndim != 2:
+        raise CacheError(
+            f"position_ids have shape {list(position_ids.shape)}; expected [batch, tokens]: "
+            "models with positions of several axes are not supported"
+        )
+    return position_ids.expand(batch, num_new)
+
+
+def row_starts(attention_mask: Any, batch: int, num_slots: int) -> torch.Tensor | None:
+    """Return the first real slot of each row, [B] int64, or None where there is no mask.
+
+    Raises
+    ------
+    CacheError
+        If the mask is not [B, num_slots] with all padding on the left.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != (batch, num_slots):
+        found = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        raise CacheError(
+            f"attention_mask is {found}; expected [{batch}, {num_slots}], one row per sequence over all cached and new tokens"
+        )
+    padding = attention_mask == 0
+    starts = padding.long().cumprod(dim=1).sum(dim=1)
+    left_only = padding.sum(dim=1) == starts
+    # Without a mask, generate() takes every pad token for padding, those of an earlier turn's answer too.
+    message = (
+        "attention_mask has padding after real tokens; expected left padding: set tokenizer.padding_side = 'left', or give "
+        "attention_mask=torch.ones_like(input_ids) where tokens that look like padding belong to the text"
+    )
+    require(left_only, message)
+    return starts
+
+
+def require(conditions: torch.Tensor, message: str, error: type[PqkvError] = CacheError) -> None:
+    """Refuse where not all `conditions` hold; on a GPU the device itself stops, so that decoding need not wait for its answer.
+
+    Raises
+    ------
+    PqkvError
+        Of the kind `error`, with `message`, for conditions on the CPU.
+    """
+    if conditions.is_cuda:
+        torch._assert_async(conditions.all(), message)
+    elif not bool(conditions.all()):
+        raise error(message)
