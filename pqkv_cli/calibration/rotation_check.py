@@ -1,8 +1,8 @@
 """Is rotation the last thing that happens to a key? Only then does undoing it give what holds at every position.
 
-The same tokens stand at two places. Attention depends on distances alone, so a key that is un-rotated is the same at both. It is
-not where a norm or a factor follows the rotation, or where pairs lie otherwise than they are thought to: codes would then be
-right at the positions of calibration, and wrong everywhere else without a word.
+The same tokens stand at two places. Attention depends on distances alone, so an un-rotated key is the same at both. It differs
+where a norm or a factor follows the rotation, or where pairs lie elsewhere than expected: codes would then be right at the
+positions of calibration, and wrong everywhere else without a word.
 """
 
 from typing import Any
