@@ -86,7 +86,7 @@ def _loading(header: Header) -> str:
             "",
             f'model = AutoModelForCausalLM.from_pretrained("{label}")',
             'attached = attach(model, load("pqkv.safetensors"))',
-            "output = model.generate(**inputs, past_key_values=attached.new_cache())",
+            "output = model.generate(**inputs, cache=attached.new_cache())",
             "```",
         ]
     )

@@ -4,10 +4,11 @@ from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from pqkv_cli.errors import UnsupportedModelError, UsageError
+
+_SHARDED = {"FullyShardedDataParallel", "FSDPModule"}  # by name: torch can be built without them
 
 
 def inner_model(model: Any) -> PreTrainedModel:
@@ -24,9 +25,9 @@ def inner_model(model: Any) -> PreTrainedModel:
     """
     inner = model
     while True:
-        if any(isinstance(part, FullyShardedDataParallel) for part in _modules(inner)):
+        if any(_SHARDED & {kind.__name__ for kind in type(part).__mro__} for part in _modules(inner)):
             raise UnsupportedModelError(
-                "the model is wrapped in FullyShardedDataParallel, which holds shards of its weights; expected a whole model: "
+                "the model is wrapped in FullyShardedDataParallel and holds shards of its weights; expected a whole model: "
                 "attach before wrapping, or load it with device_map"
             )
         found = _unwrapped(inner)

@@ -2,7 +2,7 @@
 
     artifact = load("artifact/")
     with attach(model, artifact) as attached:
-        model.generate(**inputs, past_key_values=attached.new_cache())
+        model.generate(**inputs, cache=attached.new_cache())
 
 Knows no evaluation and no command line; typer, rich, pydantic, yaml and datasets may be absent.
 """
