@@ -1,4 +1,4 @@
-"""Nothing is silently another model: what attention over codes cannot do is refused, settings that would mislead are not used."""
+"""Nothing is silently another model: what attention over codes cannot do is refused, misleading settings are not used."""
 
 import copy
 import json
@@ -40,9 +40,10 @@ def test_a_cache_may_come_under_either_name(
     assert [str(w.message) for w in recwarn if issubclass(w.category, FutureWarning | DeprecationWarning)] == []
 
 
-@pytest.mark.parametrize(
-    "where", [("config.json",), ("generation_config.json",), ("config.json", "generation_config.json"), ()]
-)
+BOTH = ("config.json", "generation_config.json")
+
+
+@pytest.mark.parametrize("where", [(), BOTH[:1], BOTH[1:], BOTH])
 def test_checkpoints_that_say_use_cache_false_use_it(
     artifact: Artifact, prompt: torch.Tensor, tmp_path: Path, where: tuple[str, ...]
 ) -> None:
