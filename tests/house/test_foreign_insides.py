@@ -1,0 +1,39 @@
+"""What is inside transformers is known in one room, and every fact of it has a contract test (``tests/hf/test_contracts.py``)."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+# Names that its documentation does not promise, and the two names of the cache, of which one is always wrong.
+INSIDES = re.compile(
+    r"_attn_implementation|ALL_ATTENTION_FUNCTIONS|_global_mapping|_MAPPING_NAMES|eager_attention_forward|past_key_values"
+)
+
+
+def sources(root: Path) -> Iterator[Path]:
+    room = root / "pqkv_cli" / "hf"
+    for path in [*(root / "pqkv_cli").rglob("*.py"), *(root / "kernels").rglob("*.py")]:
+        if room not in path.parents:
+            yield path
+
+
+def test_other_rooms_take_from_transformers_what_it_exports(root: Path) -> None:
+    wrong = []
+    for path in sources(root):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            wrong += [f"{path.relative_to(root)}:{node.lineno}: {name}" for name in names if name.startswith("transformers.")]
+    assert wrong == []
+
+
+def test_other_rooms_name_nothing_of_its_insides(root: Path) -> None:
+    wrong = [
+        f"{path.relative_to(root)}:{number}: {line.strip()}"
+        for path in sources(root)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        # A sentence may tell users that both names of the cache are understood.
+        if INSIDES.search(re.sub(r"``past_key_values``", "", line))
+    ]
+    assert wrong == []
