@@ -9,6 +9,7 @@ import torch
 from pqkv_cli.calibration.hub_text import HUB, hub_text
 from pqkv_cli.calibration.stdlib_text import TEXTS, stdlib_text
 from pqkv_cli.errors import DataError, did_you_mean
+from pqkv_cli.models.prefix import plain_ids, prefix_ids
 
 _STDLIB = "stdlib:"
 
@@ -66,21 +67,21 @@ def token_windows(
 ) -> torch.Tensor:
     """Return [num_windows, window_tokens] int64 windows of the tokens of `text`, chosen and ordered by `seed`.
 
-    They are disjoint, or begin `stride` tokens apart. Each starts with the beginning-of-sequence token where the tokenizer adds
-    one. None takes all windows there are; `at_most` is content with fewer, but not with none.
+    They are disjoint, or begin `stride` tokens apart. Each starts with the tokens that the tokenizer begins
+    every text with (`prefix_ids`). None takes all windows there are; `at_most` is content with fewer, but not with none.
 
     Raises
     ------
     DataError
         If the text is too short, or a number is below one.
     """
-    bos = added_bos(tokenizer)
-    body = window_tokens - len(bos)
+    prefix = prefix_ids(tokenizer)
+    body = window_tokens - len(prefix)
     if num_windows is None:
         num_windows, at_most = sys.maxsize, True
     if num_windows < 1 or body < 1:
         raise DataError(
-            f"{num_windows} windows of {window_tokens} tokens were asked for; expected at least 1 of {len(bos) + 1}."
+            f"{num_windows} windows of {window_tokens} tokens were asked for; expected at least 1 of {len(prefix) + 1}."
         )
     tokens = torch.tensor(plain_ids(tokenizer, text), dtype=torch.int64)
     step = stride or body
@@ -95,18 +96,5 @@ def token_windows(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:num_windows]
     windows = tokens.unfold(0, body, step)[chosen]
-    start = torch.tensor(bos, dtype=torch.int64).expand(num_windows, -1)
+    start = torch.tensor(prefix, dtype=torch.int64).expand(num_windows, -1)
     return torch.cat((start, windows), dim=1)
-
-
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of `text` alone."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def added_bos(tokenizer: Any) -> list[int]:
-    """Return the beginning-of-sequence token in a list, empty where `tokenizer` adds none."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    first = tokenizer("a", verbose=False)["input_ids"][:1]
-    return [bos] if bos is not None and first == [bos] else []

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pqkv_cli.calibration.text import plain_ids
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.asking import Answers, ask
 from pqkv_cli.evaluation.bootstrap import Floats, interval95
@@ -23,6 +22,7 @@ from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.samples import Sample
 from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.models.prefix import plain_ids
 
 _LENGTHS = ((4000, "0-4k"), (8000, "4-8k"))
 

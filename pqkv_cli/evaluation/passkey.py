@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pqkv_cli.calibration.text import added_bos, plain_ids
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.asking import Answers, ask
 from pqkv_cli.evaluation.outcome import TaskOutcome
@@ -15,6 +14,7 @@ from pqkv_cli.evaluation.prompts import prompt_lengths, require_room
 from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.scores import compared, compared_samples, grid, grouped, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.models.prefix import plain_ids, prefix_ids
 
 PASSKEY_DIGITS = 5
 ANSWER_TOKENS = PASSKEY_DIGITS + 2  # a space, and digits one by one: a tokenizer may merge those of one key and not of another
@@ -76,7 +76,7 @@ def make_prompts(subject: Subject, length: int, per_cell: int, seed: int) -> lis
 def _make_prompt(tokenizer: Any, filler: torch.Tensor, length: int, depth: float, rng: np.random.Generator) -> Prompt:
     key = "".join(str(digit) for digit in rng.integers(0, 10, PASSKEY_DIGITS))
     needle, question, _ = (torch.tensor(plain_ids(tokenizer, text), dtype=torch.int64) for text in passkey_texts(key))
-    start = torch.tensor(added_bos(tokenizer), dtype=torch.int64)
+    start = torch.tensor(prefix_ids(tokenizer), dtype=torch.int64)
     room = length - len(start) - len(needle) - len(question)
     text = filler_slice(filler, room, length, "pass key", rng)
     cut = round(depth * room)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 
 from pqkv_cli.errors import DataError
+from pqkv_cli.models.geometry import geometry
+from pqkv_cli.models.prefix import whole_ids
 
 PROMPT_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -28,16 +30,13 @@ def chat_text(tokenizer: Any, message: str) -> str:
 
 
 def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:
-    """Return the ids [T] int64 of a whole prompt, with the tokens the tokenizer puts around one, but never two beginnings."""
-    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    """Return the ids [T] int64 of a whole prompt: what the model's texts begin with once, and no end token (`whole_ids`)."""
+    return torch.tensor(whole_ids(tokenizer, text), dtype=torch.int64)
 
 
 def num_positions(model: Any) -> int | None:
     """Return how many positions the model has, None where it does not say."""
-    found = getattr(model.config, "max_position_embeddings", None)
-    return int(found) if found else None
+    return geometry(model.config).max_positions or None
 
 
 def require_room(model: Any, what: str, num_tokens: int, answer_tokens: int) -> None:
