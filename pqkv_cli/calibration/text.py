@@ -1,13 +1,13 @@
 """Text to windows of tokens. Knows where texts come from, and tokenizers; no models."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pqkv_cli.calibration.hub_text import HUB, hub_text
 from pqkv_cli.calibration.stdlib_text import TEXTS, stdlib_text
+from pqkv_cli.calibration.text_files import file_text, named_file
 from pqkv_cli.errors import DataError, did_you_mean
 from pqkv_cli.models.prefix import plain_ids, prefix_ids
 
@@ -15,12 +15,12 @@ _STDLIB = "stdlib:"
 
 
 def load_text(source: str) -> str:
-    """Return the text of `source`: a UTF-8 file, ``stdlib:NAME`` (`TEXTS`), or a data set as `hub_text` takes it.
+    """Return the text of `source`: a file or folder (`file_text`), ``stdlib:NAME`` (`TEXTS`), or a data set (`hub_text`).
 
     Raises
     ------
     DataError
-        If there is no such text, data set or file, or the file is not readable UTF-8 text.
+        If there is no such text, data set or file, or the file is not readable UTF-8 text and has no column of text.
     UsageError
         If a data set is named in a way that is not understood.
     """
@@ -32,27 +32,7 @@ def load_text(source: str) -> str:
             known = ", ".join(_STDLIB + known for known in TEXTS)
             raise DataError(f"data {source!r} is unknown; expected one of {known}{did_you_mean(name, tuple(TEXTS))}")
         return stdlib_text(name)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise DataError(f"data {path} is a directory; expected a UTF-8 text file. Name one file in it.")
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"data {path} is not there; expected a UTF-8 text file or {_STDLIB}broad.") from error
-    except OSError as error:
-        raise DataError(f"data {path} cannot be read ({error.strerror}); expected a UTF-8 text file.") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # utf-8-sig counts from behind the byte order mark.
-        start = error.start + (len(raw) - len(error.object))
-        raise DataError(
-            f"data {path} is not UTF-8: byte 0x{raw[start]:02x} at offset {start} ({error.reason}). "
-            "Convert it, for example with iconv -t UTF-8."
-        ) from error
-    if not text.strip():
-        raise DataError(f"data {path} is empty ({len(raw)} bytes); expected UTF-8 text.")
-    return text
+    return file_text(*named_file(source))
 
 
 def token_windows(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pqkv_cli import __version__
 from pqkv_cli.calibration.hub_text import HUB
+from pqkv_cli.calibration.table_files import form_of
+from pqkv_cli.calibration.text_files import named_file
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.samples import SampleLog
@@ -72,15 +74,15 @@ def rows_path(data: str) -> Path | None:
     DataError
         If it names a path and nothing is there.
     """
-    path = Path(data).expanduser()
     if data.startswith(_NO_PATHS):
         return None
+    path, _ = named_file(data)
     if not path.exists():
         raise DataError(
-            f"data {path} is not there; expected a UTF-8 text file, rows (*.jsonl, or a directory of them), "
+            f"data {path} is not there; expected a UTF-8 text file, rows (*.jsonl and the like, or a directory of them), "
             f"{BUILT_IN}evaluation or {HUB}ORG/NAME"
         )
-    return path if path.is_dir() or path.suffix == ".jsonl" else None
+    return path if path.is_dir() or form_of(path) else None
 
 
 def open_log(source: Source, task: str, settings: EvaluationSettings, subject: Subject) -> SampleLog:
