@@ -108,7 +108,7 @@ def file_rows(path: Path) -> list[Any]:
     DataError
         If it cannot be read.
     """
-    raw = read_raw(str(path))
+    raw = read_raw(path, str(path))
     form = form_of(path, raw) or "jsonl"
     return rows_in(form, raw if form == "parquet" else decoded(raw, str(path)), str(path))
 

@@ -40,9 +40,10 @@ def needle(subject: Subject, settings: EvaluationSettings, on_progress: Callable
         If the prompts do not fit the text or the model.
     """
     budget = len(plain_ids(subject.tokenizer, " " + ANSWER)) + _SPARE_TOKENS
+    least = len(prefix_ids(subject.tokenizer)) + sum(len(plain_ids(subject.tokenizer, text)) for text in (NEEDLE, CUE))
     questions = []
     for length in prompt_lengths(settings.context):
-        require_room(subject.model, "needle", length, budget)
+        require_room(subject.model, "needle", length, budget, least)
         rng = np.random.default_rng([settings.seed, length])
         for depth in DEPTHS:
             for i in range(settings.limit or 1):
