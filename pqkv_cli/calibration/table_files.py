@@ -96,7 +96,7 @@ def _document_rows(document: Any) -> list[Any]:
                 return _document_rows(document[name])
     columns = {name: _column(values) for name, values in document.items()} if isinstance(document, dict) else {}
     if columns and all(values is not None for values in columns.values()) and not set(TURN_COLUMNS) & columns.keys():
-        return [dict(zip(columns, row, strict=False)) for row in zip(*columns.values(), strict=False)]  # type: ignore[arg-type]
+        return [dict(zip(columns, row, strict=False)) for row in zip(*columns.values(), strict=False)]
     return [document]
 
 
