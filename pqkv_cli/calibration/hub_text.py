@@ -10,18 +10,18 @@ from importlib import import_module
 from typing import Any
 from urllib.parse import parse_qsl
 
+from pqkv_cli.calibration.row_text import joined_rows
 from pqkv_cli.errors import DataError, UsageError, did_you_mean
 
 HUB = "hf:"
 _KEYS = ("name", "split", "column", "rows", "revision")
-_MOST_CHARACTERS = 2**26  # what is calibrated or evaluated on is a few megabytes; a data set may be terabytes
 _FORM = f"{HUB}ORG/NAME?name=CONFIG&split=train&column=text&rows=1000"
 
 
 def hub_text(source: str) -> str:
     """Return the text of the data set that `source` names, its rows joined by empty lines; at most 64 Mi characters of it.
 
-    A row's column holds a text, or turns of a conversation whose ``content`` is taken.
+    A row's column holds a text, or turns of a conversation, as `joined_rows` takes them.
 
     Raises
     ------
@@ -31,17 +31,7 @@ def hub_text(source: str) -> str:
         If the data set cannot be had, or has no such column.
     """
     name, options = _parsed(source)
-    column, most = options.get("column", "text"), int(options.get("rows", 0)) or None
-    texts, size = [], 0
-    for number, row in enumerate(_rows(source, name, options)):
-        if number == most or size > _MOST_CHARACTERS:
-            break
-        texts.append(_text(row, column, f"{source}, row {number}"))
-        size += len(texts[-1]) + 2
-    joined = "\n\n".join(texts)
-    if not joined.strip():
-        raise DataError(f"{source} has {len(texts)} rows and no text in them; expected text in the column {column!r}")
-    return joined
+    return joined_rows(source, _rows(source, name, options), options.get("column"), int(options.get("rows", 0)) or None)
 
 
 def _parsed(source: str) -> tuple[str, dict[str, str]]:
@@ -71,16 +61,3 @@ def _rows(source: str, name: str, options: Mapping[str, str]) -> Iterator[Mappin
             f"data {source} cannot be had ({type(error).__name__}: {reason}); expected {_FORM}, online or in the hub's cache; "
             "a UTF-8 text file needs neither"
         ) from error
-
-
-def _text(row: Mapping[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise DataError(f"{where} has no column {column!r}{did_you_mean(column, row)}; it has {', '.join(row)}: use &column=")
-    value = row[column]
-    if isinstance(value, str):
-        return value
-    turns = value if isinstance(value, list) else [value]
-    contents = [turn.get("content") for turn in turns if isinstance(turn, Mapping)]
-    if not contents or not all(isinstance(content, str) for content in contents):
-        raise DataError(f"{where}: {column} is {str(value)[:40]!r}; expected a text, or turns with a 'content' each")
-    return "\n".join(map(str, contents))

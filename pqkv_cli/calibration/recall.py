@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.calibration.text import added_bos, plain_ids
+from pqkv_cli.models.prefix import plain_ids, prefix_ids
 
 TOKENS_PER_FACT = 80
 LEAST_TOKENS = 160  # a window must hold a fact, its question and mostly text
@@ -39,7 +39,7 @@ class _Fact:
 def with_recall(tokenizer: Any, windows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     """Return `windows` [N, T] int64 with an evenly spread `share` of them turned into recall windows.
 
-    A recall window keeps its beginning-of-sequence token and as much of its text as fits, with named numbers woven in, half
+    A recall window keeps the tokens it begins with and as much of its text as fits, with named numbers woven in, half
     of which are asked for and answered at its end. Windows under `LEAST_TOKENS` tokens stay as they are.
 
     Parameters
@@ -56,7 +56,7 @@ def with_recall(tokenizer: Any, windows: torch.Tensor, share: float, seed: int) 
     length = windows.shape[1]
     if length < LEAST_TOKENS:
         return windows
-    turned, start = windows.clone(), added_bos(tokenizer)
+    turned, start = windows.clone(), prefix_ids(tokenizer)
     for index in range(len(windows)):
         if int((index + 1) * share + 1e-9) > int(index * share + 1e-9):
             rng = random.Random(seed * 1_000_003 + index)

@@ -1,25 +1,26 @@
 """Text to windows of tokens. Knows where texts come from, and tokenizers; no models."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pqkv_cli.calibration.hub_text import HUB, hub_text
 from pqkv_cli.calibration.stdlib_text import TEXTS, stdlib_text
+from pqkv_cli.calibration.text_files import file_text, named_file
 from pqkv_cli.errors import DataError, did_you_mean
+from pqkv_cli.models.prefix import plain_ids, prefix_ids
 
 _STDLIB = "stdlib:"
 
 
 def load_text(source: str) -> str:
-    """Return the text of `source`: a UTF-8 file, ``stdlib:NAME`` (`TEXTS`), or a data set as `hub_text` takes it.
+    """Return the text of `source`: a file or folder (`file_text`), ``stdlib:NAME`` (`TEXTS`), or a data set (`hub_text`).
 
     Raises
     ------
     DataError
-        If there is no such text, data set or file, or the file is not readable UTF-8 text.
+        If there is no such text, data set or file, or the file is not readable UTF-8 text and has no column of text.
     UsageError
         If a data set is named in a way that is not understood.
     """
@@ -31,27 +32,7 @@ def load_text(source: str) -> str:
             known = ", ".join(_STDLIB + known for known in TEXTS)
             raise DataError(f"data {source!r} is unknown; expected one of {known}{did_you_mean(name, tuple(TEXTS))}")
         return stdlib_text(name)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise DataError(f"data {path} is a directory; expected a UTF-8 text file. Name one file in it.")
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"data {path} is not there; expected a UTF-8 text file or {_STDLIB}broad.") from error
-    except OSError as error:
-        raise DataError(f"data {path} cannot be read ({error.strerror}); expected a UTF-8 text file.") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # utf-8-sig counts from behind the byte order mark.
-        start = error.start + (len(raw) - len(error.object))
-        raise DataError(
-            f"data {path} is not UTF-8: byte 0x{raw[start]:02x} at offset {start} ({error.reason}). "
-            "Convert it, for example with iconv -t UTF-8."
-        ) from error
-    if not text.strip():
-        raise DataError(f"data {path} is empty ({len(raw)} bytes); expected UTF-8 text.")
-    return text
+    return file_text(*named_file(source))
 
 
 def token_windows(
@@ -66,21 +47,21 @@ def token_windows(
 ) -> torch.Tensor:
     """Return [num_windows, window_tokens] int64 windows of the tokens of `text`, chosen and ordered by `seed`.
 
-    They are disjoint, or begin `stride` tokens apart. Each starts with the beginning-of-sequence token where the tokenizer adds
-    one. None takes all windows there are; `at_most` is content with fewer, but not with none.
+    They are disjoint, or begin `stride` tokens apart. Each starts with the tokens that the tokenizer begins
+    every text with (`prefix_ids`). None takes all windows there are; `at_most` is content with fewer, but not with none.
 
     Raises
     ------
     DataError
         If the text is too short, or a number is below one.
     """
-    bos = added_bos(tokenizer)
-    body = window_tokens - len(bos)
+    prefix = prefix_ids(tokenizer)
+    body = window_tokens - len(prefix)
     if num_windows is None:
         num_windows, at_most = sys.maxsize, True
     if num_windows < 1 or body < 1:
         raise DataError(
-            f"{num_windows} windows of {window_tokens} tokens were asked for; expected at least 1 of {len(bos) + 1}."
+            f"{num_windows} windows of {window_tokens} tokens were asked for; expected at least 1 of {len(prefix) + 1}."
         )
     tokens = torch.tensor(plain_ids(tokenizer, text), dtype=torch.int64)
     step = stride or body
@@ -95,18 +76,5 @@ def token_windows(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:num_windows]
     windows = tokens.unfold(0, body, step)[chosen]
-    start = torch.tensor(bos, dtype=torch.int64).expand(num_windows, -1)
+    start = torch.tensor(prefix, dtype=torch.int64).expand(num_windows, -1)
     return torch.cat((start, windows), dim=1)
-
-
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of `text` alone."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def added_bos(tokenizer: Any) -> list[int]:
-    """Return the beginning-of-sequence token in a list, empty where `tokenizer` adds none."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    first = tokenizer("a", verbose=False)["input_ids"][:1]
-    return [bos] if bos is not None and first == [bos] else []

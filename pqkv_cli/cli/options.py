@@ -48,7 +48,7 @@ DeviceOption = Annotated[str | None, typer.Option("--device", metavar="NAME", he
 DtypeOption = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")]
 CalibrationDataOption = Annotated[
     str | None,
-    typer.Option("--data", metavar="FILE", help="Text to calibrate on: a UTF-8 file, stdlib:broad, or hf:ORG/NAME."),
+    typer.Option("--data", metavar="FILE", help="Text to calibrate on: a file of text or rows, stdlib:broad, or hf:ORG/NAME."),
 ]
 SamplesOption = Annotated[int | None, typer.Option("--samples", help="Number of text windows.")]
 SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a window.")]
@@ -105,7 +105,9 @@ ModeOption = Annotated[
 ]
 EvaluationDataOption = Annotated[
     str | None,
-    typer.Option("--data", metavar="PATH", help="UTF-8 text, stdlib:evaluation, hf:ORG/NAME, or rows (*.jsonl, their folder)."),
+    typer.Option(
+        "--data", metavar="PATH", help="A file of text, stdlib:evaluation, hf:ORG/NAME, or rows (*.jsonl, their folder)."
+    ),
 ]
 ContextOption = Annotated[int | None, typer.Option("--context", help="Tokens of an evaluation window.")]
 StrideOption = Annotated[

@@ -24,6 +24,7 @@ from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.samples import Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
 from pqkv_cli.hf.names import cache_argument
+from pqkv_cli.models.prefix import end_ids
 
 _REQUESTS_AT_ONCE = 16
 _DEFAULT_POSITIONS = 2048
@@ -64,6 +65,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
     def __init__(self, subject: Subject, settings: EvaluationSettings, on_answers: Callable[[int], None], *, quantizes: bool):
         positions = num_positions(subject.model) or _DEFAULT_POSITIONS
+        self._end = end_ids(subject.tokenizer)
         super().__init__(
             pretrained=subject.model,
             tokenizer=subject.tokenizer,
@@ -118,10 +120,19 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
     ) -> Any:
-        """Return ids and mask of `strings`, as the harness does; those that lose their beginning are counted."""
+        """Return ids and mask of `strings`, as the harness does, but without end tokens; what is cut is counted."""
         if left_truncate_len:
             self._part.num_cut += sum(len(self.tok_encode(string)) > left_truncate_len for string in strings)
-        return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        longest = left_truncate_len + len(self._end) if left_truncate_len else None
+        ids, mask = super().tok_batch_encode(strings, padding_side, longest, truncation)
+        if self._end and padding_side == "left" and bool((ids[:, -len(self._end) :] == torch.tensor(self._end)).all()):
+            ids, mask = ids[:, : -len(self._end)], mask[:, : -len(self._end)]
+        return (ids, mask) if left_truncate_len is None else (ids[:, -left_truncate_len:], mask[:, -left_truncate_len:])
+
+    def tok_encode(self, string: str, *words: Any, **options: Any) -> Any:
+        """Return the ids of `string`, as the harness does, but without end tokens, which nothing could follow."""
+        ids = super().tok_encode(string, *words, **options)
+        return ids[: -len(self._end)] if self._end and ids[-len(self._end) :] == self._end else ids
 
     @contextmanager
     def _caches(self, kind: str, mode: Mode) -> Iterator[None]:

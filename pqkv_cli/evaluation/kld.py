@@ -17,7 +17,7 @@ from pqkv_cli.evaluation.contender import CacheFactory, contender
 from pqkv_cli.evaluation.divergence import diverge, joined
 from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.perplexity import perplexity
-from pqkv_cli.evaluation.prompts import num_positions
+from pqkv_cli.evaluation.prompts import num_positions, shorter
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.uncompressed import uncompressed_cache
 from pqkv_cli.evaluation.windows import (
@@ -31,6 +31,7 @@ from pqkv_cli.evaluation.windows import (
     timed,
 )
 from pqkv_cli.hf.names import cache_argument
+from pqkv_cli.models.prefix import prefix_ids
 
 DEFAULT_NEW_TOKENS = 1024
 DEFAULT_CONTINUATIONS = 4
@@ -61,9 +62,15 @@ def kld_generated(subject: Subject, settings: EvaluationSettings, on_progress: P
     """
     steps, positions = settings.max_new_tokens or DEFAULT_NEW_TOKENS, num_positions(subject.model)
     if positions is not None and settings.context + steps > positions:
+        room = positions - settings.context
+        way = f"use a smaller --context or --max-new-tokens {room}"
+        if room < 1:
+            way = shorter(positions - steps, len(prefix_ids(subject.tokenizer)) + 1)
+            if positions - steps < 2 < positions:
+                way = f"use --context {positions // 2} --max-new-tokens {positions - positions // 2}"
         raise DataError(
             f"prompts of {settings.context} tokens and {steps} tokens of continuation exceed the model's "
-            f"{positions} positions; use a smaller --context or --max-new-tokens {max(1, positions - settings.context)}"
+            f"{positions} positions; {way}"
         )
     limit = settings.limit or DEFAULT_CONTINUATIONS
     prompts = token_windows(subject.tokenizer, subject.text, limit, settings.context, settings.seed, at_most=True)

@@ -14,17 +14,20 @@ import numpy as np
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.asking import ask
-from pqkv_cli.evaluation.names import line_names
+from pqkv_cli.evaluation.chat import chat_text, has_chat_template, template_notes
+from pqkv_cli.evaluation.names import line_names, longest_name
 from pqkv_cli.evaluation.outcome import TaskOutcome
-from pqkv_cli.evaluation.prompts import chat_text, has_chat_template, num_positions, prompt_ids, prompt_lengths, require_room
+from pqkv_cli.evaluation.prompts import num_positions, prompt_ids, prompt_lengths, require_room
 from pqkv_cli.evaluation.replies import Question
-from pqkv_cli.evaluation.rows import read_rows
+from pqkv_cli.evaluation.rows import Row, checked_text, read_rows, shown
 from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.models.prefix import plain_ids
 
 ANSWER_TOKENS = 16
 DEFAULT_PROMPTS_PER_LENGTH = 10
 _LARGEST_NUMBER = 50_000
+_SPARE_TOKENS = 8  # by which prompts with other names and numbers may differ
 _SHORTEST = 1024  # the instructions alone take some 200 tokens
 _HEAD = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -55,7 +58,7 @@ def lines(subject: Subject, settings: EvaluationSettings, on_progress: Callable[
     for group, own in grouped(answers.scored, lambda s: s["facts"][key]).items():
         metrics[f"accuracy@{group}"] = compared(*scores(own))
     num_tokens = sum(sample["num_tokens"] for sample in answers.samples)
-    notes = {"chat_template": has_chat_template(subject.tokenizer), "prompts_too_long_for_the_model": skipped}
+    notes = {**template_notes(subject.tokenizer), "prompts_too_long_for_the_model": skipped}
     return TaskOutcome(metrics, answers.bits, num_tokens, answers.cost, ("accuracy",), answers.failed, notes)
 
 
@@ -65,9 +68,9 @@ def _is_right(question: Question, text: str) -> float:
 
 
 def _generated(subject: Subject, settings: EvaluationSettings) -> list[Question]:
-    questions = []
+    questions, least = [], _least_tokens(subject.tokenizer)
     for length in [n for n in prompt_lengths(settings.context) if n >= _SHORTEST] or [settings.context]:
-        require_room(subject.model, "line retrieval", length, ANSWER_TOKENS)
+        require_room(subject.model, "line retrieval", length, ANSWER_TOKENS, least, "instructions and one line")
         rng = np.random.default_rng([settings.seed, length])
         for i in range(settings.limit or DEFAULT_PROMPTS_PER_LENGTH):
             questions.append(_made(subject.tokenizer, length, f"{length}/{i}", rng))
@@ -89,14 +92,18 @@ def _made(tokenizer: Any, length: int, name: str, rng: np.random.Generator) -> Q
     count = max(1, length // per_line)
     while count < len(all_names) and len(build(count)[0]) < length:
         count += 1
-    while count > 0 and len(build(count)[0]) > length:
+    while count > 1 and len(build(count)[0]) > length:
         count -= 1
-    if count == 0:
-        shortest = len(build(1)[0])
-        raise DataError(f"a line retrieval prompt of {length} tokens cannot hold one line; use --context {shortest} or more")
     ids, index = build(count)
     facts = {"length": length, "num_lines": count, "depth": index / count, "expected": numbers[index]}
     return Question(name, ids, ANSWER_TOKENS, facts)
+
+
+def _least_tokens(tokenizer: Any) -> int:
+    """Return the tokens of a prompt of one line, whatever that is called."""
+    name = longest_name(lambda word: len(plain_ids(tokenizer, word)))
+    prompt = _HEAD + _line(name, _LARGEST_NUMBER - 1) + _TAIL.format(name=name)
+    return len(_ids(tokenizer, prompt, name)) + _SPARE_TOKENS
 
 
 def _line(name: str, number: int) -> str:
@@ -109,22 +116,45 @@ def _ids(tokenizer: Any, prompt: str, name: str) -> Any:
     return prompt_ids(tokenizer, prompt.rstrip() + _CUE.format(name=name))
 
 
+def check_line_rows(path: Path) -> dict[str, list[Row]]:
+    """Return the rows of LongEval's files at `path`, by the name of the file.
+
+    Raises
+    ------
+    DataError
+        If a row is not as LongEval's are; the file and the row are named.
+    """
+    found = read_rows(path, {"prompt": str, "expected_number": int, "num_lines": int, "random_idx": list})
+    for file, rows in found.items():
+        for i, row in enumerate(rows):
+            _check_row(row, f"{path}, {file}, row {i}")
+    return found
+
+
+def _check_row(row: Row, where: str) -> None:
+    if not checked_text(row["prompt"], "prompt", where).strip():
+        raise DataError(f"{where}: the prompt is empty; expected a text to ask. Correct or remove the row.")
+    if not row["random_idx"] or not isinstance(row["random_idx"][0], str):
+        found = shown(row["random_idx"])
+        raise DataError(
+            f"{where}: random_idx is {found}; expected a list that begins with the name of a line. Correct the row."
+        )
+
+
 def _read(subject: Subject, path: Path, limit: int | None) -> tuple[list[Question], int]:
-    wanted = {"prompt": str, "expected_number": int, "num_lines": int, "random_idx": list}
-    questions, longest, skipped = [], 0, 0
-    for file, rows in read_rows(path, wanted).items():
+    questions, longest, skipped, positions = [], 0, 0, num_positions(subject.model)
+    for file, rows in check_line_rows(path).items():
         for i, row in enumerate(rows[:limit]):
             ids = _ids(subject.tokenizer, row["prompt"], str(row["random_idx"][0]))
             facts = {"num_lines": row["num_lines"], "expected": row["expected_number"]}
             longest = max(longest, len(ids))
-            positions = num_positions(subject.model)
             if positions is not None and len(ids) + ANSWER_TOKENS > positions:
                 skipped += 1
                 continue
             questions.append(Question(f"{file}/{i}", ids, ANSWER_TOKENS, facts))
     if not questions:
         raise DataError(
-            f"no prompt of {path} fits the model's {num_positions(subject.model)} positions (the longest has {longest} "
+            f"no prompt of {path} fits the model's {positions} positions (the longest has {longest} "
             "tokens); choose a file with fewer lines, or leave out --data to have prompts made"
         )
     return sorted(questions, key=lambda question: (len(question.ids), question.name)), skipped

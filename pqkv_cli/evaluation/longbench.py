@@ -10,20 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from pqkv_cli.calibration.text import plain_ids
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.asking import Answers, ask
 from pqkv_cli.evaluation.bootstrap import Floats, interval95
-from pqkv_cli.evaluation.longbench_data import LongBenchRow, load_longbench, tasks_in
+from pqkv_cli.evaluation.chat import chat_text, has_chat_template, template_notes
+from pqkv_cli.evaluation.longbench_data import LongBenchRow, is_longbench_e, load_longbench, tasks_in
 from pqkv_cli.evaluation.longbench_metrics import require_packages, score
 from pqkv_cli.evaluation.longbench_tasks import ENDS_WITH_LINE, TASKS
 from pqkv_cli.evaluation.outcome import TaskOutcome
-from pqkv_cli.evaluation.prompts import chat_text, has_chat_template, num_positions, prompt_ids
+from pqkv_cli.evaluation.prompts import num_positions, prompt_ids
 from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.samples import Sample
 from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.models.prefix import plain_ids
 
+_LEAST_PROMPT = 16  # tokens; what is left of a prompt that is cut to fewer asks nothing
+_SPARE_TOKENS = 64  # for a chat template, and for prompts that are cut elsewhere
 _LENGTHS = ((4000, "0-4k"), (8000, "4-8k"))
 
 
@@ -40,8 +43,8 @@ def longbench(subject: Subject, settings: EvaluationSettings, on_progress: Calla
     rows = {(row.task, row.number): row for row in load_longbench(subject.data, tasks, settings.limit)}
     if subject.data is None:
         subject.asked.extend(row.prompt for row in rows.values())
-    cut = cut_middle(subject.tokenizer, [row.prompt for row in rows.values()], settings.context)
-    asked = [_question(subject, row, *kept, settings.context) for row, kept in zip(rows.values(), cut, strict=True)]
+    asked = _questions(subject, list(rows.values()), settings.context)
+    _check_room(subject, list(rows.values()), asked, settings.context)
     # Prompts of a length together, so that batches are hardly padded.
     order = list(TASKS)
     asked.sort(key=lambda q: (q.max_new_tokens, bool(q.stop_ids), len(q.ids), order.index(q.facts["task"]), q.facts["number"]))
@@ -66,23 +69,56 @@ def cut_middle(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[tu
     return cut
 
 
-def _question(subject: Subject, row: LongBenchRow, text: str, was_cut: bool, max_length: int) -> Question:
+def _questions(subject: Subject, rows: Sequence[LongBenchRow], max_length: int) -> list[Question]:
+    cut = cut_middle(subject.tokenizer, [row.prompt for row in rows], max_length)
+    return [_question(subject, row, *kept) for row, kept in zip(rows, cut, strict=True)]
+
+
+def _question(subject: Subject, row: LongBenchRow, text: str, was_cut: bool) -> Question:
     tokenizer, task = subject.tokenizer, TASKS[row.task]
     if task.takes_chat and has_chat_template(tokenizer):
         text = chat_text(tokenizer, text)
     ids: torch.Tensor = prompt_ids(tokenizer, text)
-    positions = num_positions(subject.model)
-    if positions is not None and len(ids) + task.max_new_tokens > positions:
+    if not len(ids):
         raise DataError(
-            f"{row.task}/{row.number}, cut to {max_length} tokens, is asked in {len(ids)} and answered in "
-            f"{task.max_new_tokens}: more than the model's {positions} positions; "
-            f"use --context {max(2, positions - task.max_new_tokens - 64)} or less"
+            f"{row.task}/{row.number} is asked in no tokens; expected a prompt that the tokenizer knows: remove the row"
         )
     facts = {"task": row.task, "number": row.number, "cut": was_cut, "length": row.length}
     name = f"{row.task}/{row.number}"
     if row.task not in ENDS_WITH_LINE:
         return Question(name, ids, task.max_new_tokens, facts)
     return Question(name, ids, task.max_new_tokens, facts, (plain_ids(tokenizer, "\n")[-1],), 1)
+
+
+def _check_room(subject: Subject, rows: Sequence[LongBenchRow], asked: Sequence[Question], max_length: int) -> None:
+    """Refuse prompts that the model cannot hold with their answers; what the message advises has been tried."""
+    positions = num_positions(subject.model)
+    worst = max(asked, key=_asked_tokens)
+    if positions is None or _asked_tokens(worst) <= positions:
+        return
+    if cannot := sorted({q.facts["task"] for q in asked if q.max_new_tokens + _LEAST_PROMPT > positions}):
+        way = f"this model cannot be asked {', '.join(cannot)}: leave their rows out, or take one with more positions"
+    else:
+        room = positions - worst.max_new_tokens
+        context = min(max_length, room - (_SPARE_TOKENS if room > 2 * _SPARE_TOKENS else 0))
+        while context >= _LEAST_PROMPT and (over := _excess(subject, rows, context, positions)) > 0:
+            context -= over
+        way = f"use --context {context} or less"
+        if context < _LEAST_PROMPT:
+            way = "this model cannot be asked LongBench: leave the task out, or take one with more positions"
+    raise DataError(
+        f"{worst.name}, cut to {max_length} tokens, is asked in {len(worst.ids)} and answered in {worst.max_new_tokens}: "
+        f"more than the model's {positions} positions; {way}"
+    )
+
+
+def _asked_tokens(question: Question) -> int:
+    return len(question.ids) + question.max_new_tokens
+
+
+def _excess(subject: Subject, rows: Sequence[LongBenchRow], context: int, positions: int) -> int:
+    """Return by how many tokens the largest prompt, cut to `context` tokens, and its answer exceed `positions`."""
+    return max(map(_asked_tokens, _questions(subject, rows, context))) - positions
 
 
 def _outcome(answers: Answers, tasks: Sequence[str], settings: EvaluationSettings, subject: Subject) -> TaskOutcome:
@@ -98,7 +134,8 @@ def _outcome(answers: Answers, tasks: Sequence[str], settings: EvaluationSetting
     notes = {
         "prompts_cut_in_the_middle": sum(s["facts"]["cut"] for s in answers.samples),
         "longest_prompt": settings.context,
-        "chat_template": has_chat_template(subject.tokenizer),
+        **template_notes(subject.tokenizer),
+        **({"longbench_e": True} if is_longbench_e(subject.data) else {}),
         "tasks": len(by_task),
     }
     num_tokens = sum(s["num_tokens"] for s in answers.samples)

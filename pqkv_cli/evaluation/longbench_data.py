@@ -1,28 +1,27 @@
-"""Where LongBench's rows come from: a directory, a file, or the hub. Knows their columns and prompts; no models.
+"""Where LongBench's rows come from: a directory, a file, or the hub. Knows their columns; no prompts' wording, no models.
 
 Rows are the published ones (``input``, ``context``, ``answers``, ``all_classes``), whose prompt is made here, or have their
-whole ``prompt`` already. Prompts come from a file ``dataset2prompt.json`` beside the rows, else from lm-evaluation-harness.
+whole ``prompt`` already. Files of LongBench-E (``TASK_e.jsonl``) hold other samples of 13 of the tasks: they are read where
+there are no others, and otherwise left out in words.
 """
 
 import io
-import json
+import warnings
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from pqkv_cli.calibration.row_text import BadRow
+from pqkv_cli.calibration.table_files import parsed_line, stem_of
 from pqkv_cli.errors import DataError, did_you_mean
-from pqkv_cli.evaluation.longbench_metrics import INSTALL
-from pqkv_cli.evaluation.longbench_tasks import HARNESS_ENDS, TASKS
-from pqkv_cli.evaluation.rows import Row, checked_row, read_rows
+from pqkv_cli.evaluation.longbench_prompts import Prompts, check_answer_lengths
+from pqkv_cli.evaluation.longbench_tasks import TASKS
+from pqkv_cli.evaluation.rows import Kinds, Row, checked_row, checked_text, checked_texts, read_row_files, shown
 
 HUB_ID, HUB_FILE = "THUDM/LongBench", "data.zip"
-PROMPTS_FILE = "dataset2prompt.json"
-_COLUMNS: Mapping[str, type | tuple[type, ...]] = {"dataset": str, "answers": list}
+_COLUMNS: dict[str, Kinds] = {"dataset": str, "answers": list}
+_E = "_e"
 _HOW = "give a directory of its rows with --data DIR (TASK.jsonl files, or rows of dataset, prompt, answers, all_classes)"
 
 
@@ -46,36 +45,54 @@ def load_longbench(path: Path | None, tasks: Sequence[str], limit: int | None) -
     DataError
         If the rows cannot be had, have wrong columns, no answers or an unknown task, or there are none of a task.
     """
-    rows = _from_hub() if path is None else _from_path(path)
     found: dict[str, list[tuple[str, Row]]] = {name: [] for name in TASKS}
-    for where, row in rows:
-        if row["dataset"] not in found:
-            nearest = did_you_mean(row["dataset"], found)
-            raise DataError(f"{where}: dataset is {row['dataset']!r}{nearest}; expected one of {', '.join(found)}")
+    for where, row in _rows(path):
         if len(found[row["dataset"]]) < (limit or len(found[row["dataset"]]) + 1):
             found[row["dataset"]].append((where, row))
     if missing := [name for name in tasks if not found[name]]:
         raise DataError(f"{path or HUB_ID} has no rows of {', '.join(missing)}; expected rows whose dataset is one of these")
-    prompts = _Prompts(path)
+    check_answer_lengths(path)
+    prompts = Prompts(path)
     return [_row(name, i, where, row, prompts) for name in tasks for i, (where, row) in enumerate(found[name])]
 
 
 def tasks_in(path: Path | None) -> list[str]:
-    """Return the tasks that `path` has rows of; all of them for the hub."""
+    """Return the tasks that `path` has rows of; all of them for the hub.
+
+    Raises
+    ------
+    DataError
+        If there are none, or a row is of no known task.
+    """
     if path is None:
         return list(TASKS)
-    present = {row["dataset"] for _, row in _from_path(path)}
+    present = {row["dataset"] for _, row in _rows(path)}
     return [name for name in TASKS if name in present]
 
 
-def _row(task: str, number: int, where: str, row: Row, prompts: "_Prompts") -> LongBenchRow:
-    answers = [str(answer) for answer in row["answers"]]
+def is_longbench_e(path: Path | None) -> bool:
+    """Return whether the rows of `path` are those of LongBench-E."""
+    return path is not None and all(is_e for is_e, _, _ in _tagged(path))
+
+
+def _row(task: str, number: int, where: str, row: Row, prompts: Prompts) -> LongBenchRow:
+    answers = checked_texts(row["answers"], "answers", where)
     if not answers:
         raise DataError(f"{where}: answers is empty; expected at least one reference answer")
     if TASKS[task].metric == "classification" and not row.get("all_classes"):
         raise DataError(f"{where}: {task} needs all_classes, the names of its classes; found {row.get('all_classes')!r}")
+    classes = None
+    if row.get("all_classes") is not None:
+        checked_row(row, {"all_classes": list}, where)
+        classes = checked_texts(row["all_classes"], "all_classes", where) or None
+    if row.get("length") is not None:
+        checked_row(row, {"length": int}, where)
+    return LongBenchRow(task, number, _prompt(task, where, row, prompts), answers, classes, row.get("length"))
+
+
+def _prompt(task: str, where: str, row: Row, prompts: Prompts) -> str:
     if "prompt" in row:
-        prompt = str(row["prompt"])
+        prompt = checked_text(row["prompt"], "prompt", where)
     else:
         parts = {"input", "context"}
         near = did_you_mean("prompt", set(row) - parts)
@@ -83,23 +100,48 @@ def _row(task: str, number: int, where: str, row: Row, prompts: "_Prompts") -> L
             has = ", ".join(row)
             raise DataError(f"{where} has no column 'prompt'{near}; it has {has}; expected prompt, or input and context")
         checked_row(row, {"input": str, "context": str}, where)
-        prompt = prompts[task].replace("{context}", "\0").replace("{input}", row["input"]).replace("\0", row["context"])
-    classes = tuple(map(str, row["all_classes"])) if row.get("all_classes") else None
-    return LongBenchRow(task, number, prompt, tuple(answers), classes, row.get("length"))
+        own, context = (checked_text(row[name], name, where) for name in ("input", "context"))
+        prompt = context.join(part.replace("{input}", own) for part in prompts[task].split("{context}"))
+    if not prompt.strip():
+        raise DataError(f"{where}: the prompt is empty; expected a text to ask. Correct or remove the row.")
+    return prompt
 
 
-def _from_path(path: Path) -> Iterable[tuple[str, Row]]:
-    files = read_rows(path, _COLUMNS)
-    # The files of LongBench-E hold other samples under the same names.
-    return [
-        (f"{path / f'{name}.jsonl' if path.is_dir() else path}, row {i}", row)
-        for name, rows in files.items()
-        if name[-2:] != "_e"
-        for i, row in enumerate(rows)
-    ]
+def _rows(path: Path | None) -> list[tuple[str, Row]]:
+    """Return the rows of the version that is read, each with where it stands and the plain name of its task."""
+    if path is None:
+        return list(_from_hub())
+    tagged = _tagged(path)
+    both = {is_e for is_e, _, _ in tagged} == {True, False}
+    if both:
+        count = sum(is_e for is_e, _, _ in tagged)
+        warnings.warn(
+            f"{path}: {count} rows of LongBench-E (TASK_e) are left out, because rows of LongBench are there", stacklevel=3
+        )
+    return [(where, row) for is_e, where, row in tagged if not (both and is_e)]
 
 
-def _from_hub() -> Iterable[tuple[str, Row]]:
+def _tagged(path: Path) -> list[tuple[bool, str, Row]]:
+    """Return all rows of `path`: whether each is of LongBench-E, where it stands, and itself under its task's plain name."""
+    tagged = []
+    for file, rows in read_row_files(path, _COLUMNS).items():
+        of_file = _plain(stem_of(file)) != stem_of(file)
+        for i, row in enumerate(rows):
+            where, name = f"{file}, row {i}", _plain(row["dataset"])
+            if name not in TASKS:
+                nearest = did_you_mean(row["dataset"], TASKS)
+                raise DataError(f"{where}: dataset is {row['dataset']!r}{nearest}; expected one of {', '.join(TASKS)}")
+            tagged.append((of_file or name != row["dataset"], where, {**row, "dataset": name}))
+    return tagged
+
+
+def _plain(name: str) -> str:
+    """Return the name of a task of LongBench-E without its end; any other name as it is."""
+    short = name.removesuffix(_E)
+    return short if short in TASKS else name
+
+
+def _from_hub() -> list[tuple[str, Row]]:
     from huggingface_hub import hf_hub_download
 
     try:
@@ -107,60 +149,23 @@ def _from_hub() -> Iterable[tuple[str, Row]]:
     except Exception as error:  # the hub's many ways to fail have no common base
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"LongBench is not here and cannot be had from the hub ({HUB_ID}: {reason}); {_HOW}") from error
-    rows: list[tuple[str, Row]] = []
-    with zipfile.ZipFile(file) as archive:
-        for name in TASKS:
-            member = next((n for n in archive.namelist() if n.rpartition("/")[2] == f"{name}.jsonl"), None)
-            if member is None:
-                raise DataError(f"{file} holds no {name}.jsonl; expected the published {HUB_FILE}; {_HOW}")
-            with archive.open(member) as raw:
-                lines = io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
-                rows += [(f"{name}.jsonl, row {i}", {**json.loads(line), "dataset": name}) for i, line in enumerate(lines)]
-    return rows
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return [row for name in TASKS for row in _archived(archive, name, file)]
+    except (zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{file} is damaged ({error}); expected the published {HUB_FILE}: delete it and try again, or {_HOW}"
+        ) from error
 
 
-class _Prompts:
-    """The published prompts by task, found when the first is needed."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else (path if path.is_dir() else path.parent) / PROMPTS_FILE
-        self._found: Mapping[str, str] | None = None
-
-    def __getitem__(self, task: str) -> str:
-        if self._found is None:
-            self._found = self._load()
-        return self._found[task]
-
-    def _load(self) -> Mapping[str, str]:
-        if self._file is not None and self._file.is_file():
-            found: dict[str, str] = json.loads(self._file.read_text(encoding="utf-8"))
-            if missing := [name for name in TASKS if name not in found]:
-                raise DataError(f"{self._file} has no prompt for {', '.join(missing)}; expected the published {PROMPTS_FILE}")
-            return found
-        spec = find_spec("lm_eval")
-        if spec is None or spec.origin is None:
-            raise DataError(
-                f"the prompts of LongBench are neither beside the rows ({PROMPTS_FILE}) nor installed; get them with: {INSTALL}"
-            )
-        return harness_prompts(Path(spec.origin).parent / "tasks" / "longbench")
-
-
-def harness_prompts(directory: Path) -> dict[str, str]:
-    """Return the published prompts, from the files of lm-evaluation-harness in `directory`."""
-    prompts = {}
-    for name in TASKS:
-        loader = _HarnessLoader((directory / f"{name}.yaml").read_text(encoding="utf-8"))
-        document: Any = loader.get_single_data()
-        text = str(document["doc_to_text"])
-        for theirs, ours in (("{{context}}", "{context}"), ("{{question}}", "{input}"), ("{{input}}", "{input}")):
-            text = text.replace(theirs, ours)
-        end, published = HARNESS_ENDS.get(name, ("", ""))
-        prompts[name] = text.removesuffix(end) + published if end and text.endswith(end) else text
-    return prompts
-
-
-class _HarnessLoader(yaml.SafeLoader):
-    """Safe YAML that reads over the harness's own tags."""
-
-
-_HarnessLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+def _archived(archive: zipfile.ZipFile, name: str, file: str) -> Iterable[tuple[str, Row]]:
+    member = next((n for n in archive.namelist() if n.rpartition("/")[2] == f"{name}.jsonl"), None)
+    if member is None:
+        raise DataError(f"{file} holds no {name}.jsonl; expected the published {HUB_FILE}; {_HOW}")
+    with archive.open(member) as raw:
+        for i, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8", newline="\n")):
+            row, where = parsed_line(line), f"{name}.jsonl, row {i}"
+            if isinstance(row, BadRow) or not isinstance(row, dict):
+                reason = row.reason if isinstance(row, BadRow) else f"is {shown(row)}"
+                raise DataError(f"{file}: {where} {reason}; expected an object: delete the file and try again, or {_HOW}")
+            yield where, checked_row({**row, "dataset": name}, _COLUMNS, where)

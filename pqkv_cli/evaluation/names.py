@@ -1,5 +1,7 @@
 """Names of the lines in a list to be remembered: an adjective and a noun. Knows no prompts."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 _ADJECTIVES = (
@@ -25,3 +27,8 @@ def _name(index: int, size: int) -> str:
     turn, index = divmod(index, size)
     name = f"{_ADJECTIVES[index // len(_NOUNS)]}-{_NOUNS[index % len(_NOUNS)]}"
     return f"{name}-{turn + 1}" if turn else name
+
+
+def longest_name(length: Callable[[str], int]) -> str:
+    """Return the name whose words are the longest, by `length`."""
+    return f"{max(_ADJECTIVES, key=length)}-{max(_NOUNS, key=length)}"

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pqkv_cli.calibration.text import added_bos, plain_ids
 from pqkv_cli.evaluation.asking import ask
 from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.passkey import filler_slice, grid_outcome
 from pqkv_cli.evaluation.prompts import prompt_lengths, require_room
 from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.models.prefix import plain_ids, prefix_ids
 
 NEEDLE = "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n"
 CUE = (
@@ -40,9 +40,10 @@ def needle(subject: Subject, settings: EvaluationSettings, on_progress: Callable
         If the prompts do not fit the text or the model.
     """
     budget = len(plain_ids(subject.tokenizer, " " + ANSWER)) + _SPARE_TOKENS
+    least = len(prefix_ids(subject.tokenizer)) + sum(len(plain_ids(subject.tokenizer, text)) for text in (NEEDLE, CUE))
     questions = []
     for length in prompt_lengths(settings.context):
-        require_room(subject.model, "needle", length, budget)
+        require_room(subject.model, "needle", length, budget, least)
         rng = np.random.default_rng([settings.seed, length])
         for depth in DEPTHS:
             for i in range(settings.limit or 1):
@@ -63,7 +64,7 @@ def needle_prompt(tokenizer: Any, haystack: str, length: int, depth: float, rng:
     filler = torch.tensor(plain_ids(tokenizer, haystack), dtype=torch.int64)
     start, hidden, question = (
         torch.tensor(ids, dtype=torch.int64)
-        for ids in (added_bos(tokenizer), plain_ids(tokenizer, NEEDLE), plain_ids(tokenizer, CUE))
+        for ids in (prefix_ids(tokenizer), plain_ids(tokenizer, NEEDLE), plain_ids(tokenizer, CUE))
     )
     text = filler_slice(filler, length - len(start) - len(hidden) - len(question), length, "needle", rng)
     cut = len(text) if depth == 1 else _sentence_end(tokenizer, text, int(depth * len(text)))

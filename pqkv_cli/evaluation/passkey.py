@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pqkv_cli.calibration.text import added_bos, plain_ids
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.asking import Answers, ask
 from pqkv_cli.evaluation.outcome import TaskOutcome
@@ -15,11 +14,13 @@ from pqkv_cli.evaluation.prompts import prompt_lengths, require_room
 from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.scores import compared, compared_samples, grid, grouped, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.models.prefix import plain_ids, prefix_ids
 
 PASSKEY_DIGITS = 5
 ANSWER_TOKENS = PASSKEY_DIGITS + 2  # a space, and digits one by one: a tokenizer may merge those of one key and not of another
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DEFAULT_PROMPTS_PER_CELL = 5
+_SPARE_TOKENS = 8  # by which prompts with other keys may differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +68,22 @@ def make_prompts(subject: Subject, length: int, per_cell: int, seed: int) -> lis
     DataError
         If `length` leaves no room for the needle, exceeds the model's positions, or the text is too short.
     """
-    require_room(subject.model, "pass key", length, ANSWER_TOKENS)
+    require_room(subject.model, "pass key", length, ANSWER_TOKENS, _least_tokens(subject.tokenizer))
     filler = torch.tensor(plain_ids(subject.tokenizer, subject.text), dtype=torch.int64)
     rng = np.random.default_rng([seed, length])
     return [_make_prompt(subject.tokenizer, filler, length, depth, rng) for depth in DEPTHS for _ in range(per_cell)]
 
 
+def _least_tokens(tokenizer: Any) -> int:
+    """Return the tokens of a prompt without text around its needle; some keys take fewer."""
+    texts = [passkey_texts(key)[:2] for key in ("00000", "12345", "98765")]
+    return len(prefix_ids(tokenizer)) + max(sum(len(plain_ids(tokenizer, text)) for text in own) for own in texts)
+
+
 def _make_prompt(tokenizer: Any, filler: torch.Tensor, length: int, depth: float, rng: np.random.Generator) -> Prompt:
     key = "".join(str(digit) for digit in rng.integers(0, 10, PASSKEY_DIGITS))
     needle, question, _ = (torch.tensor(plain_ids(tokenizer, text), dtype=torch.int64) for text in passkey_texts(key))
-    start = torch.tensor(added_bos(tokenizer), dtype=torch.int64)
+    start = torch.tensor(prefix_ids(tokenizer), dtype=torch.int64)
     room = length - len(start) - len(needle) - len(question)
     text = filler_slice(filler, room, length, "pass key", rng)
     cut = round(depth * room)
@@ -97,9 +104,11 @@ def filler_slice(filler: torch.Tensor, room: int, length: int, what: str, rng: n
             f"use --context {2 * (length - room)} or more"
         )
     if room >= len(filler):
+        most = length - room + len(filler) - 1 - _SPARE_TOKENS
+        smaller = f"choose a smaller --context ({most} or less) or " if most > length - room else ""
         raise DataError(
             f"a {what} prompt of {length} tokens needs {room} tokens of text beside its question; the text has "
-            f"{len(filler)}: choose a smaller --context or give more text"
+            f"{len(filler)}: {smaller}give more text"
         )
     offset = int(rng.integers(0, len(filler) - room))
     return filler[offset : offset + room]

@@ -7,8 +7,9 @@ from typing import Any
 
 from pqkv_cli.evaluation.harness import harness, require_harness_task
 from pqkv_cli.evaluation.kld import kld, kld_generated
-from pqkv_cli.evaluation.lines import lines
+from pqkv_cli.evaluation.lines import check_line_rows, lines
 from pqkv_cli.evaluation.longbench import longbench
+from pqkv_cli.evaluation.longbench_data import load_longbench, tasks_in
 from pqkv_cli.evaluation.needle import needle
 from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.passkey import passkey
@@ -45,6 +46,20 @@ def require_tasks(names: Sequence[str], data: Path | None) -> None:
     for name in names:
         if name not in TASKS:
             require_harness_task(name, list(TASKS), data)
+
+
+def check_rows(names: Sequence[str], data: Path | None) -> None:
+    """Read the rows at `data` that tasks of ours will ask, so that a bad one shows before a model is loaded.
+
+    Raises
+    ------
+    DataError
+        If a row is not as its task needs it; the file and the row are named.
+    """
+    if data is not None and "longbench" in names:
+        load_longbench(data, tasks_in(data), None)
+    if data is not None and "lines" in names:
+        check_line_rows(data)
 
 
 def run_task(

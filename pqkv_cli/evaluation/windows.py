@@ -16,10 +16,11 @@ from pqkv_cli.evaluation.bootstrap import Floats, interval95
 from pqkv_cli.evaluation.contender import CacheFactory
 from pqkv_cli.evaluation.divergence import Divergence
 from pqkv_cli.evaluation.memory import peak_memory
-from pqkv_cli.evaluation.prompts import num_positions
+from pqkv_cli.evaluation.prompts import num_positions, shorter
 from pqkv_cli.evaluation.samples import Group, Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.hf.names import cache_argument
+from pqkv_cli.models.prefix import prefix_ids
 
 _FIRST_SPAN = 128
 
@@ -114,9 +115,8 @@ def check_context(subject: Subject, num_tokens: int) -> None:
     """
     positions = num_positions(subject.model)
     if positions and num_tokens > positions:
-        raise DataError(
-            f"windows of {num_tokens} tokens exceed the model's {positions} positions; use --context {positions} or less"
-        )
+        least = len(prefix_ids(subject.tokenizer)) + 1
+        raise DataError(f"windows of {num_tokens} tokens exceed the model's {positions} positions; {shorter(positions, least)}")
 
 
 def table(groups: Sequence[Group]) -> dict[str, Floats]:

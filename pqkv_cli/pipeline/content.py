@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pqkv_cli.calibration.hub_text import HUB
+from pqkv_cli.calibration.text_files import files_of, named_file
 
 _NUM_BLOCKS = 16
 _BLOCK_BYTES = 4096
@@ -18,11 +19,12 @@ def text_identity(source: str) -> str:
     It is the hash of a file or of a directory's rows, the name of a built-in text and its origin, or that of a data set; of one
     in a local directory with the hash of its files.
     """
-    path = Path(source).expanduser()
+    path, column = named_file(source)
+    end = "" if column is None else f" column {column}"
     if path.is_file():
-        return _file_hash(path)
+        return _file_hash(path) + end
     if path.is_dir():
-        return _files_hash(path, sorted(path.glob("*.jsonl")))
+        return _files_hash(path, files_of(path)) + end
     if source.startswith(HUB):
         local = Path(source.removeprefix(HUB).partition("?")[0]).expanduser()
         if local.is_dir():

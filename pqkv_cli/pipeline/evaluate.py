@@ -13,7 +13,7 @@ from pqkv_cli.errors import UsageError
 from pqkv_cli.evaluation.measures import unmeasured
 from pqkv_cli.evaluation.report_tables import headline_rows
 from pqkv_cli.evaluation.settings import Mode, Subject
-from pqkv_cli.evaluation.tasks import reads_text, require_tasks, run_task
+from pqkv_cli.evaluation.tasks import check_rows, reads_text, require_tasks, run_task
 from pqkv_cli.files import write_text
 from pqkv_cli.gates import Gate, judge, parse_gates, split_gates
 from pqkv_cli.pipeline.content import text_identity
@@ -105,8 +105,10 @@ def _open(source: Source, *, force: bool) -> Subject:
     artifact = open_artifact(source.artifact, device_of(source.recipe))
     wanted = source.recipe.evaluation
     text = load_text(wanted.data) if any(map(reads_text, wanted.tasks)) else ""
+    rows = rows_path(wanted.data)
+    check_rows(wanted.tasks, rows)
     model, tokenizer = open_model(source.recipe)
-    return Subject(model, tokenizer, artifact, text, force, rows_path(wanted.data))
+    return Subject(model, tokenizer, artifact, text, force, rows)
 
 
 def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Record]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pqkv_cli import __version__
 from pqkv_cli.calibration.hub_text import HUB
+from pqkv_cli.calibration.table_files import form_of
+from pqkv_cli.calibration.text_files import named_file
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.samples import SampleLog
@@ -31,25 +33,47 @@ _BATCH_BYTES = 2**28
 
 
 def task_settings(task: str, mode: Mode, recipe: Recipe, subject: Subject) -> EvaluationSettings:
-    """Return the settings of `task`: windows as long as calibration's, prompts as long as the model reaches."""
+    """Return the settings of `task`: windows as long as calibration's, prompts as long as the model reaches.
+
+    Raises
+    ------
+    DataError
+        If the model has no room for any prompt of the task.
+    """
     wanted = recipe.evaluation
     positions = num_positions(subject.model) or _LONGEST_PROMPT
     if task in _ANSWER_ROOM:
-        longest = min(_LONGEST_PROMPT, positions - _ANSWER_ROOM[task])
+        longest = wanted.context or _least(task, min(_LONGEST_PROMPT, positions - _ANSWER_ROOM[task]), positions)
         limit = (wanted.prompts or wanted.limit) if task == "passkey" else wanted.limit
-        return EvaluationSettings(mode, wanted.context or longest, limit, recipe.seed, batch_tokens=_batch_tokens(subject))
+        return EvaluationSettings(mode, longest, limit, recipe.seed, batch_tokens=_batch_tokens(subject))
     if task == "kld_generated":
-        context = wanted.context or min(_LONGEST_OPENING, positions // 2)
+        context = wanted.context or _least(task, min(_LONGEST_OPENING, positions // 2), positions)
         steps = wanted.max_new_tokens or max(1, min(_MOST_NEW_TOKENS, positions - context))
         return EvaluationSettings(mode, context, wanted.limit, recipe.seed, max_new_tokens=steps)
     if task not in TASKS:
         return EvaluationSettings(mode, positions, wanted.limit, recipe.seed)
     if task == "longbench":
         longest = positions - _LONGBENCH_ROOM if positions > 2 * _LONGBENCH_ROOM else positions // 2
-        room = wanted.context or longest
+        room = wanted.context or _least(task, longest, positions)
         return EvaluationSettings(mode, room, wanted.limit, recipe.seed, batch_tokens=_batch_tokens(subject))
-    context = wanted.context or min(recipe.calibration.seq_len, positions)
+    context = wanted.context or _least(task, min(recipe.calibration.seq_len, positions), positions)
     return EvaluationSettings(mode, context, wanted.limit or _DEFAULT_WINDOWS, recipe.seed, stride=wanted.stride)
+
+
+def _least(task: str, tokens: int, positions: int) -> int:
+    """Return `tokens`, the prompt that a task takes unless it is told another, or refuse the task.
+
+    Raises
+    ------
+    DataError
+        If the model's positions leave no room for a prompt.
+    """
+    if tokens < 2:
+        raise DataError(
+            f"{task} leaves room for {max(tokens, 0)} tokens of prompt in the model's {positions} positions; expected at "
+            "least 2: this task cannot run on this model. Leave it out, or take a model with more positions."
+        )
+    return tokens
 
 
 def _batch_tokens(subject: Subject) -> int:
@@ -72,15 +96,15 @@ def rows_path(data: str) -> Path | None:
     DataError
         If it names a path and nothing is there.
     """
-    path = Path(data).expanduser()
     if data.startswith(_NO_PATHS):
         return None
+    path, _ = named_file(data)
     if not path.exists():
         raise DataError(
-            f"data {path} is not there; expected a UTF-8 text file, rows (*.jsonl, or a directory of them), "
+            f"data {path} is not there; expected a UTF-8 text file, rows (*.jsonl and the like, or a directory of them), "
             f"{BUILT_IN}evaluation or {HUB}ORG/NAME"
         )
-    return path if path.is_dir() or path.suffix == ".jsonl" else None
+    return path if path.is_dir() or form_of(path) else None
 
 
 def open_log(source: Source, task: str, settings: EvaluationSettings, subject: Subject) -> SampleLog:

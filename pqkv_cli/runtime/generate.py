@@ -13,6 +13,7 @@ from pqkv_cli.cache.cache import CacheBytes
 from pqkv_cli.errors import DataError, UsageError
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.geometry import geometry
+from pqkv_cli.models.prefix import whole_ids
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.step_graph import GraphChoice, GraphRequest, choose_graph, step_graph
 
@@ -73,7 +74,7 @@ def generate(
         If a captured step was asked for and cannot be.
     """
     model = attached.model
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    ids = torch.tensor([whole_ids(tokenizer, prompt)], dtype=torch.int64, device=model.device)
     _check_room(model, ids.shape[1], settings.max_new_tokens)
     cache = attached.new_cache()
     choice = choose_graph(settings.graph, attached, cache)
@@ -106,9 +107,14 @@ def _check_room(model: Any, num_tokens: int, num_new: int) -> None:
     if num_tokens == 0:
         raise DataError("the prompt has no tokens; give at least one word")
     if max_positions - num_tokens < num_new:
+        room = max_positions - num_tokens
+        way = f"shorten the prompt or ask for at most {room}"
+        if room <= 0:
+            way = f"that leaves room for at most 0, so shorten the prompt to {max(1, max_positions - num_new)} tokens"
+            way += "" if max_positions > num_new else f" and ask for at most {max_positions - 1}"
         raise DataError(
             f"the prompt has {num_tokens} tokens and {num_new} more are asked for; the model has "
-            f"{max_positions} positions: shorten the prompt or ask for at most {max(max_positions - num_tokens, 0)}"
+            f"{max_positions} positions: {way}"
         )
 
 

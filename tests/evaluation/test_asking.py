@@ -13,6 +13,7 @@ from pqkv_cli.evaluation.asking import _batches, ask
 from pqkv_cli.evaluation.replies import Question, reply
 from pqkv_cli.evaluation.samples import SampleLog
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.hf.names import given_cache
 
 Maker = Callable[..., Subject]
 LENGTHS = (70, 33, 70, 150, 12)
@@ -98,7 +99,7 @@ def test_a_sample_with_broken_logits_is_named_and_the_rest_goes_on(side: str, su
     asked[2].ids[5] = marker
 
     def poison(module: Any, args: Any, kwargs: Any) -> None:
-        past = kwargs.get("past_key_values")
+        past = given_cache(kwargs)
         ours = type(past).__module__.startswith("pqkv_cli")
         rows = (kwargs["input_ids"] == marker).any(1)
         state["rows"] = rows if rows.any() or kwargs["input_ids"].shape[1] > 1 else state.get("rows")

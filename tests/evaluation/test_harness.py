@@ -15,6 +15,7 @@ from pqkv_cli.errors import UsageError
 from pqkv_cli.evaluation.samples import SampleLog
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.tasks import require_tasks, run_task
+from pqkv_cli.hf.names import given_cache
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 Maker = Callable[..., Subject]
@@ -133,7 +134,7 @@ def test_generation_runs_on_our_cache(mode: str, subject: Maker, tasks: Path, mo
     generate = made.model.generate
 
     def spy(*words: Any, **options: Any) -> Any:
-        kinds.append(type(options.get("past_key_values")).__name__)
+        kinds.append(type(given_cache(options)).__name__)
         return generate(*words, **options)
 
     monkeypatch.setattr(made.model, "generate", spy)

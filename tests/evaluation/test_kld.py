@@ -10,6 +10,7 @@ from pqkv_cli.evaluation.kld import kld, kld_generated
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.windows import by_context, spans
+from pqkv_cli.hf.names import cache_argument
 
 Maker = Callable[..., Subject]
 
@@ -62,9 +63,10 @@ def test_the_compressed_model_is_shown_the_others_tokens(subject: Maker, monkeyp
     made, seen = subject(), {True: [], False: []}
     forward = made.model.forward
 
-    def spy(ids: torch.Tensor, past_key_values: Any = None, **options: Any) -> Any:
-        seen[type(past_key_values).__module__.startswith("pqkv_cli")].append(ids.tolist())
-        return forward(ids, past_key_values=past_key_values, **options)
+    def spy(ids: torch.Tensor, cache: Any = None, past_key_values: Any = None, **options: Any) -> Any:
+        given = cache if past_key_values is None else past_key_values
+        seen[type(given).__module__.startswith("pqkv_cli")].append(ids.tolist())
+        return forward(ids, **cache_argument(forward, given), **options)
 
     monkeypatch.setattr(made.model, "forward", spy)
     kld_generated(made, EvaluationSettings("cache", context=32, limit=1, max_new_tokens=9), silent)

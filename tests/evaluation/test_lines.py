@@ -13,6 +13,7 @@ from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.lines import lines
 from pqkv_cli.evaluation.names import line_names
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.hf.names import given_cache
 
 Maker = Callable[..., Subject]
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "longeval"
@@ -21,14 +22,14 @@ PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "longeval"
 def answering(made: Subject, monkeypatch: pytest.MonkeyPatch, seen: list[str]) -> None:
     """The uncompressed side reads the line; the compressed side is wrong by one."""
 
-    def generate(ids: torch.Tensor, past_key_values: Any = None, **options: Any) -> torch.Tensor:
+    def generate(ids: torch.Tensor, **options: Any) -> torch.Tensor:
         rows = []
         for row in ids:
             text = made.tokenizer.decode(row, skip_special_tokens=True)
             seen.append(text)
             name = re.findall(r"in line (\S+?)\?", text)[0]
             number = int(re.findall(rf"line {name}: REGISTER_CONTENT is <(\d+)>", text)[0])
-            rows.append(made.tokenizer(f"{number + (not is_uncompressed(past_key_values)):08d}>.").input_ids)
+            rows.append(made.tokenizer(f"{number + (not is_uncompressed(given_cache(options))):08d}>.").input_ids)
         return torch.cat((ids, torch.tensor(rows)), dim=1)
 
     monkeypatch.setattr(made.model, "generate", generate)

@@ -16,6 +16,7 @@ from pqkv_cli.evaluation.longbench import cut_middle, longbench
 from pqkv_cli.evaluation.longbench_data import load_longbench, tasks_in
 from pqkv_cli.evaluation.longbench_tasks import TASKS
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.hf.names import given_cache
 
 Maker = Callable[..., Subject]
 BESIDE = Path(__file__).parents[3] / "shared" / "data"
@@ -150,7 +151,7 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 @pytest.mark.skipif(not (BESIDE / "longbench").is_dir(), reason="the published prompts do not lie beside the repository")
 def test_prompts_and_lengths_are_the_published_ones() -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-    from pqkv_cli.evaluation.longbench_data import harness_prompts
+    from pqkv_cli.evaluation.longbench_prompts import harness_prompts
 
     published = json.loads((BESIDE / "longbench" / "dataset2prompt.json").read_text(encoding="utf-8"))
     assert harness_prompts(Path(lm_eval.__file__).parent / "tasks" / "longbench") == published
@@ -171,13 +172,13 @@ def test_real_rows_of_all_tasks_can_be_read() -> None:
 def replying(made: Subject, monkeypatch: pytest.MonkeyPatch, seen: list[tuple[str, dict[str, Any]]]) -> None:
     """The uncompressed side answers rightly; the compressed side only the tasks that end with an even letter."""
 
-    def generate(ids: torch.Tensor, attention_mask: torch.Tensor, past_key_values: Any = None, **options: Any) -> torch.Tensor:
+    def generate(ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
         rows = []
         for line, mask in zip(ids, attention_mask, strict=True):
             text = made.tokenizer.decode(line[mask.bool()], skip_special_tokens=True)
             seen.append((text, options))
             task = max((name for name in TASKS if f"{name} reads" in text), key=len)
-            right = is_uncompressed(past_key_values) or task in ("hotpotqa", "lcc")
+            right = is_uncompressed(given_cache(options)) or task in ("hotpotqa", "lcc")
             rows.append(made.tokenizer(f"{GOLD.get(task, 'the answer') if right else 'x'}\nmore".ljust(24)).input_ids)
         width = max(map(len, rows))
         return torch.cat((ids, torch.tensor([r[:width] for r in rows])), dim=1)

@@ -9,6 +9,7 @@ from tiny_chain import byte_tokenizer, is_uncompressed
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.needle import ANSWER, CUE, DEPTHS, NEEDLE, needle, needle_prompt, recalled
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.hf.names import given_cache
 
 Maker = Callable[..., Subject]
 TEXT = "One two three. Four five six seven. Eight! " * 100
@@ -50,8 +51,8 @@ def test_the_grid(subject: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The uncompressed side repeats the needle; the compressed side half of it."""
     made = subject(text=TEXT)
 
-    def generate(ids: torch.Tensor, past_key_values: Any = None, **options: Any) -> torch.Tensor:
-        answer = f" {ANSWER}" if is_uncompressed(past_key_values) else " eat a sandwich and sit in"
+    def generate(ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        answer = f" {ANSWER}" if is_uncompressed(given_cache(options)) else " eat a sandwich and sit in"
         return torch.cat((ids, torch.tensor([made.tokenizer(answer).input_ids] * len(ids))), dim=1)
 
     monkeypatch.setattr(made.model, "generate", generate)

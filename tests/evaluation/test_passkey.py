@@ -9,6 +9,7 @@ from tiny_chain import byte_tokenizer, is_uncompressed
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.passkey import DEPTHS, make_prompts, passkey, passkey_texts, prompt_lengths
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.hf.names import given_cache
 
 Maker = Callable[..., Subject]
 
@@ -41,7 +42,7 @@ def test_prompts_follow_the_seed_and_differ(subject: Maker) -> None:
 
 def test_a_prompt_starts_as_the_model_expects(subject: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     made = subject()
-    monkeypatch.setattr("pqkv_cli.evaluation.passkey.added_bos", lambda tokenizer: [tokenizer.bos_token_id])
+    monkeypatch.setattr("pqkv_cli.evaluation.passkey.prefix_ids", lambda tokenizer: [tokenizer.bos_token_id])
     for prompt in make_prompts(made, 200, 1, 0):
         assert (len(prompt.ids), int(prompt.ids[0]), int((prompt.ids == 0).sum())) == (200, 0, 1)
 
@@ -73,9 +74,9 @@ def test_right_and_wrong_answers_are_told_apart(subject: Maker, monkeypatch: pyt
         key = "99999" if forgets and found.start() < len(text) // 4 else found[1]
         return tokenizer(f" {key}.").input_ids
 
-    def generate(ids: torch.Tensor, past_key_values: Any = None, **options: Any) -> torch.Tensor:
+    def generate(ids: torch.Tensor, **options: Any) -> torch.Tensor:
         assert (options["do_sample"], bool(options["attention_mask"].all())) == (False, True)
-        rows = [answer(row, not is_uncompressed(past_key_values)) for row in ids]
+        rows = [answer(row, not is_uncompressed(given_cache(options))) for row in ids]
         return torch.cat((ids, torch.tensor(rows)), dim=1)
 
     monkeypatch.setattr(made.model, "generate", generate)

@@ -1,0 +1,138 @@
+"""Rows of files that hold tables: JSON lines, JSON, CSV and Parquet. Knows forms; no columns, no compression."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pqkv_cli.calibration.row_text import TEXT_COLUMN, TURN_COLUMNS, BadRow
+from pqkv_cli.calibration.unpacking import PACKED_ENDS
+from pqkv_cli.errors import DataError
+
+ROW_FORMS = ("jsonl", "csv", "tsv", "parquet", "json")
+_ENDS: Mapping[str, str] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
+    ".jl": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+_LISTS = ("data", "rows", "train", "examples", "instances", "items")  # where JSON files with one object hold their rows
+
+
+def form_of(path: Path, raw: bytes = b"") -> str:
+    """Return the form of `ROW_FORMS` that the name of `path`, or its first bytes `raw`, tells; empty where it is none."""
+    if raw.startswith(b"PAR1"):
+        return "parquet"
+    ends = [end.lower() for end in path.suffixes]
+    while ends and ends[-1] in PACKED_ENDS:
+        ends.pop()
+    return _ENDS.get(ends[-1], "") if ends else ""
+
+
+def stem_of(path: Path) -> str:
+    """Return the name of `path` without the ends that tell its form and how it is packed."""
+    name = path.name
+    while (end := Path(name).suffix.lower()) and (end in PACKED_ENDS or end in _ENDS):
+        name = name[: -len(end)]
+    return name
+
+
+def rows_in(form: str, content: Any, where: str) -> list[Any]:
+    """Return the rows of `content`, the text of a file of this `form`, of Parquet its bytes; `where` is what messages call it.
+
+    Raises
+    ------
+    DataError
+        If it is damaged.
+    """
+    if form == "parquet":
+        return _parquet_rows(content, where)
+    if form in ("csv", "tsv"):
+        return _csv_rows(content, form, where)
+    return _json_rows(content, where) if form == "json" else _line_rows(content)
+
+
+def _line_rows(text: str) -> list[Any]:
+    # Not splitlines(): texts hold separators that it takes for the end of a line.
+    rows = [parsed_line(line) for line in text.split("\n") if line.strip()]
+    if rows and isinstance(rows[0], BadRow):
+        whole = parsed_line(text)  # one JSON document over many lines, only named like JSON lines
+        return rows if isinstance(whole, BadRow) else _document_rows(whole)
+    return rows
+
+
+def _json_rows(text: str, where: str) -> list[Any]:
+    whole = parsed_line(text)
+    if not isinstance(whole, BadRow):
+        return _document_rows(whole)
+    rows = _line_rows(text)
+    if not rows or isinstance(rows[0], BadRow):
+        raise DataError(f"{where} {whole.reason}; expected JSON: a list of rows, or a row per line. Write it again.")
+    return rows
+
+
+def parsed_line(text: str) -> Any:
+    """Return what the JSON `text` holds, or a `BadRow`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"is no JSON ({error})")
+
+
+def _document_rows(document: Any) -> list[Any]:
+    if isinstance(document, list):
+        return [row["row"] if isinstance(row, dict) and isinstance(row.get("row"), dict) else row for row in document]
+    if isinstance(document, dict) and not {TEXT_COLUMN, *TURN_COLUMNS} & document.keys():
+        for name in _LISTS:
+            if isinstance(document.get(name), list):
+                return _document_rows(document[name])
+    columns = {name: _column(values) for name, values in document.items()} if isinstance(document, dict) else {}
+    if columns and all(values is not None for values in columns.values()) and not set(TURN_COLUMNS) & columns.keys():
+        return [dict(zip(columns, row, strict=False)) for row in zip(*columns.values(), strict=False)]
+    return [document]
+
+
+def _column(values: Any) -> list[Any] | None:
+    """Return the cells of a column of a table that is written by columns."""
+    if isinstance(values, dict) and values and all(str(key).isdecimal() for key in values):
+        return list(values.values())
+    return values if isinstance(values, list) else None
+
+
+def _csv_rows(text: str, form: str, where: str) -> list[Any]:
+    head = text.split("\n", 1)[0]
+    delimiter = "\t" if form == "tsv" else max(",;\t", key=head.count)
+    before = csv.field_size_limit(2**31 - 1)  # documents are longer than the usual limit
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error as error:
+        raise DataError(f"{where} is no CSV ({error}); expected a line of column names and rows. Write it again.") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parquet_rows(raw: bytes, where: str) -> list[Any]:
+    try:
+        parquet = import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DataError(
+            f"{where} is Parquet, which needs the package pyarrow: pip install pyarrow, or give JSON lines"
+        ) from error
+    try:
+        return list(_table_rows(parquet.ParquetFile(io.BytesIO(raw))))
+    except Exception as error:  # the errors of the package have no base of their own
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"{where} is damaged Parquet ({reason}); expected the whole file. Copy it again.") from error
+
+
+def _table_rows(file: Any) -> Iterator[Any]:
+    for batch in file.iter_batches():
+        yield from batch.to_pylist()
