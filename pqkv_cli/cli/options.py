@@ -40,7 +40,9 @@ LogFormatOption = Annotated[
     str, typer.Option("--log-format", metavar="NAME", help="How stderr is written: text, or json (one object per line).")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Say nothing on stderr but warnings and errors.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error, and what libraries say when imported.")
+]
 
 # Settings of the recipe.
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Overrides the recipe's seed.")]
