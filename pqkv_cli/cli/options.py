@@ -47,7 +47,14 @@ DebugOption = Annotated[
 # Settings of the recipe.
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Overrides the recipe's seed.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps or xpu.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="auto, float32, bfloat16 or float16. On a CPU auto takes float32 instead of a half where that is quicker.",
+    ),
+]
 CalibrationDataOption = Annotated[
     str | None,
     typer.Option("--data", metavar="FILE", help="Text to calibrate on: a UTF-8 file, stdlib:broad, or hf:ORG/NAME."),
