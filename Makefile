@@ -5,15 +5,28 @@ BIN := $(VENV)/bin
 # The oldest transformers that pyproject.toml allows, in an environment of its own that borrows all else from the first.
 OLDEST_TRANSFORMERS := 5.17
 OLDEST_VENV ?= .venv-oldest
+# The newest of everything that pyproject.toml allows, in an environment of its own.
+NEWEST_VENV ?= .venv-newest
 WHEEL_VENV ?= .venv-wheel
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: help demo test test-oldest test-wheel crash-study mutation-study coverage docs check format clean
+# The versions that are installed with this Python, an existing environment's before another; `make lock` writes them.
+PYTHON_VERSION := $(shell for python in $(BIN)/python $(PYTHON); do \
+	$$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null && break; done)
+LOCK := $(wildcard pqkv_cli/constraints/python$(PYTHON_VERSION).txt)
+# The second name is what pip reads from 25.3 on for the packages that it builds with; older ones read the first for them, too.
+LOCKED := $(if $(LOCK),PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) )
+LOCK_PYTHONS ?= python3.11 python3.12 python3.13
+UNLOCKED = @$(if $(LOCK),:,echo "no versions are locked for Python $(PYTHON_VERSION): the newest that pyproject.toml allows come")
+
+.PHONY: help demo test test-oldest test-newest lock test-wheel crash-study mutation-study coverage docs check format clean
 
 help:
 	@echo "make demo    install into $(VENV), then run the whole chain on the embedded reference model"
 	@echo "make test    install into $(VENV), then ruff, mypy and pytest"
 	@echo "make test-oldest  the tests of models, cache and runtime with transformers $(OLDEST_TRANSFORMERS), in $(OLDEST_VENV)"
+	@echo "make test-newest  the tests of models, cache, runtime and one chain with the newest of all libraries, in $(NEWEST_VENV)"
+	@echo "make lock    write anew which versions demo and test install, for each of $(LOCK_PYTHONS) that is here"
 	@echo "make crash-study     kill pqkv run at 50 seeded points and go on; writes docs/crash-study.md"
 	@echo "make mutation-study  open 10,000 cut or changed artifacts and run files; writes docs/mutation-study.md"
 	@echo "make test-wheel  build sdist and wheel, install the wheel into $(WHEEL_VENV), run the chain with it (BORROW=1: without downloads)"
@@ -36,6 +49,19 @@ test-oldest: $(VENV)/.installed-dev
 	else \
 		echo "NOT TESTED with transformers $(OLDEST_TRANSFORMERS): it could not be installed into $(OLDEST_VENV) (see above)" >&2; \
 	fi
+
+# Every time the newest that there is: this finds what libraries have changed since `make lock`.
+test-newest:
+	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e ".[test]"
+	$(NEWEST_VENV)/bin/python -m pip list --disable-pip-version-check
+	$(NEWEST_VENV)/bin/python -m pytest tests/models tests/cache tests/runtime $(wildcard tests/hf) tests/cli/test_chain.py
+
+lock:
+	@for python in $(LOCK_PYTHONS); do \
+		if $$python -c '' 2>/dev/null; then $$python .ci/lock.py || exit 1; \
+		else echo "no $$python here: its versions stay as they are"; fi; \
+	done
 
 # sdist and wheel as they would be published, and the wheel in an environment that has nothing else of ours. With BORROW=1 it
 # takes all other packages from the first environment, so that nothing is downloaded.
@@ -80,7 +106,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(WHEEL_VENV) build dist .coverage* .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(WHEEL_VENV) build dist .coverage* .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -88,15 +114,17 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-# A stamp is as old as the last installation: pip runs once, and again when pyproject.toml changes.
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+# A stamp is as old as the last installation: pip runs once, and again when pyproject.toml or the locked versions change.
+$(VENV)/.installed: pyproject.toml $(LOCK) | $(BIN)/python
 	@echo "installing pqkv into $(VENV) (a few minutes the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(UNLOCKED)
+	$(LOCKED)$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml $(LOCK) | $(BIN)/python
 	@echo "installing pqkv with its test tools into $(VENV) (a few minutes the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,dev]"
+	$(UNLOCKED)
+	$(LOCKED)$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,dev]"
 	@touch $@ $(VENV)/.installed
 
 $(OLDEST_VENV)/.installed: $(VENV)/.installed-dev

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from pqkv_cli.cli.export import export
 from pqkv_cli.cli.failure import INTERRUPTED, Terminated, report_failure
 from pqkv_cli.cli.fit_codebooks import fit_codebooks
 from pqkv_cli.cli.generate import generate
+from pqkv_cli.cli.imports import failed_import, quiet_imports
 from pqkv_cli.cli.inspect import inspect
 from pqkv_cli.cli.option_set import with_common_options
 from pqkv_cli.cli.processes import joined_processes
@@ -29,7 +31,7 @@ from pqkv_cli.cli.recipes import recipes
 from pqkv_cli.cli.report import report
 from pqkv_cli.cli.run import run
 from pqkv_cli.cli.verify import verify
-from pqkv_cli.cli.voice import current_voice, speaking, wanted_voice
+from pqkv_cli.cli.voice import current_voice, own_words, speaking, wanted_voice
 from pqkv_cli.errors import UsageError, did_you_mean
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -79,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     with speaking(wanted_voice(words)):
         try:
-            with _sigterm_raises(), warnings.catch_warnings():
-                warnings.showwarning = _show_warning
+            with _sigterm_raises(), warnings.catch_warnings(), quiet_imports("--debug" in own_words(words)) as keep:
+                warnings.showwarning = partial(_show_warning, keep)
                 with joined_processes(words) as own:
                     return _dispatch(own)
         except BrokenPipeError:
@@ -88,6 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except (Exception, KeyboardInterrupt, Terminated) as error:
+            return report_failure(error, words, current_voice())
+        except SystemExit as error:
+            if failed_import(error) is None:
+                raise
             return report_failure(error, words, current_voice())
 
 
@@ -103,8 +109,9 @@ def _dispatch(words: list[str]) -> int:
     return int(code or 0) if words else UsageError.exit_code
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    current_voice().say("warning", "warning", str(message))
+def _show_warning(keep: Callable[[str], bool], message: Warning | str, *_: object, **__: object) -> None:
+    if not keep(f"{message}\n"):
+        current_voice().say("warning", "warning", str(message))
 
 
 @contextmanager

@@ -40,12 +40,21 @@ LogFormatOption = Annotated[
     str, typer.Option("--log-format", metavar="NAME", help="How stderr is written: text, or json (one object per line).")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Say nothing on stderr but warnings and errors.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error, and what libraries say when imported.")
+]
 
 # Settings of the recipe.
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Overrides the recipe's seed.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps or xpu.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="auto, float32, bfloat16 or float16. On a CPU auto takes float32 instead of a half where that is quicker.",
+    ),
+]
 CalibrationDataOption = Annotated[
     str | None,
     typer.Option("--data", metavar="FILE", help="Text to calibrate on: a file of text or rows, stdlib:broad, or hf:ORG/NAME."),

@@ -49,9 +49,14 @@ class Voice:
         self.stream.flush()
 
 
+def own_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line in which options are looked for: those before ``--``."""
+    return list(words[: words.index("--")] if "--" in words else words)
+
+
 def wanted_voice(words: Sequence[str]) -> Voice:
     """Return the voice that a command line asks for, whether or not the rest of it can be understood."""
-    own = list(words[: words.index("--")] if "--" in words else words)
+    own = own_words(words)
     after = dict(zip(own, own[1:], strict=False))
     is_json = after.get("--log-format") == "json" or "--log-format=json" in own
     return Voice(is_json, "--quiet" in own)

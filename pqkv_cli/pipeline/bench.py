@@ -65,7 +65,7 @@ def bench(source: Source, settings: BenchSettings, reporter: Reporter, *, force:
         If the backend asked for cannot run here.
     """
     artifact = open_artifact(source.artifact, device_of(source.recipe))
-    model, _ = open_model(source.recipe)
+    model, _ = open_model(source.recipe, reporter)
     on_gpu = model.device.type == "cuda"
     contexts = settings.contexts or ((1024, 8192, 32768, 131072) if on_gpu else (1024, 4096, 16384))
     batches = settings.batches or ((1, 8) if on_gpu else (1,))

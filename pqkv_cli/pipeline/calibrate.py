@@ -56,7 +56,7 @@ class _Work:
     def __init__(self, run: Run, recipe: Recipe, reporter: Reporter) -> None:
         wanted = recipe.calibration
         text = load_text(wanted.data)
-        self.model, tokenizer = open_model(recipe)
+        self.model, tokenizer = open_model(recipe, reporter)
         windows = token_windows(tokenizer, text, wanted.samples, wanted.seq_len, recipe.seed)
         self.windows = with_recall(tokenizer, windows, wanted.recall_share, recipe.seed)
         self.settings = CollectSettings(

@@ -13,6 +13,8 @@ from pathlib import Path
 from platform import machine, platform, python_version
 from typing import Any, Literal
 
+from pqkv_cli.pipeline.tested import KnownVersion, compared, in_words, versions_tested
+
 SCHEMA = "pqkv.doctor/1"
 DISTRIBUTION = "pqkv"
 _TRUE = ("1", "true", "yes", "on", "y")
@@ -34,6 +36,7 @@ class Diagnosis:
     """Everything that was found on this machine."""
 
     findings: tuple[Finding, ...]
+    versions: tuple[KnownVersion, ...] = ()
 
     @property
     def wrong(self) -> tuple[Finding, ...]:
@@ -42,7 +45,12 @@ class Diagnosis:
 
     def document(self) -> dict[str, Any]:
         """Return the diagnosis as JSON; its keys stay."""
-        return {"schema": SCHEMA, "healthy": not self.wrong, "findings": [asdict(finding) for finding in self.findings]}
+        return {
+            "schema": SCHEMA,
+            "healthy": not self.wrong,
+            "findings": [asdict(finding) for finding in self.findings],
+            "versions": [asdict(version) | {"is_tested": version.is_tested} for version in self.versions],
+        }
 
 
 def diagnose(variables: Mapping[str, str], artifact: Path | None = None) -> Diagnosis:
@@ -53,11 +61,14 @@ def diagnose(variables: Mapping[str, str], artifact: Path | None = None) -> Diag
     ArtifactError
         If the artifact is damaged.
     """
-    findings = [*version_findings(_requirements(), installed_version), shadow_finding("kernels"), _demo_finding()]
+    findings = list(version_findings(_requirements(), installed_version))
+    present = {finding.name: version for finding in findings if (version := installed_version(finding.name)) is not None}
+    tested, versions = comparison_finding(present)
+    findings += [tested, shadow_finding("kernels"), _demo_finding()]
     broken = [finding for finding in map(_import_finding, ("torch", "transformers")) if finding.state == "wrong"]
     if not broken:
         findings += _device_findings(variables, artifact)
-    return Diagnosis((*findings, *broken))
+    return Diagnosis((*findings, *broken), versions)
 
 
 def installed_version(distribution: str) -> str | None:
@@ -90,6 +101,17 @@ def version_findings(requirements: list[str], version_of: Callable[[str], str | 
             yield Finding(wanted.name, "wrong", f"{found}; expected {expected}", f"pip install '{wanted.name}{expected}'")
         else:
             yield Finding(wanted.name, "good", found)
+
+
+def comparison_finding(present: Mapping[str, str]) -> tuple[Finding, tuple[KnownVersion, ...]]:
+    """Say whether the versions of libraries, `present` by name, are those that pqkv is tested with on this Python.
+
+    Others are worth knowing, and no fault: what is allowed is told by `version_findings`.
+    """
+    python = ".".join(python_version().split(".")[:2])
+    versions = compared(versions_tested(python), present)
+    is_tested, words = in_words(python, versions)
+    return Finding("tested versions", "good" if is_tested else "note", words), versions
 
 
 def shadow_finding(name: str) -> Finding:

@@ -46,7 +46,7 @@ def evaluate(run: Run, recipe: Recipe, reporter: Reporter) -> list[Record]:
     source = Source(run.artifact_file, recipe, run.results, run)
 
     def prepare() -> Callable[[], Facts]:
-        subject = _open(source, force=False)
+        subject = _open(source, reporter, force=False)
         return lambda: {"records": _measure(source, subject, reporter)}
 
     outcome = do_stage(run, recipe, StageWork("eval", inputs, run.results, prepare, keeps_old_files=True), reporter)
@@ -68,7 +68,7 @@ def evaluate_source(source: Source, reporter: Reporter, *, force: bool = False, 
         If a gate is about a task or mode that is not evaluated.
     """
     gates = _checked_gates(source.recipe, reporter, all_gates=all_gates)
-    return _judged(source, gates, _measure(source, _open(source, force=force), reporter))
+    return _judged(source, gates, _measure(source, _open(source, reporter, force=force), reporter))
 
 
 def _checked_gates(recipe: Recipe, reporter: Reporter, *, all_gates: bool) -> list[Gate]:
@@ -100,14 +100,14 @@ def _keep(source: Source, record: Record) -> None:
     write_text(source.results / f"{record['task']}-{record['mode']}.json", json.dumps(record, indent=1) + "\n")
 
 
-def _open(source: Source, *, force: bool) -> Subject:
+def _open(source: Source, reporter: Reporter, *, force: bool) -> Subject:
     # The cheap ones first: a damaged artifact or a missing text shows before a model is loaded.
     artifact = open_artifact(source.artifact, device_of(source.recipe))
     wanted = source.recipe.evaluation
     text = load_text(wanted.data) if any(map(reads_text, wanted.tasks)) else ""
     rows = rows_path(wanted.data)
     check_rows(wanted.tasks, rows)
-    model, tokenizer = open_model(source.recipe)
+    model, tokenizer = open_model(source.recipe, reporter)
     return Subject(model, tokenizer, artifact, text, force, rows)
 
 

@@ -41,7 +41,7 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
     def prepare() -> Callable[[], Facts]:
         shape = geometry(load_config(resolve_model(recipe.model)))
         settings = fit_settings(recipe)
-        opened = cache(partial(open_model, recipe))
+        opened = cache(partial(open_model, recipe, reporter))
         planned = _planned(run, recipe, shape, settings, reporter, opened)
         CalibrationStore(run.calibration)  # or there is nothing to fit
         refinement = RefineStage(run, recipe, reporter, opened) if recipe.codebooks.refine else None
@@ -80,7 +80,7 @@ def assist_fit(run: Run, recipe: Recipe, reporter: Reporter) -> None:
     plan = ranks.told(None)
     if plan is not None:
         shape = geometry(load_config(resolve_model(recipe.model)))
-        store = _store(run, shape, planned_spaces(shape, plan), partial(open_model, recipe))
+        store = _store(run, shape, planned_spaces(shape, plan), partial(open_model, recipe, reporter))
         fit_share(store, shape, plan, run.codebooks, fit_settings(recipe), ranks)
 
 

@@ -34,7 +34,7 @@ def generate_from(
     """
     # Before the model: a damaged artifact shows at once.
     artifact = open_artifact(source.artifact, device_of(source.recipe))
-    model, tokenizer = open_model(source.recipe)
+    model, tokenizer = open_model(source.recipe, reporter)
     settings = GenerateSettings(source.recipe.generation.max_new_tokens, temperature, source.recipe.seed, graph)
     if force:
         reporter.note("--force: the artifact is used whatever model it was made for")

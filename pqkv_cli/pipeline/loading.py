@@ -5,13 +5,15 @@ from typing import Any
 import torch
 
 from pqkv_cli.errors import UsageError
-from pqkv_cli.models.load import load_model
-from pqkv_cli.models.resolve import resolve_model
+from pqkv_cli.models.load import load_config, load_model
+from pqkv_cli.models.precision import Precision, automatic_precision, is_quantized, stored_format
+from pqkv_cli.models.resolve import ResolvedModel, resolve_model
+from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.recipe import Recipe
 
 
-def open_model(recipe: Recipe) -> tuple[Any, Any]:
-    """Return ``(model, tokenizer)`` of `recipe`.
+def open_model(recipe: Recipe, reporter: Reporter) -> tuple[Any, Any]:
+    """Return ``(model, tokenizer)`` of `recipe`; `reporter` is told which number format was chosen, where one was.
 
     Raises
     ------
@@ -20,8 +22,27 @@ def open_model(recipe: Recipe) -> tuple[Any, Any]:
     ModelError
         If the model is missing or unreadable.
     """
-    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    return load_model(resolve_model(recipe.model), dtype, device_of(recipe))
+    resolved, device = resolve_model(recipe.model), device_of(recipe)
+    if recipe.dtype == "auto" and torch.device(device).type == "cpu":
+        return _opened_on_cpu(resolved, device, reporter)
+    return load_model(resolved, None if recipe.dtype == "auto" else getattr(torch, recipe.dtype), device)
+
+
+def _opened_on_cpu(resolved: ResolvedModel, device: str, reporter: Reporter) -> tuple[Any, Any]:
+    config = load_config(resolved)
+    # Quantized weights and the numbers beside them fit one another as they are stored.
+    stored = None if is_quantized(config) else stored_format(config)
+    chosen = _told(automatic_precision(stored, device), reporter)
+    model, tokenizer = load_model(resolved, chosen.dtype, device)
+    if stored is None and not is_quantized(config):  # only the weights themselves say it
+        model = model.to(_told(automatic_precision(model.dtype, device), reporter).dtype)
+    return model, tokenizer
+
+
+def _told(chosen: Precision, reporter: Reporter) -> Precision:
+    if chosen.reason is not None:
+        reporter.note(chosen.reason)
+    return chosen
 
 
 def device_of(recipe: Recipe) -> str:

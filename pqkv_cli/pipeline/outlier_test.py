@@ -60,7 +60,7 @@ def outlier_test(source: Source, wanted: str | None, scale: float, reporter: Rep
     """
     check_scale(scale)
     named = parse_rivals(wanted) if wanted is not None else None
-    store, subject, artifacts = open_comparison(source, (), force=force)
+    store, subject, artifacts = open_comparison(source, (), reporter, force=force)
     gauges = outlier_gauges(subject.model, scale, source.recipe.seed)
     settings = task_settings(TASK, MODE, source.recipe, subject)
     own = own_contestant(artifacts[0][1])

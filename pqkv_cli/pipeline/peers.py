@@ -60,7 +60,7 @@ def compare_peers(
         If the text cannot be used.
     """
     rivals = parse_rivals(wanted)
-    store, subject, artifacts = open_comparison(source, others, force=force)
+    store, subject, artifacts = open_comparison(source, others, reporter, force=force)
     contestants = [own_contestant(artifact, name) for name, artifact in artifacts]
     contestants += fitted_rivals(rivals, store, subject, source.recipe.seed, reporter)
     settings = task_settings(TASK, MODE, source.recipe, subject)
@@ -82,7 +82,7 @@ def fitted_rivals(
 
 
 def open_comparison(
-    source: Source, others: Sequence[Source], *, force: bool
+    source: Source, others: Sequence[Source], reporter: Reporter, *, force: bool
 ) -> tuple[CalibrationStore, Subject, list[tuple[str, Artifact]]]:
     """Return the run's calibration, the subject, and all artifacts of ours by name; the cheap ones are opened first.
 
@@ -102,7 +102,7 @@ def open_comparison(
     artifacts = [(OWN, artifact)]
     artifacts += [(f"{OWN} ({_name(other)})", open_artifact(other.artifact, device)) for other in others]
     text = load_text(source.recipe.evaluation.data)
-    model, tokenizer = open_model(source.recipe)
+    model, tokenizer = open_model(source.recipe, reporter)
     identity, shape = model_identity(model), geometry(model.config)
     for _, each in artifacts:
         for difference in check_model(each, identity, shape, force=force):

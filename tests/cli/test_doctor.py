@@ -5,10 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from platform import python_version
 
 import pytest
 
-from pqkv_cli.pipeline.doctor import Diagnosis, Finding, shadow_finding, triton_findings, version_findings
+from pqkv_cli.pipeline import doctor
+from pqkv_cli.pipeline.doctor import Diagnosis, Finding, comparison_finding, shadow_finding, triton_findings, version_findings
+from pqkv_cli.pipeline.tested import pythons_tested, versions_tested
 
 
 def named(findings: object) -> dict[str, Finding]:
@@ -22,6 +25,10 @@ def test_this_machine(pqkv: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     assert document["schema"] == "pqkv.doctor/1"
     for name in ("python", "torch", "transformers", "safetensors", "devices", "triton", "backend", "reference model"):
         assert found[name]
+    assert found["tested versions"]
+    versions = {each["package"]: each for each in document["versions"]}
+    assert versions.keys() <= versions_tested(".".join(python_version().split(".")[:2])).keys()
+    assert "torch" in versions or not versions
     assert found["backend"].split(",")[0] in ("torch", "native", "triton")
 
 
@@ -50,6 +57,44 @@ def test_versions_out_of_range_or_missing_are_wrong() -> None:
 
 def test_without_requirements_nothing_is_vouched_for() -> None:
     assert named(version_findings([], {}.get))["pqkv"].state == "wrong"
+
+
+TESTED = {"torch": "2.13.0", "typer": "0.29.2", "types-pyyaml": "6.0.12", "numpy": "2.4.6"}
+
+
+@pytest.mark.parametrize(
+    ("present", "state", "found"),
+    [
+        ({"torch": "2.13.0", "typer": "0.29.2"}, "good", "all 2 are the versions that pqkv is tested with on Python 3.11"),
+        ({"torch": "2.13.0+cu130"}, "good", "all 1 are the versions that pqkv is tested with on Python 3.11"),
+        ({"torch": "2.13.0", "unknown": "1.0"}, "good", "all 1 are the versions that pqkv is tested with on Python 3.11"),
+        (
+            {"torch": "2.13.1+cpu", "types_PyYAML": "6.0.11", "typer": "0.29.2"},
+            "note",
+            "torch 2.13.1+cpu (tested with 2.13.0), types_PyYAML 6.0.11 (tested with 6.0.12); "
+            "allowed, but if something fails, try the tested ones",
+        ),
+        ({}, "note", f"none for Python 3.11; pqkv is tested with Python {', '.join(pythons_tested())}"),
+    ],
+)
+def test_other_versions_than_the_tested_are_worth_knowing(
+    present: dict[str, str], state: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "python_version", lambda: "3.11.7")
+    monkeypatch.setattr(doctor, "versions_tested", {"3.11": TESTED}.get)
+    finding, versions = comparison_finding(present)
+    assert (finding.name, finding.state, finding.found) == ("tested versions", state, found)
+    assert {each.package for each in versions} == present.keys() - {"unknown"}
+    document = Diagnosis((finding,), versions).document()
+    assert document["healthy"]
+    assert all(each["is_tested"] == (each["found"].split("+")[0] == each["tested"]) for each in document["versions"])
+
+
+def test_the_tested_versions_are_those_that_tests_install() -> None:
+    assert {"3.11", "3.12", "3.13"} <= set(pythons_tested())
+    for python in pythons_tested():
+        assert versions_tested(python).keys() >= {"torch", "transformers", "safetensors", "types-pyyaml"}
+    assert versions_tested("3.10") == versions_tested("../3.11") == {}
 
 
 @pytest.mark.parametrize(
