@@ -1,4 +1,4 @@
-"""What is inside transformers is known in one room, and every fact of it has a contract test (``tests/hf/test_contracts.py``)."""
+"""What is inside transformers is known in one room, where every fact of it has a test (``tests/hf/test_contracts.py``)."""
 
 import ast
 import re
