@@ -21,12 +21,14 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.tmp")
 def write_text(path: Path, text: str, error: type[PqkvError] = PqkvError) -> None:
     """Write `text` to `path` as UTF-8 with the line ends it has; otherwise as `write_bytes`.
 
+    Half of a surrogate pair (a byte of a file's name that is no text) becomes an escape, which JSON reads back.
+
     Raises
     ------
     PqkvError
         As `write_bytes`.
     """
-    write_bytes(path, text.encode("utf-8"), error)
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), error)
 
 
 def write_bytes(path: Path, data: bytes, error: type[PqkvError] = PqkvError) -> None:

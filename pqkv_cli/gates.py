@@ -105,15 +105,17 @@ def split_gates(gates: Sequence[Gate], tasks: Sequence[str], modes: Sequence[str
 def judge(gates: Sequence[Gate], records: Sequence[Record]) -> list[dict[str, Any]]:
     """Return `records`, each with its ``gate``: whether it ``passed``, what ``failed`` and why, what was ``checked``.
 
-    A gate on a number that is missing or undefined (a recovery of a baseline of zero) fails. One on any task that no record
-    measures fails in all records.
+    A gate on a number that is missing or undefined (a recovery of a baseline of zero) fails, and so does any gate on a record
+    of which nothing was compressed or nothing scored. One that no record answers for fails in all of its task, or in all.
     """
     failed: list[list[str]] = [[] for _ in records]
     checked: list[list[str]] = [[] for _ in records]
     for gate in gates:
         concerned = [i for i, record in enumerate(records) if gate.concerns(record["task"], record["mode"])]
         if gate.task == ANY_TASK:
-            concerned = [i for i in concerned if values_at(records[i], gate.path)] or list(range(len(records)))
+            concerned = [i for i in concerned if values_at(records[i], gate.path)]
+        if not concerned:  # a task may be measured in another mode than was asked for
+            concerned = [i for i, record in enumerate(records) if record["task"] == gate.task] or list(range(len(records)))
         for i in concerned:
             checked[i].append(gate.text)
             failed[i] += _faults(gate, records[i])
@@ -146,7 +148,8 @@ _MISSING: Any = object()
 
 def _part(metric: Mapping[str, Any], part: str) -> Any:
     if part == "increase" and {"baseline", "quantized"} <= metric.keys():
-        return metric["quantized"] / metric["baseline"] - 1 if metric["baseline"] else None
+        before, after = metric["baseline"], metric["quantized"]
+        return after / before - 1 if before and after is not None else None
     value = metric.get(part, _MISSING)
     return value if value is None or _is_number(value) else _MISSING
 
@@ -157,6 +160,10 @@ def _is_number(value: object) -> bool:
 
 def _faults(gate: Gate, record: Record) -> list[str]:
     where = f"{record['task']} ({record['mode']})"
+    if gate.mode not in (None, record["mode"]):
+        return [f"{where} is no result in mode {gate.mode}, which {gate.text} judges; name the mode {record['mode']} or none"]
+    if nothing := _nothing_measured(record):
+        return [f"{where}: {nothing}; {gate.text} cannot be met so"]
     found = values_at(record, gate.path)
     if not found:
         names = list(record.get("metrics", {}))
@@ -166,10 +173,35 @@ def _faults(gate: Gate, record: Record) -> list[str]:
     faults = []
     for name, value in found.items():
         if value is None or not math.isfinite(value):
-            faults.append(f"{where}: {name} is undefined (the uncompressed model scores 0); expected {gate.text}")
+            faults.append(f"{where}: {name} is undefined ({_why_undefined(record, name, value)}); expected {gate.text}")
         elif not gate.holds(value):
             faults.append(f"{where}: {name} is {value:.6g}; expected {gate.relation} {gate.bound:g}")
     return faults
+
+
+def _nothing_measured(record: Record) -> str | None:
+    """Return why the numbers of `record` say nothing about compression, None where they do."""
+    if record.get("settings", {}).get("num_tokens") == 0:
+        return "no sample was scored"
+    if record["mode"] != "cache":
+        return None
+    held = record.get("cache_bytes", {})
+    codes, read = record.get("bits_per_channel", {}).get("codes"), held.get("num_read_as_codes")
+    if codes == 0 or read == 0 or held.get("num_tokens") == 0:
+        return (
+            f"no token was read as a code, because the longest text of {held.get('num_tokens', 'few')} tokens lies in the "
+            "exact window or was only read, not continued: give longer prompts (--context), or measure in --mode all"
+        )
+    return None
+
+
+def _why_undefined(record: Record, name: str, value: float | None) -> str:
+    metric = record.get("metrics", {}).get(name.rpartition(".")[0], {})
+    if value is not None:
+        return f"it is {value}, no finite number"
+    if "baseline" in metric and metric["baseline"] == 0:
+        return "the uncompressed model scores 0"
+    return "no sample was scored" if metric.get("quantized", 0) is None else "nothing was measured"
 
 
 def _overlap(a: Gate, b: Gate) -> bool:

@@ -140,3 +140,71 @@ def test_gates_on_what_is_not_evaluated_are_told_apart() -> None:
     judged, idle = split_gates(gates, ["perplexity", "passkey"], ["all"])
     assert [gate.text for gate in judged] == ["perplexity.kl_bits<=1", "*.recovery>=0.9"]
     assert [gate.text for gate in idle] == ["passkey[cache].accuracy>=0.9"]
+
+
+NOTHING: dict[str, tuple[dict[str, Any], str]] = {
+    "no codes": (
+        {"mode": "cache", "bits_per_channel": {"total": 32.0, "codes": 0.0}, "cache_bytes": {"num_tokens": 60}},
+        "no token was read as a code, because the longest text of 60 tokens lies in the exact window or was only read",
+    ),
+    "codes that nobody read": (
+        {"mode": "cache", "bits_per_channel": {"total": 9.0, "codes": 2.0}, "cache_bytes": {"num_read_as_codes": 0}},
+        "no token was read as a code, because the longest text of few tokens",
+    ),
+    "no cache": ({"mode": "cache", "cache_bytes": {"num_tokens": 0}}, "no token was read as a code"),
+    "no sample": ({"settings": {"num_tokens": 0}}, "no sample was scored"),
+    "no result of a sample": (
+        {"metrics": {"perplexity": {"baseline": None, "quantized": None, "recovery": None}}, "headline": ["perplexity"]},
+        "perplexity",
+    ),
+    "not a number": (
+        {"metrics": {"perplexity": {"baseline": 5.0, "quantized": math.nan, "recovery": math.nan}}},
+        "is nan, no finite number",
+    ),
+    "infinite": (
+        {"metrics": {"perplexity": {"baseline": 5.0, "quantized": math.inf, "recovery": -math.inf}}},
+        "inf, no finite number",
+    ),
+    "no metrics": ({"metrics": {}}, "perplexity ("),
+}
+GATES = (
+    "*.recovery>=1%",
+    "*.recovery<=2",
+    "perplexity.perplexity>=0",
+    "perplexity.perplexity.quantized<=9e9",
+    "perplexity.perplexity.increase<=9e9",
+    "perplexity.perplexity.increase>=-9",
+    "*.perplexity>=-9",
+)
+
+
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("text", GATES)
+def test_no_gate_is_met_by_what_was_not_measured(name: str, text: str) -> None:
+    changes, phrase = NOTHING[name]
+    (judged,) = judge([parse_gate(text)], [{**record(), **changes}])
+    assert (judged["gate"]["passed"], judged["gate"]["checked"]) == (False, [text])
+    assert phrase in " ".join(judged["gate"]["failed"])
+
+
+def test_a_gate_on_the_record_is_not_met_by_nothing_either() -> None:
+    changes, phrase = NOTHING["no codes"]
+    (judged,) = judge([parse_gate("*.bits_per_channel.total<=99")], [{**record(), **changes}])
+    assert phrase in " ".join(judged["gate"]["failed"])
+    assert "measure in --mode all; *.bits_per_channel.total<=99 cannot be met so" in " ".join(judged["gate"]["failed"])
+
+
+def test_a_gate_on_another_mode_than_was_measured_is_not_met() -> None:
+    (judged,) = judge([parse_gate("perplexity[cache].kl_bits<=9")], [record()])
+    assert judged["gate"]["failed"] == [
+        "perplexity (all) is no result in mode cache, which perplexity[cache].kl_bits<=9 judges; name the mode all or none"
+    ]
+    both = judge([parse_gate("perplexity[cache].kl_bits<=9")], [record(), record(mode="cache")])
+    assert [(each["gate"]["passed"], each["gate"]["checked"] != []) for each in both] == [(True, False), (True, True)]
+
+
+def test_what_was_measured_meets_gates_in_mode_cache() -> None:
+    held = {"mode": "cache", "bits_per_channel": {"total": 5.0, "codes": 3.0}}
+    for counts in ({}, {"cache_bytes": {"num_tokens": 300, "num_read_as_codes": 128}, "settings": {"num_tokens": 9}}):
+        (judged,) = judge([parse_gate("perplexity.kl_bits<=9")], [{**record(), **held, **counts}])
+        assert judged["gate"]["passed"]

@@ -1,5 +1,6 @@
 """``pqkv generate``: continue a prompt over a quantized cache."""
 
+import codecs
 import sys
 from typing import Annotated
 
@@ -42,6 +43,8 @@ def generate(
 ) -> None:
     """Continue a prompt over a quantized cache.
 
+    With '-' the prompt is all of stdin, without the end of its last line.
+
     Example: pqkv generate my-run "Once upon a time" --max-new-tokens 40
     """
     from dataclasses import asdict
@@ -54,7 +57,7 @@ def generate(
     changes = checked({"generation.max_new_tokens": max_new_tokens, "seed": seed, "device": device, "dtype": dtype})
     target, prompt = _split(words or [])
     source = artifact_source(target_of(target, run, reporter), model, changes)
-    prompt = _stdin() if prompt == "-" else prompt
+    prompt = _stdin() if prompt == "-" else _text(prompt)
 
     from pqkv_cli.pipeline.generate import generate_from
 
@@ -97,7 +100,31 @@ def _split(words: list[str]) -> tuple[str | None, str]:
 
 
 def _stdin() -> str:
-    text = sys.stdin.read()
+    """Return all of stdin as a prompt: without the end of its last line, which ``echo`` and editors put there."""
+    text = _decoded(sys.stdin.buffer.read(), sys.stdin.encoding) if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+    text = _text(text.removesuffix("\n").removesuffix("\r") if text.endswith("\r\n") else text.removesuffix("\n"))
     if not text.strip():
         raise UsageError("the prompt is '-', but stdin is empty; pipe it in: echo 'Once upon a time' | pqkv generate RUN -")
     return text
+
+
+def _decoded(data: bytes, encoding: str) -> str:
+    """Return the text of stdin, its line ends untouched; UTF-8, too, where the locale says ASCII."""
+    try:
+        return data.decode("utf-8" if codecs.lookup(encoding).name == "ascii" else encoding)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the prompt on stdin is not text in {error.encoding}: byte {error.start} is 0x{data[error.start]:02x}; expected "
+            f"{error.encoding}: convert it, as with iconv -f latin1 -t {error.encoding}, or set the locale that it is in"
+        ) from error
+
+
+def _text(prompt: str) -> str:
+    """Refuse a prompt with characters that are none: no tokenizer takes them."""
+    place = next((i for i, character in enumerate(prompt) if "\ud800" <= character <= "\udfff"), None)
+    if place is not None:
+        raise UsageError(
+            f"the prompt has bytes that are no text in the encoding of this locale, the first behind {place} characters; "
+            "expected text: convert it, as with iconv -f latin1 -t utf-8"
+        )
+    return prompt

@@ -1,6 +1,5 @@
 """The command ``pqkv``: finds the verb, and turns every failure into a message and an exit code. Imports no torch."""
 
-import os
 import signal
 import sys
 import threading
@@ -30,6 +29,7 @@ from pqkv_cli.cli.processes import joined_processes
 from pqkv_cli.cli.recipes import recipes
 from pqkv_cli.cli.report import report
 from pqkv_cli.cli.run import run
+from pqkv_cli.cli.streams import lasting_streams
 from pqkv_cli.cli.verify import verify
 from pqkv_cli.cli.voice import current_voice, own_words, speaking, wanted_voice
 from pqkv_cli.errors import UsageError, did_you_mean
@@ -79,16 +79,12 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``pqkv`` with `arguments` (default: the process's own) and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with speaking(wanted_voice(words)):
+    with lasting_streams(), speaking(wanted_voice(words)):
         try:
             with _sigterm_raises(), warnings.catch_warnings(), quiet_imports("--debug" in own_words(words)) as keep:
                 warnings.showwarning = partial(_show_warning, keep)
                 with joined_processes(words) as own:
                     return _dispatch(own)
-        except BrokenPipeError:
-            # The reader of stdout has gone (as in `pqkv recipes | head -1`); nothing may be flushed at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         except (Exception, KeyboardInterrupt, Terminated) as error:
             return report_failure(error, words, current_voice())
         except SystemExit as error:

@@ -1,6 +1,5 @@
 """Results on stdout, everything else on stderr. Knows rich and JSON, not what the results mean."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from pqkv_cli.cli.streams import json_text, write_result
 from pqkv_cli.cli.voice import Heartbeat, current_voice
 from pqkv_cli.errors import UsageError
 from pqkv_cli.files import write_text
@@ -36,10 +36,17 @@ class Output:
             raise UsageError(f"--json is {json_target!r}, expected a file name, or '-' for stdout")
 
     def result(self, payload: object, *shown: RenderableType) -> None:
-        """Print `payload` as JSON, or what is to be `shown` to people, whichever was asked for."""
-        line = json.dumps(payload, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        if self.json_target == "-":
-            sys.stdout.write(line + "\n")
+        """Print `payload` as JSON, or what is to be `shown` to people, whichever was asked for.
+
+        Raises
+        ------
+        PqkvError
+            If JSON was asked for on stdout and nobody reads it any more, or its file cannot be written.
+        """
+        stream = sys.stdout if self.json_target == "-" else None
+        line = json_text(payload, stream, separators=(",", ":"), allow_nan=False)
+        if stream is not None:
+            write_result(line + "\n")
             return
         if self.json_target:
             write_text(Path(self.json_target), line + "\n")

@@ -1,12 +1,13 @@
 """Shows result records to people. Knows the keys of a record, not how they are measured."""
 
-import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from pqkv_cli.cli.output import table
+from pqkv_cli.cli.streams import json_text
 from pqkv_cli.errors import GateError, PqkvError
 
 _COLUMNS = ("task", "mode", "bits/channel", "metric", "uncompressed", "quantized", "p99", "recovery")
@@ -63,10 +64,8 @@ def verdict(records: Sequence[Record]) -> str | None:
     if not gates:
         return None
     results = [{name: record[name] for name in ("task", "mode", "method", "status", "gate")} for record in records]
-    return json.dumps(
-        {"schema": "pqkv.verdict/1", "gate": {"passed": all(gate["passed"] for gate in gates)}, "results": results},
-        ensure_ascii=False,
-    )
+    document = {"schema": "pqkv.verdict/1", "gate": {"passed": all(gate["passed"] for gate in gates)}, "results": results}
+    return json_text(document, sys.stdout)
 
 
 def _rows(record: Record) -> list[tuple[object, ...]]:

@@ -1,7 +1,6 @@
 """How the command talks on stderr: as text or as JSON lines, and how much. Knows words and streams, no verb."""
 
 import io
-import json
 import os
 import sys
 import time
@@ -11,6 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, TextIO
+
+from pqkv_cli.cli.streams import json_text
 
 SCHEMA = "pqkv.log/1"
 LOG_FORMATS = ("text", "json")
@@ -42,7 +43,7 @@ class Voice:
         if self.is_json:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
             record = {"schema": SCHEMA, "time": now, "level": level, "event": event, "message": message, **facts}
-            line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str)
+            line = json_text(record, self.stream, separators=(",", ":"), default=str)
         else:
             line = message if level == "info" else f"{level}: {message}"
         self.stream.write(line + "\n")

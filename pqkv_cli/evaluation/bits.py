@@ -1,6 +1,7 @@
 """Counts the bits of a cache as it lies in memory, or of its codes alone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -31,7 +32,17 @@ def cache_bits(cache: QuantizedCache) -> BitsPerChannel:
         asymptotic=_asymptotic([layer.tables[side] for layer in layers for side in SIDES]),
         num_tokens=num_tokens,
         cache_bytes={"baseline": channels * windows[0].element_size(), "quantized": held.total - held.dense},
+        num_read_as_codes=num_read_as_codes(cache),
     )
+
+
+def num_read_as_codes(cache: QuantizedCache) -> int:
+    """Return how many tokens of all rows the newest step of `cache` read as codes; each layer reads the same ones."""
+    timeline = cache.timeline
+    if timeline.coded_stop is None:
+        return 0
+    sinks = min((layer.spec.num_sinks for layer in cache.quantized_layers), default=0)
+    return int((timeline.stops() - timeline.starts() - sinks).clamp(min=0).sum())
 
 
 def _asymptotic(tables: Sequence[CodecTables]) -> float:
@@ -42,4 +53,7 @@ def _asymptotic(tables: Sequence[CodecTables]) -> float:
 def fullest_bits(held: Sequence[Mapping[str, Any] | None], artifact: Artifact) -> BitsPerChannel:
     """Return the bits of the fullest cache among those `held` (their fields as plain data), or of the codes where none was."""
     found = [BitsPerChannel(**fields) for fields in held if fields]
-    return max(found, key=lambda bits: bits.num_tokens) if found else codec_bits(artifact)
+    if not found:
+        return codec_bits(artifact)
+    read = max((bits.num_read_as_codes for bits in found if bits.num_read_as_codes is not None), default=None)
+    return replace(max(found, key=lambda bits: bits.num_tokens), num_read_as_codes=read)

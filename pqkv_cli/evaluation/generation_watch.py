@@ -38,9 +38,9 @@ class GenerationWatch(LogitsProcessor):
         return LogitsProcessorList([self])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Note the `scores` [B, V] of the next token and return them."""
+        """Note the `scores` [B, V] of the next token, or [B * beams, V], and return them."""
         # Minus infinity is how other processors forbid a token.
-        self.broken |= (scores.isnan() | scores.isposinf()).any(-1)
+        self.broken |= (scores.isnan() | scores.isposinf()).reshape(len(self.broken), -1).any(-1)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.ticks.append(time.perf_counter())

@@ -25,6 +25,7 @@ from pqkv_cli.evaluation.samples import Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.prefix import end_ids
+from pqkv_cli.runtime.decoding import own_settings
 
 _REQUESTS_AT_ONCE = 16
 _DEFAULT_POSITIONS = 2048
@@ -107,8 +108,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
         cache = None if self._new_cache is None else self._new_cache()
         if cache is not None:
-            options |= cache_argument(self.model, cache)
-        with watching(len(context), self.model.device) as watch:
+            options |= cache_argument(self.model, cache)  # the harness itself says use_cache=True
+        # A task's own settings are in the options and count. Those of the checkpoint do not: scores would measure them.
+        with own_settings(self.model), watching(len(context), self.model.device) as watch:
             answered = super()._model_generate(context, max_length, stop, logits_processor=watch.processors, **options)
         self._part.note(watch, cache)
         return answered

@@ -10,7 +10,8 @@ class BitsPerChannel:
     """Bits per cached channel and token, by what they are spent on; `asymptotic` counts codes alone.
 
     `cache_bytes` are the bytes of a cache of `num_tokens` tokens, uncompressed (`baseline`, in the model's dtype) and as
-    held (`quantized`); zero where nothing was held.
+    held (`quantized`); zero where nothing was held. `num_read_as_codes` tokens were read as codes in the last step of the cache
+    that read most of them; None where that is not counted (mode `all` reads every token as a code).
     """
 
     codes: float
@@ -19,6 +20,7 @@ class BitsPerChannel:
     asymptotic: float
     num_tokens: int = 0
     cache_bytes: Mapping[str, int] = field(default_factory=lambda: {"baseline": 0, "quantized": 0})
+    num_read_as_codes: int | None = None
 
     def document(self) -> dict[str, float]:
         """Return the record's ``bits_per_channel``."""

@@ -9,6 +9,8 @@ import torch
 from pqkv_cli.evaluation.generation_watch import watching
 from pqkv_cli.evaluation.uncompressed import uncompressed_cache
 from pqkv_cli.hf.names import cache_argument
+from pqkv_cli.runtime.decoding import own_settings
+from pqkv_cli.runtime.texts import added_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +52,20 @@ class Replies:
 
 @torch.no_grad()
 def reply(model: Any, tokenizer: Any, questions: Sequence[Question], cache: Any) -> Replies:
-    """Answer questions of equal `decoding` in one left-padded batch; without a `cache` uncompressed."""
+    """Answer questions of equal `decoding` in one left-padded batch; without a `cache` uncompressed.
+
+    Both sides answer greedily: of the checkpoint's own generation settings only the special tokens count.
+    """
     first = questions[0]
     assert all(question.decoding == first.decoding for question in questions)
     stops = _stop_ids(model, first)
     ids, mask = _padded([question.ids for question in questions], _pad_id(tokenizer, stops), model.device)
-    with watching(len(questions), model.device) as watch:
+    with own_settings(model), watching(len(questions), model.device) as watch:
         output = model.generate(
             ids,
             attention_mask=mask,
             **cache_argument(model, uncompressed_cache(model.config) if cache is None else cache),
+            use_cache=True,
             max_new_tokens=first.max_new_tokens,
             min_new_tokens=first.min_new_tokens or None,
             do_sample=False,
@@ -68,7 +74,9 @@ def reply(model: Any, tokenizer: Any, questions: Sequence[Question], cache: Any)
             pad_token_id=_pad_id(tokenizer, stops),
             logits_processor=watch.processors,
         )
-    texts = [tokenizer.decode(_until(row, stops), skip_special_tokens=True) for row in output[:, ids.shape[1] :].tolist()]
+    answers = [_until(row, stops) for row in output[:, ids.shape[1] :].tolist()]
+    asked = [question.ids.tolist() for question in questions]
+    texts = [added_text(tokenizer, prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
     broken = watch.broken.tolist()
     return Replies([None if bad else text for text, bad in zip(texts, broken, strict=True)], watch.cost())
 

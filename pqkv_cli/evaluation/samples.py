@@ -66,7 +66,7 @@ class SampleLog:
         lines.append(json.dumps({"group": name, "closed": facts}))
         if self._part is not None:
             start = [] if self._part.is_file() else [self._head]
-            _append(self._part, "".join(line + "\n" for line in [*start, *lines]).encode())
+            _append(self._part, "".join(line + "\n" for line in [*start, *lines]).encode("utf-8", "backslashreplace"))
         *kept, closed = (json.loads(line) for line in lines)
         group = Group([_without_group(sample) for sample in kept], closed["closed"])
         if self._path is not None:

@@ -89,7 +89,7 @@ def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: 
         "artifact_sha256": artifact.sha256,
         "bits_per_channel": outcome.bits.document(),
         "table_bytes": artifact.table_bytes,
-        "cache_bytes": {**outcome.bits.cache_bytes, "num_tokens": outcome.bits.num_tokens},
+        "cache_bytes": _cache_bytes(outcome),
         "headline": list(outcome.headline),
         "metrics": dict(outcome.metrics),
         "cost": dict(outcome.cost),
@@ -97,3 +97,8 @@ def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: 
         **({"failed_samples": list(outcome.failed)} if outcome.failed else {}),
         **({"notes": dict(outcome.notes)} if outcome.notes else {}),
     }
+
+
+def _cache_bytes(outcome: TaskOutcome) -> dict[str, int]:
+    counted = {"num_tokens": outcome.bits.num_tokens, "num_read_as_codes": outcome.bits.num_read_as_codes}
+    return {**outcome.bits.cache_bytes, **{name: count for name, count in counted.items() if count is not None}}

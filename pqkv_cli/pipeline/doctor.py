@@ -3,8 +3,11 @@
 Works where torch or transformers are broken: they are imported only inside the checks that need them.
 """
 
+import codecs
 import importlib.metadata
+import locale
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -18,6 +21,8 @@ from pqkv_cli.pipeline.tested import KnownVersion, compared, in_words, versions_
 SCHEMA = "pqkv.doctor/1"
 DISTRIBUTION = "pqkv"
 _TRUE = ("1", "true", "yes", "on", "y")
+# What decides the encoding, the strongest first.
+_LOCALE_NAMES = ("PYTHONIOENCODING", "PYTHONUTF8", "LC_ALL", "LC_CTYPE", "LANG")
 _INSTALL = "pip install --upgrade pqkv"
 
 
@@ -65,6 +70,8 @@ def diagnose(variables: Mapping[str, str], artifact: Path | None = None) -> Diag
     present = {finding.name: version for finding in findings if (version := installed_version(finding.name)) is not None}
     tested, versions = comparison_finding(present)
     findings += [tested, shadow_finding("kernels"), _demo_finding()]
+    streams = {name: getattr(getattr(sys, name), "encoding", None) for name in ("stdin", "stdout", "stderr")}
+    findings.append(encoding_finding(variables, locale.getencoding(), streams))
     broken = [finding for finding in map(_import_finding, ("torch", "transformers")) if finding.state == "wrong"]
     if not broken:
         findings += _device_findings(variables, artifact)
@@ -128,6 +135,44 @@ def shadow_finding(name: str) -> Finding:
         return Finding(f"package {name}", "good", f"the library itself, {installed_version(name)}")
     remedy = f"rename that package, delete its __init__.py, or take {Path(spec.origin).parent.parent} off Python's path"
     return Finding(f"package {name}", "wrong", f"{spec.origin} shadows the library that transformers imports", remedy)
+
+
+def encoding_finding(variables: Mapping[str, str], of_locale: str, streams: Mapping[str, str | None]) -> Finding:
+    """Say whether the locale, and what stdin, stdout and stderr (`streams`, by name) take, is less than all characters.
+
+    Parameters
+    ----------
+    variables
+        Those of the environment; what decides is named.
+    of_locale
+        The encoding of the locale.
+    streams
+        The encodings of the streams, None where one is closed.
+    """
+    encodings = {"the locale": of_locale, **{name: encoding for name, encoding in streams.items() if encoding}}
+    poor = {name: encoding for name, encoding in encodings.items() if not _takes_all(encoding)}
+    if not poor:
+        return Finding("encoding", "good", f"{of_locale}; all characters can be shown")
+    decides = [f"{name}={variables[name]}" for name in _LOCALE_NAMES if variables.get(name)] or ["no LC_ALL or LANG is set"]
+    found = ", ".join(f"{name} is {'ASCII' if _is_ascii(encoding) else encoding}" for name, encoding in poor.items())
+    loses = sorted(poor.keys() & {"stdout", "stderr"})
+    shown = f"; {' and '.join(loses)} show other characters as escapes" if loses else "; Python itself uses UTF-8"
+    return Finding("encoding", "note", f"{found} ({', '.join(decides)}){shown}; set LC_ALL=C.UTF-8 to have all of them")
+
+
+def _takes_all(encoding: str) -> bool:
+    try:
+        "\u4e2d\U0001f600".encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _is_ascii(encoding: str) -> bool:
+    try:
+        return codecs.lookup(encoding).name == "ascii"
+    except LookupError:
+        return False
 
 
 def triton_findings(has_gpu: bool, version: str | None, interpret: str | None, compiler: str | None) -> Iterator[Finding]:

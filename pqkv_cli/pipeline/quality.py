@@ -90,7 +90,10 @@ def recheck(source: Source, recorded: Recorded, artifact: Artifact, model: Any, 
     count = min(num_windows, len(recorded.windows))
     settings = replace(recorded.settings, limit=count)
     subject = Subject(model, tokenizer, artifact, text)
-    metrics = perplexity(subject, settings, lambda done, total: None).metrics
+    outcome = perplexity(subject, settings, lambda done, total: None)
+    if outcome.failed:
+        return Recheck(False, f"{len(outcome.failed)} of {count} windows have no result ({outcome.failed[0]}); {_REMEDY}")
+    metrics = outcome.metrics
     kl_bits, agreement = metrics["kl_bits"]["quantized"], metrics["top1_agreement"]["quantized"]
     wanted_bits, wanted_agreement = recorded.first(count)
     is_met = kl_bits <= wanted_bits * (1 + TOLERANCE) + _SLACK_BITS and agreement >= wanted_agreement - _SLACK_AGREEMENT

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from transformers import TextStreamer
 
 from pqkv_cli.cache.cache import CacheBytes
 from pqkv_cli.errors import DataError, UsageError
@@ -15,7 +14,9 @@ from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.prefix import whole_ids
 from pqkv_cli.runtime.attach import Attached
+from pqkv_cli.runtime.decoding import SPECIAL_TOKENS, TEXT_SETTINGS, own_settings
 from pqkv_cli.runtime.step_graph import GraphChoice, GraphRequest, choose_graph, step_graph
+from pqkv_cli.runtime.texts import TextPieces, added_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,9 @@ def generate(
 ) -> Generation:
     """Continue `prompt`; `on_text` receives the new text piece by piece as it comes.
 
+    The text is what the new tokens add to that of the prompt, its first space included. Of the checkpoint's own generation
+    settings those count that shape the text (`TEXT_SETTINGS`), and its special tokens.
+
     Raises
     ------
     DataError
@@ -81,19 +85,21 @@ def generate(
     torch.manual_seed(settings.seed)
     sampling = {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with step_graph(attached, cache) if choice.used else nullcontext():
+    captured = step_graph(attached, cache) if choice.used else nullcontext()
+    with own_settings(model, SPECIAL_TOKENS | TEXT_SETTINGS), captured:
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             **cache_argument(model, cache),
+            use_cache=True,
             max_new_tokens=settings.max_new_tokens,
             pad_token_id=padding,
-            streamer=None if on_text is None else _CallbackStreamer(tokenizer, on_text),
+            streamer=None if on_text is None else TextPieces(tokenizer, on_text),
             **sampling,
         )
-    new = output[0, ids.shape[1] :]
+    new = output[0, ids.shape[1] :].tolist()
     return Generation(
-        text=tokenizer.decode(new, skip_special_tokens=True),
+        text=added_text(tokenizer, ids[0].tolist(), new),
         num_prompt_tokens=ids.shape[1],
         num_new_tokens=len(new),
         cache_bytes=cache.num_bytes(),
@@ -124,12 +130,3 @@ def _baseline_bytes(cache: Any, element_bytes: int) -> int:
         for layer in cache.quantized_layers
     )
     return int(quantized * element_bytes + cache.num_bytes().dense)
-
-
-class _CallbackStreamer(TextStreamer):
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._on_text(text)

@@ -1,5 +1,6 @@
 """``pqkv doctor``: a machine that is fit, and the traps that make one unfit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,15 @@ from platform import python_version
 import pytest
 
 from pqkv_cli.pipeline import doctor
-from pqkv_cli.pipeline.doctor import Diagnosis, Finding, comparison_finding, shadow_finding, triton_findings, version_findings
+from pqkv_cli.pipeline.doctor import (
+    Diagnosis,
+    Finding,
+    comparison_finding,
+    encoding_finding,
+    shadow_finding,
+    triton_findings,
+    version_findings,
+)
 from pqkv_cli.pipeline.tested import pythons_tested, versions_tested
 
 
@@ -149,3 +158,42 @@ def test_a_torch_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "import torch: OSError: libcudart.so.12" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "of_locale", "streams", "state", "phrase"),
+    [
+        ({"LANG": "en_US.UTF-8"}, "utf-8", {"stdout": "utf-8"}, "good", "utf-8; all characters can be shown"),
+        ({}, "UTF-8", {"stdout": None}, "good", "UTF-8; all characters"),
+        (
+            {"LC_ALL": "C"},
+            "ANSI_X3.4-1968",
+            {"stdout": "utf-8"},
+            "note",
+            "the locale is ASCII (LC_ALL=C); Python itself uses UTF-8; set LC_ALL=C.UTF-8",
+        ),
+        (
+            {},
+            "ascii",
+            {"stdin": "ascii", "stdout": "ascii", "stderr": "ascii"},
+            "note",
+            "stderr is ASCII (no LC_ALL or LANG is set); stderr and stdout show other characters as escapes",
+        ),
+        ({"PYTHONIOENCODING": "latin1"}, "utf-8", {"stdout": "latin1"}, "note", "stdout is latin1 (PYTHONIOENCODING=latin1)"),
+        ({}, "utf-8", {"stdout": "unheard-of"}, "note", "stdout is unheard-of"),
+    ],
+)
+def test_a_locale_without_all_characters_is_named(
+    variables: dict[str, str], of_locale: str, streams: dict[str, str | None], state: str, phrase: str
+) -> None:
+    found = encoding_finding(variables, of_locale, streams)
+    assert (found.name, found.state) == ("encoding", state)
+    assert phrase in found.found
+
+
+@pytest.mark.parametrize("variables", [{"LC_ALL": "C"}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}])
+def test_an_ascii_locale_is_found(variables: dict[str, str]) -> None:
+    line = [sys.executable, "-m", "pqkv_cli", "doctor", "--json", "-"]
+    done = subprocess.run(line, env=os.environ | variables, capture_output=True, text=True, check=False)
+    (finding,) = (each for each in json.loads(done.stdout)["findings"] if each["name"] == "encoding")
+    assert (finding["state"], "the locale is ASCII" in finding["found"]) == ("note", True)

@@ -81,3 +81,18 @@ def test_gates_of_a_recipe(pqkv: Callable, tiny_model: Path, texts: tuple[Path, 
     assert (again.code, again.err.count("already done")) == (0, 4)
     other = pqkv("eval", "runs/mine", "--task", "passkey", "--mode", "all", "--context", 128, "--limit", 1)
     assert (other.code, "not judged, because evaluated are passkey in mode all" in other.err) == (0, True)
+
+
+@pytest.mark.parametrize(("context", "code"), [(60, 3), (250, 0)])
+def test_texts_in_the_exact_window_meet_no_gate(
+    context: int, code: int, pqkv: Callable, exported: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    run = shutil.copytree(exported, tmp_path / "RUN")
+    words = ["eval", run, "--task", "perplexity", "--data", texts[1], "--mode", "cache", "--limit", 2, "--context", context]
+    answer = pqkv(*words, "--max-kld", 99, "--json", "-")
+    assert answer.code == code, answer.err
+    assert answer.json["gate"]["passed"] == (code == 0)
+    assert (answer.json["cache_bytes"]["num_read_as_codes"] > 0) == (code == 0)
+    assert ("no token was read as a code" in answer.err) == (code == 3)

@@ -148,6 +148,45 @@ def test_generation_runs_on_our_cache(mode: str, subject: Maker, tasks: Path, mo
     assert found["notes"]["prompts_cut_at_the_left"] == 0
 
 
+def test_the_checkpoints_own_settings_change_no_answer(subject: Maker, tasks: Path) -> None:
+    made = subject()
+    expected = answers(made, tasks)
+    for settings in (
+        {"num_beams": 3},
+        {"repetition_penalty": 9.0, "max_new_tokens": 2},
+        {"cache_implementation": "static", "use_cache": False},
+        {"penalty_alpha": 0.6, "top_k": 4},
+    ):
+        for name, value in settings.items():
+            setattr(made.model.generation_config, name, value)
+        assert answers(made, tasks) == expected, settings
+        made = subject()
+
+
+def test_a_tasks_own_beams_count(subject: Maker, tasks: Path, tmp_path: Path) -> None:
+    text = (tasks / "write.yaml").read_text().replace("do_sample: false", "do_sample: false, num_beams: 3")
+    (tmp_path / "write.yaml").write_text(text.replace("tiny_write", "tiny_beams"))
+    assert record(subject(), "tiny_beams", tmp_path)["status"] == "complete"
+
+
+def answers(made: Subject, tasks: Path) -> list[Any]:
+    """What both sides wrote."""
+    from pqkv_cli.evaluation.harness_model import HarnessModel
+
+    found = []
+    original = HarnessModel.generate_until
+
+    def noting(self: Any, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        found.append(original(self, requests, disable_tqdm))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HarnessModel, "generate_until", noting)
+        record(made, "tiny_write", tasks)
+    assert len(found) == 2
+    return found
+
+
 def test_a_group_has_its_tasks_and_its_own_metric(subject: Maker, tasks: Path) -> None:
     found = record(subject(), "tiny_group", tasks, limit=3)
     assert set(found["metrics"]) >= {"tiny_choice.acc", "tiny_write.exact_match", "tiny_group.acc"}
