@@ -32,10 +32,14 @@ class DriftVoice:
         if not ratio > RATIO * self._worst.get(side, 1.0):
             return
         self._worst[side] = ratio
-        warnings.warn(
+        found = (
             f"the {side} of this text quantize {ratio:.1f} times as badly as those of the calibration text "
-            f"(relative squared error {live:.3g}, then {calibrated:.3g}); answers may be worse than measured: "
-            "calibrate on text like this one",
+            f"(relative squared error {live:.3g}, then {calibrated:.3g})"
+            if calibrated
+            else f"the {side} of this text lose {live:.3g} of their squares, those of the calibration text were all zero"
+        )
+        warnings.warn(
+            f"{found}; answers may be worse than measured: calibrate on text like this one",
             stacklevel=3,
         )
 

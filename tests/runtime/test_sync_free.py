@@ -9,6 +9,7 @@ from tiny_chain import tokens
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pqkv_cli.cache import host_copy
+from pqkv_cli.hf.steps import require
 from pqkv_cli.runtime import Artifact, attach
 from pqkv_kernels.native_build import find_compiler
 
@@ -35,7 +36,8 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in WAITING:
             ours = [f for f in traceback.extract_stack() if "/pqkv_" in f.filename]
-            self.found += [f"{func} below {frame.filename}:{frame.lineno}" for frame in ours[-1:]]
+            # A requirement is read on the CPU alone (see the test below).
+            self.found += [f"{func} below {frame.filename}:{frame.lineno}" for frame in ours[-1:] if frame.name != "require"]
         return func(*args, **(kwargs or {}))
 
 
@@ -113,3 +115,16 @@ def test_pages_are_looked_at_once_and_again_after_a_crop(model: Any, artifact: A
         assert bases.num_pages == 0
         model(ids[:, 196:230], past_key_values=cache)
         assert torch.equal(bases.up_to(3), torch.tensor([[0, 64, 128]]))
+
+
+def test_a_requirement_on_a_gpu_is_left_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice:
+        is_cuda = True
+
+        def all(self) -> str:
+            return "all of them"
+
+    asserted: list[Any] = []
+    monkeypatch.setattr(torch, "_assert_async", lambda *args: asserted.append(args))
+    require(OnDevice(), "message")  # type: ignore[arg-type]
+    assert asserted == [("all of them", "message")]
