@@ -7,7 +7,7 @@ from pathlib import Path
 
 # Names that its documentation does not promise, and the two names of the cache, of which one is always wrong.
 INSIDES = re.compile(
-    r"_attn_implementation|ALL_ATTENTION_FUNCTIONS|_global_mapping|_MAPPING_NAMES|eager_attention_forward|past_key_values"
+    r"(?<!set)_attn_implementation|ALL_ATTENTION_FUNCTIONS|_global_mapping|_MAPPING_NAMES|eager_attention_forward|past_key_values"
 )
 
 
