@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pqkv_cli.models.geometry import layer_config, text_config
+from pqkv_cli.models.config_reader import layer_config
+from pqkv_cli.models.geometry import text_config
 from pqkv_cli.models.modules import attention_modules, stored_tensors
 
 # An explicit list: newer versions of transformers add fields with defaults, and that must not make another model.
