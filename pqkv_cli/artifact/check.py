@@ -8,8 +8,17 @@ from pqkv_cli.errors import ArtifactError
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
 
 
+EARLIER = (
+    "the artifact is of an earlier version, which noted the attention weights of three layers only; that other weights are the "
+    "same could not be checked: export it again from a new calibration to have all checked"
+)
+
+
 class Identity(Protocol):
-    """What tells one model from another: hashes of its configuration and of some of its weights."""
+    """What tells one model from another: hashes of its configuration and of its weights.
+
+    One may also have `former_weights_sha256`, of the attention of three layers, which artifacts of earlier versions carry.
+    """
 
     @property
     def config_sha256(self) -> str:
@@ -17,7 +26,7 @@ class Identity(Protocol):
 
     @property
     def weights_sha256(self) -> str:
-        """Hash over attention weights."""
+        """Hash over weights."""
 
 
 def check_model(
@@ -35,7 +44,8 @@ def check_model(
     Returns
     -------
     tuple of str
-        One warning per difference that `force` let pass; empty for the right model.
+        One warning per difference that `force` let pass, and one where less could be checked because the artifact is of an
+        earlier version; empty for the right model.
 
     Raises
     ------
@@ -52,14 +62,19 @@ def check_model(
         hint = "use that model, export an artifact for this one, or pass --force to try it at the cost of quality"
         lines = "\n".join(f"  - {difference}" for difference in differences)
         raise ArtifactError(f"{artifact.path} was made for another model:\n{lines}\n{hint}")
-    return differences
+    return (*differences, EARLIER) if _is_earlier(artifact, identity) else differences
+
+
+def _is_earlier(artifact: Artifact, identity: Identity) -> bool:
+    return artifact.header.model.weights_sha256 == getattr(identity, "former_weights_sha256", None)
 
 
 def _hash_differences(artifact: Artifact, identity: Identity, label: str) -> tuple[str, ...]:
     model = artifact.header.model
+    weights = model.weights_sha256 if _is_earlier(artifact, identity) else identity.weights_sha256
     pairs = (
         ("configuration", model.config_sha256, identity.config_sha256),
-        ("weights", model.weights_sha256, identity.weights_sha256),
+        ("weights", model.weights_sha256, weights),
     )
     return tuple(
         f"{what}: the artifact is for {model.label} ({expected[:12]}), {label} has {found[:12]}"

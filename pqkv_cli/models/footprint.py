@@ -51,17 +51,29 @@ def weights(config: PretrainedConfig) -> Weights:
     ModelError
         If transformers cannot build the model.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise ModelError(
-            f"the parameters of {config.model_type} cannot be counted: {str(error).strip().splitlines()[0]}; expected a config "
-            "from which transformers can build the model. Check config.json against the model's original."
-        ) from error
+    model = empty_model(config)
     dtype = getattr(config, "dtype", None)
     item_bytes = dtype.itemsize if isinstance(dtype, torch.dtype) else _DEFAULT_ITEM_BYTES
     return Weights(sum(p.numel() for p in model.parameters()), item_bytes)
+
+
+def empty_model(config: PretrainedConfig) -> Any:
+    """Return the model that `config` describes, without memory for its weights.
+
+    Raises
+    ------
+    ModelError
+        If transformers cannot build the model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"transformers cannot build a {config.model_type} model from its config: {reason}; expected a config from which it "
+            "can. Check config.json against the model's original."
+        ) from error
 
 
 def layer_footprints(config: PretrainedConfig) -> tuple[LayerFootprint, ...]:

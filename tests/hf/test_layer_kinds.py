@@ -38,7 +38,9 @@ def test_only_full_attention_is_quantized() -> None:
 
 
 def config_with(kinds: list[str], **changes: Any) -> Any:
-    config = AutoConfig.for_model("qwen2", num_hidden_layers=len(kinds), hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
+    config = AutoConfig.for_model(
+        "qwen2", num_hidden_layers=len(kinds), hidden_size=64, num_attention_heads=4, num_key_value_heads=4
+    )
     for key, value in {"layer_types": kinds, **changes}.items():
         config.__dict__[key] = value
     return config
