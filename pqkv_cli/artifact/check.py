@@ -7,7 +7,6 @@ from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.errors import ArtifactError
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
 
-
 EARLIER = (
     "the artifact is of an earlier version, which noted the attention weights of three layers only; that other weights are the "
     "same could not be checked: export it again from a new calibration to have all checked"

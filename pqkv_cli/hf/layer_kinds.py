@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-# What one more token adds: keys and values; the same, until a window is full; nothing, the state keeps its size; no cache at all.
+# What one more token adds: keys and values; the same until a window is full; nothing to a state of one size; no cache at all.
 Growth = Literal["tokens", "window", "constant", "nothing"]
 
 

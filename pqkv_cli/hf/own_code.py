@@ -19,7 +19,7 @@ def needs_own_code(error: BaseException) -> bool:
 
 
 def foreign_tokenizer(config: Path) -> str | None:
-    """Return the tokenizer class that ``tokenizer_config.json`` at `config` takes from the repository; None where it needs none.
+    """Return the tokenizer class that ``tokenizer_config.json`` at `config` takes from the repository; None without one.
 
     Where transformers does not know the class it takes a general one in its place without a word, and that one may cut text
     into other tokens.

@@ -167,8 +167,8 @@ def _no_progress_bar() -> Iterator[None]:
 def _own_code(resolved: ResolvedModel, found: str) -> ModelError:
     return ModelError(
         f"{resolved.label} needs code of its own, which pqkv never runs: {found}; expected a model that transformers "
-        f"{transformers.__version__} knows. Use a version of the model converted for transformers, or a newer transformers that "
-        "knows it."
+        f"{transformers.__version__} knows. Use a version of the model converted for transformers, or a newer transformers "
+        "that knows it."
     )
 
 

@@ -39,8 +39,8 @@ def check_structure(config: PretrainedConfig) -> None:
     for module in attention.values():
         if "ALL_ATTENTION_FUNCTIONS" not in forward_globals(module):
             raise UnsupportedModelError(
-                f"{type(module).__name__} does not use the attention interface of transformers, so its keys cannot be observed; "
-                "expected a model that does. Choose a newer implementation of this architecture."
+                f"{type(module).__name__} does not use the attention interface of transformers, so its keys cannot be "
+                "observed; expected a model that does. Choose a newer implementation of this architecture."
             )
     for index, layer in enumerate(shape.layers):
         if layer.dense_reason:
@@ -78,6 +78,6 @@ def _check_base_is_called(model: Any) -> None:
     finally:
         handle.remove()
     raise UnsupportedModelError(
-        f"{type(model).__name__} does not call its base model ({type(model.base_model).__name__}) but parts of it, so positions "
-        "cannot be told to the cache; expected a model that does. This architecture is not handled yet."
+        f"{type(model).__name__} does not call its base model ({type(model.base_model).__name__}) but parts of it, so "
+        "positions cannot be told to the cache; expected a model that does. This architecture is not handled yet."
     )
