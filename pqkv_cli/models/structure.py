@@ -31,8 +31,8 @@ def check_structure(config: PretrainedConfig) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
             f"{config.model_type} models cannot be quantized: transformers has no language model alone for them "
-            "(AutoModelForCausalLM does not load them), as is the case with many that read images or sound. Expected a model for "
-            "text: name the checkpoint of its language model, if there is one."
+            "(AutoModelForCausalLM does not load them), as is the case with many that read images or sound. Expected a model "
+            "for text: name the checkpoint of its language model, if there is one."
         )
     model, shape = empty_model(config), geometry(config)
     attention = attention_modules(model)
