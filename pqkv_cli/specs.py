@@ -45,6 +45,9 @@ class ModelGeometry:
         One per layer: why its keys are not un-rotated before they are coded; empty where they are. May be left out.
     kv_sources
         One per layer: the layer whose cache it reads. May be left out where each reads its own.
+    cached_channels
+        One per layer: key and value channels that it keeps of a token, of sliding windows while they fill; 0 where a layer
+        keeps a state of constant size or no cache of its own. May be left out.
     """
 
     model_type: str
@@ -53,6 +56,7 @@ class ModelGeometry:
     decoded_reason: str = ""
     notes: tuple[str, ...] = ()
     kv_sources: tuple[int, ...] = ()
+    cached_channels: tuple[int, ...] = ()
 
     def kv_source(self, index: int) -> int:
         """Return the layer whose keys and values layer `index` attends to."""

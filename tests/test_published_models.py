@@ -4,8 +4,9 @@ import pytest
 from published_models import MODELS, WEIGHTS, config_of
 
 from pqkv_cli.fitting.plan import uniform_plan
+from pqkv_cli.hf.configs import text_config
 from pqkv_cli.models.footprint import weights
-from pqkv_cli.models.geometry import check_quantizable, geometry, text_config
+from pqkv_cli.models.geometry import check_quantizable, geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.recipe import named_recipe, recipe_names

@@ -1,14 +1,23 @@
 """Does an artifact belong to a model? Compares hashes and geometry; knows no model class."""
 
+from dataclasses import replace
 from typing import Protocol
 
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.errors import ArtifactError
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
 
+EARLIER = (
+    "the artifact is of an earlier version, which noted the attention weights of three layers only; that other weights are the "
+    "same could not be checked: export it again from a new calibration to have all checked"
+)
+
 
 class Identity(Protocol):
-    """What tells one model from another: hashes of its configuration and of some of its weights."""
+    """What tells one model from another: hashes of its configuration and of its weights.
+
+    One may also have `former_weights_sha256`, of the attention of three layers, which artifacts of earlier versions carry.
+    """
 
     @property
     def config_sha256(self) -> str:
@@ -16,7 +25,7 @@ class Identity(Protocol):
 
     @property
     def weights_sha256(self) -> str:
-        """Hash over attention weights."""
+        """Hash over weights."""
 
 
 def check_model(
@@ -34,7 +43,8 @@ def check_model(
     Returns
     -------
     tuple of str
-        One warning per difference that `force` let pass; empty for the right model.
+        One warning per difference that `force` let pass, and one where less could be checked because the artifact is of an
+        earlier version; empty for the right model.
 
     Raises
     ------
@@ -51,14 +61,19 @@ def check_model(
         hint = "use that model, export an artifact for this one, or pass --force to try it at the cost of quality"
         lines = "\n".join(f"  - {difference}" for difference in differences)
         raise ArtifactError(f"{artifact.path} was made for another model:\n{lines}\n{hint}")
-    return differences
+    return (*differences, EARLIER) if _is_earlier(artifact, identity) else differences
+
+
+def _is_earlier(artifact: Artifact, identity: Identity) -> bool:
+    return artifact.header.model.weights_sha256 == getattr(identity, "former_weights_sha256", None)
 
 
 def _hash_differences(artifact: Artifact, identity: Identity, label: str) -> tuple[str, ...]:
     model = artifact.header.model
+    weights = model.weights_sha256 if _is_earlier(artifact, identity) else identity.weights_sha256
     pairs = (
         ("configuration", model.config_sha256, identity.config_sha256),
-        ("weights", model.weights_sha256, identity.weights_sha256),
+        ("weights", model.weights_sha256, weights),
     )
     return tuple(
         f"{what}: the artifact is for {model.label} ({expected[:12]}), {label} has {found[:12]}"
@@ -74,8 +89,13 @@ def _geometry_faults(artifact: Artifact, geometry: ModelGeometry) -> list[str]:
     return [
         f"layer {i} has {_described(found)}; expected {_described(expected)}"
         for i, (expected, found) in enumerate(zip(header.geometry, geometry.layers, strict=True))
-        if expected != found
+        if _shape(expected) != _shape(found)
     ][:5]
+
+
+def _shape(layer: LayerGeometry) -> LayerGeometry:
+    """Return `layer` without the words of its reason, which versions may put differently."""
+    return replace(layer, dense_reason="dense" if layer.dense_reason else "")
 
 
 def _described(layer: LayerGeometry) -> str:

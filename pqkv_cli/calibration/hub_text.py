@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl
 
 from pqkv_cli.calibration.row_text import joined_rows
 from pqkv_cli.errors import DataError, UsageError, did_you_mean
+from pqkv_cli.hf.own_code import NO_CODE, needs_own_code
 
 HUB = "hf:"
 _KEYS = ("name", "split", "column", "rows", "revision")
@@ -54,8 +55,16 @@ def _rows(source: str, name: str, options: Mapping[str, str]) -> Iterator[Mappin
         raise DataError(f"data {source} needs the package datasets, which is not installed: pip install datasets") from error
     split = options.get("split", "train")
     try:
-        yield from load_dataset(name, options.get("name"), split=split, revision=options.get("revision"), streaming=True)
+        revision = options.get("revision")
+        yield from load_dataset(
+            name, options.get("name"), split=split, revision=revision, streaming=True, trust_remote_code=NO_CODE
+        )
     except Exception as error:  # the ways of a hub and of its formats to fail have no common base
+        if needs_own_code(error):
+            raise DataError(
+                f"data {source} needs code of its own, which pqkv never runs; expected a data set of plain files (Parquet, "
+                "JSON Lines, CSV). Convert it, or give a text file."
+            ) from error
         reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"data {source} cannot be had ({type(error).__name__}: {reason}); expected {_FORM}, online or in the hub's cache; "

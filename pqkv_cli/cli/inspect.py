@@ -61,7 +61,8 @@ def _model_table(label: str, model: "ModelGeometry") -> "RenderableType":
     from pqkv_cli.cli.output import table
 
     notes = model.notes or ("",) * len(model.layers)
-    rows = [(span, *_layer_cells(*layer)) for span, layer in _spans(list(zip(model.layers, notes, strict=True)))]
+    layers = list(zip(model.layers, notes, model.cached_channels, strict=True))
+    rows = [(span, *_layer_cells(*layer)) for span, layer in _spans(layers)]
     columns = ("layers", "heads", "kv heads", "head dim", "rotary dim", "bytes/token (bf16)", "quantized")
     total = model.cache_bytes_per_token(_BF16_BYTES)
     title = f"{label}: {model.model_type} of {model.max_positions:,} positions, {total:,} cache bytes per token"
@@ -69,14 +70,13 @@ def _model_table(label: str, model: "ModelGeometry") -> "RenderableType":
     return table(title + (decoded if model.decoded_reason else ""), columns, rows)
 
 
-def _layer_cells(layer: "LayerGeometry", note: str) -> tuple[object, ...]:
+def _layer_cells(layer: "LayerGeometry", note: str, channels: int) -> tuple[object, ...]:
     rotary = None if layer.rotary is None else layer.rotary.rotary_dim
-    channels = 2 * layer.num_kv_heads * layer.head_dim
     quantized = f"no: {layer.dense_reason}" if layer.dense_reason else f"yes{'; ' if note else ''}{note}"
     return layer.num_heads, layer.num_kv_heads, layer.head_dim, rotary, channels * _BF16_BYTES, quantized
 
 
-def _spans(rows: "list[tuple[LayerGeometry, str]]") -> "list[tuple[str, tuple[LayerGeometry, str]]]":
+def _spans(rows: "list[tuple[LayerGeometry, str, int]]") -> "list[tuple[str, tuple[LayerGeometry, str, int]]]":
     """Join neighbouring layers of one kind: ``0-31`` instead of 32 equal rows."""
     from itertools import groupby
 

@@ -53,7 +53,7 @@ def measure(model: LlamaForCausalLM, rows: list[Row]) -> tuple[float, float]:
 
 def card(directory: Path, num_rows: int) -> str:
     """Return the card of the model in `directory`."""
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     encoded = tokenizer.encode_batch(split_documents("evaluation"))
     maker = RowMaker(tokenizer, np.concatenate([np.array(e.ids, dtype=np.int64) for e in encoded]), 2.0, 0)

@@ -71,6 +71,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             pretrained=subject.model,
             tokenizer=subject.tokenizer,
             backend="causal",
+            trust_remote_code=False,
             batch_size=max(1, settings.batch_tokens // positions),
             max_length=positions,
         )

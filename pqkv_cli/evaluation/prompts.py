@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.models.geometry import geometry
+from pqkv_cli.models.geometry import num_positions as config_positions
 from pqkv_cli.models.prefix import whole_ids
 
 PROMPT_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -24,7 +24,7 @@ def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:
 
 def num_positions(model: Any) -> int | None:
     """Return how many positions the model has, None where it does not say."""
-    return geometry(model.config).max_positions or None
+    return config_positions(model.config) or None
 
 
 def require_room(

@@ -47,6 +47,11 @@ def forward_globals(module: nn.Module) -> dict[str, Any]:
     return dict(getattr(forward, "__globals__", {}))
 
 
+def uses_interface(module: nn.Module) -> bool:
+    """Return whether an attention module goes through the attention interface of transformers."""
+    return "ALL_ATTENTION_FUNCTIONS" in forward_globals(module)
+
+
 def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters and saved buffers below `module` by name, in order; offloaded ones are there while they are looked at.
 
@@ -64,15 +69,13 @@ def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield full_name, tensor
 
 
-def output_weight(attention: nn.Module, num_heads: int, head_dim: int) -> torch.Tensor:
-    """Return the output projection of `attention` as [hidden, H * D] fp32, whatever stores it.
-
-    Weights are read by pushing unit vectors through the module, so transposed and quantized linear layers need no case.
+def output_projection(attention: nn.Module) -> nn.Module:
+    """Return the output projection of `attention`.
 
     Raises
     ------
     UnsupportedModelError
-        If no child looks like an output projection.
+        If no child looks like one.
     """
     children = dict(attention.named_children())
     projection = next((children[name] for name in _OUTPUT_NAMES if name in children), None)
@@ -81,6 +84,20 @@ def output_weight(attention: nn.Module, num_heads: int, head_dim: int) -> torch.
             f"{type(attention).__name__} has no output projection among {', '.join(children) or 'no children'}; "
             f"expected one named {', '.join(_OUTPUT_NAMES)}. This architecture is not handled yet."
         )
+    return projection
+
+
+def output_weight(attention: nn.Module, num_heads: int, head_dim: int) -> torch.Tensor:
+    """Return the output projection of `attention` as [hidden, H * D] fp32, whatever stores it.
+
+    Weights are read by pushing unit vectors through the module, so transposed and quantized linear layers need no case.
+
+    Raises
+    ------
+    UnsupportedModelError
+        As `output_projection`.
+    """
+    projection = output_projection(attention)
     weight = getattr(projection, "weight", None)
     if isinstance(projection, nn.Linear) and isinstance(weight, nn.Parameter) and _is_plain(weight.data):
         return weight.detach().float()

@@ -13,6 +13,7 @@ import torch
 from transformers import Cache
 
 from pqkv_cli.errors import CacheError, PqkvError
+from pqkv_cli.hf.configs import position_limit, text_config
 from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_keyword, forward_arguments, given_cache
 
 
@@ -59,16 +60,11 @@ def install_step_hook(model: Any) -> StepHooks:
     hooks = StepHooks()
     rename = partial(_rename_cache, cache_keyword(model))
     hooks.add(model.register_forward_pre_hook(rename, with_kwargs=True).remove)
-    begin = partial(_begin_step, _max_positions(model.config))
+    limit = position_limit(model.config)
+    begin = partial(_begin_step, limit if isinstance(limit, int) else None)
     hooks.add(model.base_model.register_forward_pre_hook(begin, with_kwargs=True).remove)
     _use_caches(model, hooks)
     return hooks
-
-
-def _max_positions(config: Any) -> int | None:
-    text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
-    found = getattr(text, "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
 
 
 def _rename_cache(
@@ -88,7 +84,7 @@ def _use_caches(model: Any, hooks: StepHooks) -> None:
     # A method, not a closure: a copy of the model generates with itself.
     model.generate = MethodType(_generate if former is None else partial(_generate_by, former), model)
     hooks.add(_restore_generate, model, former)
-    for config in (model.config, model.config.get_text_config(decoder=True), model.generation_config):
+    for config in (model.config, text_config(model.config), model.generation_config):
         if getattr(config, "use_cache", None) is False:
             config.use_cache = True
             hooks.add(setattr, config, "use_cache", False)

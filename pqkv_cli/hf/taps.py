@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from pqkv_cli.errors import UnsupportedModelError
 from pqkv_cli.hf.attention_arguments import read_arguments
-from pqkv_cli.hf.modules import attention_modules, forward_globals
+from pqkv_cli.hf.modules import attention_modules, forward_globals, uses_interface
 
 _SERIAL = itertools.count()
 
@@ -160,7 +160,7 @@ def _check_interface(module: nn.Module) -> None:
     names = forward_globals(module)
     config = getattr(module, "config", None)
     former = getattr(config, "_attn_implementation_internal", None)
-    if "ALL_ATTENTION_FUNCTIONS" not in names or config is None or former is None:
+    if not uses_interface(module) or config is None or former is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} does not use the attention interface of transformers, so its keys cannot be observed; "
             "expected a model that does. Choose a newer implementation of this architecture."

@@ -53,6 +53,21 @@ def read_count(config: Any, key: str, default: int | _Required = REQUIRED) -> in
     return found
 
 
+def layer_config(text: Any, index: int) -> Any:
+    """Return what `text` says about one layer: itself, except where layers differ in shape."""
+    return text.per_layer_config[index] if getattr(text, "is_heterogeneous", False) else text
+
+
+def layer_values(text: Any, key: str) -> list[Any]:
+    """Return the values of `key` that layers have, each once and in order; empty where none has one.
+
+    Where layers differ in shape, a key that has one value per layer may not be asked for as one.
+    """
+    configs = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    found = [value for each in configs if (value := getattr(each, key, None)) is not None]
+    return [value for index, value in enumerate(found) if value not in found[:index]]
+
+
 def _name(config: Any) -> str:
     return str(getattr(config, "model_type", "") or type(config).__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Where the config says which layers leave rotary embedding out.
-NopeRule = Literal["", "no_rope_layers", "full_attention", "full_attention_of_hybrid"]
+NopeRule = Literal["", "no_rope_layers", "full_attention", "full_attention_of_hybrid", "position_embedding_type"]
 # How far compression goes: attention reads the codes; they are decoded for attention at every step; none at all.
 Tier = Literal["codes", "decoded", "dense"]
 
@@ -51,10 +51,12 @@ LATENT_REASON = (
     "its cache holds one latent vector per token (multi-head latent attention), already much smaller than keys and values, "
     "and coding it is not handled"
 )
+ASSISTANT_REASON = "it drafts for another model, whose cache it reads, and keeps none of its own"
 _STANDARD = FamilyFacts()
 _INTERLEAVED = FamilyFacts(interleaved=True)
 _NO_ROPE_LIST = FamilyFacts(nope="no_rope_layers")
 _HYBRID_NOPE = FamilyFacts(nope="full_attention_of_hybrid")
+_FULL_NOPE = FamilyFacts(nope="full_attention")
 # Their modules hand out (c0, c0, c1, c1, ...) where all others repeat the whole half.
 _REPEATED = "its rotary module repeats each angle in place"
 _NORMED_AFTER = "it normalizes keys after their rotation, with a factor per channel"
@@ -93,6 +95,11 @@ FAMILIES: Mapping[str, FamilyFacts] = {
     "hunyuan_v1_dense": FamilyFacts(unrotatable=_NORMED_AFTER),
     "hunyuan_v1_moe": FamilyFacts(unrotatable=_NORMED_AFTER),
     "nanochat": FamilyFacts(unrotatable=_BACKWARDS),
+    "kolibri1": _HYBRID_NOPE,
+    "afmoe": _FULL_NOPE,
+    "flint": _FULL_NOPE,
+    "lara_mini": _FULL_NOPE,
+    "granitemoehybrid": FamilyFacts(nope="position_embedding_type"),
     "llama4_text": FamilyFacts(unrotatable=_COMPLEX, nope="no_rope_layers"),
     "doge": FamilyFacts(decoded="it computes its attention mask from all cached values"),
     "diffllama": FamilyFacts(unsupported="its layers attend twice with halves of the values, which is not handled"),
@@ -108,6 +115,8 @@ FAMILIES: Mapping[str, FamilyFacts] = {
     "falcon": _OWN_ATTENTION,
     "mpt": _OWN_ATTENTION,
     "bloom": _OWN_ATTENTION,
+    "gemma4_assistant": FamilyFacts(unsupported=ASSISTANT_REASON),
+    "gemma4_unified_assistant": FamilyFacts(unsupported=ASSISTANT_REASON),
     "gptj": _OWN_ATTENTION,
     "codegen": _OWN_ATTENTION,
 }

@@ -1,12 +1,16 @@
 """How much memory a model takes, from its config alone. Knows configs and parameter shapes; loads no weights."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pqkv_cli.errors import ModelError
-from pqkv_cli.models.geometry import geometry, kv_source, layer_types, text_config
+from pqkv_cli.hf.configs import text_config
+from pqkv_cli.hf.layer_kinds import layer_kind
+from pqkv_cli.models.config_reader import layer_config
+from pqkv_cli.models.geometry import geometry, layer_types
 
 _DEFAULT_ITEM_BYTES = 2  # bfloat16, where the config names no dtype
 
@@ -18,7 +22,7 @@ class LayerFootprint:
     Attributes
     ----------
     channels
-        Key and value channels of one token; 0 for a layer that keeps no cache of its own.
+        Key and value channels of one token; 0 for a layer that keeps a state of constant size or no cache of its own.
     window_tokens
         Tokens it holds at most; 0 where it grows with the text.
     """
@@ -48,17 +52,29 @@ def weights(config: PretrainedConfig) -> Weights:
     ModelError
         If transformers cannot build the model.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise ModelError(
-            f"the parameters of {config.model_type} cannot be counted: {str(error).strip().splitlines()[0]}; expected a config "
-            "from which transformers can build the model. Check config.json against the model's original."
-        ) from error
+    model = empty_model(config)
     dtype = getattr(config, "dtype", None)
     item_bytes = dtype.itemsize if isinstance(dtype, torch.dtype) else _DEFAULT_ITEM_BYTES
     return Weights(sum(p.numel() for p in model.parameters()), item_bytes)
+
+
+def empty_model(config: PretrainedConfig) -> Any:
+    """Return the model that `config` describes, without memory for its weights.
+
+    Raises
+    ------
+    ModelError
+        If transformers cannot build the model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"transformers cannot build a {config.model_type} model from its config: {reason}; expected a config from which it "
+            "can. Check config.json against the model's original."
+        ) from error
 
 
 def layer_footprints(config: PretrainedConfig) -> tuple[LayerFootprint, ...]:
@@ -69,12 +85,13 @@ def layer_footprints(config: PretrainedConfig) -> tuple[LayerFootprint, ...]:
     UnsupportedModelError, ModelError
         As `geometry`.
     """
-    text = text_config(config)
-    windows = {
-        "sliding_attention": getattr(text, "sliding_window", None) or 0,
-        "chunked_attention": getattr(text, "attention_chunk_size", None) or 0,
-    }
-    return tuple(
-        LayerFootprint(0 if kv_source(text, index) != index else 2 * layer.num_kv_heads * layer.head_dim, windows.get(kind, 0))
-        for index, (kind, layer) in enumerate(zip(layer_types(text), geometry(config).layers, strict=True))
-    )
+    text, shape = text_config(config), geometry(config)
+    rows = zip(layer_types(text), shape.cached_channels, strict=True)
+    return tuple(LayerFootprint(channels, _window(text, index, kind)) for index, (kind, channels) in enumerate(rows))
+
+
+def _window(text: Any, index: int, kind: str) -> int:
+    if layer_kind(kind).growth != "window":
+        return 0
+    name = "attention_chunk_size" if kind == "chunked_attention" else "sliding_window"
+    return getattr(layer_config(text, index), name, None) or 0

@@ -4,11 +4,12 @@ from collections import Counter
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pqkv_cli.errors import ModelError, UnsupportedModelError
-from pqkv_cli.models.config_reader import read, read_count
-from pqkv_cli.models.families import LATENT_REASON, FamilyFacts, family
+from pqkv_cli.hf.configs import is_encoder, is_language_model, position_limit, text_config
+from pqkv_cli.hf.layer_kinds import layer_kind, present_name
+from pqkv_cli.models.config_reader import layer_config, layer_values, read, read_count
+from pqkv_cli.models.families import ASSISTANT_REASON, LATENT_REASON, FamilyFacts, family
 from pqkv_cli.models.rope_facts import rope_facts
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
 
@@ -29,15 +30,33 @@ def geometry(config: PretrainedConfig) -> ModelGeometry:
     text = text_config(config)
     facts = family(str(text.model_type))
     _refuse(config, text, facts)
-    layers, notes = [], []
+    layers, notes, channels = [], [], []
     for index, kind in enumerate(layer_types(text)):
         num_heads, num_kv_heads, head_dim = _heads(layer_config(text, index))
         rope = rope_facts(text, facts, index, kind, head_dim)
-        layers.append(LayerGeometry(num_heads, num_kv_heads, head_dim, rope.rotary, _dense_reason(text, index, kind)))
-        notes.append(rope.note)
+        reason = _dense_reason(text, index, kind)
+        layers.append(LayerGeometry(num_heads, num_kv_heads, head_dim, rope.rotary, reason))
+        notes.append("" if reason else rope.note)
+        keeps = kv_source(text, index) == index and layer_kind(kind).growth in ("tokens", "window")
+        channels.append(2 * num_kv_heads * head_dim if keeps else 0)
     sources = tuple(kv_source(text, index) for index in range(len(layers)))
-    max_positions = read(text, "max_position_embeddings", int, 0)
-    return ModelGeometry(str(text.model_type), tuple(layers), max_positions, facts.decoded, tuple(notes), sources)
+    return ModelGeometry(
+        str(text.model_type), tuple(layers), num_positions(text), facts.decoded, tuple(notes), sources, tuple(channels)
+    )
+
+
+def num_positions(config: Any) -> int:
+    """Return how many positions the decoder that `config` describes has, 0 where it names no limit.
+
+    The one source of this number: in composite configs only the part of the text decoder has it.
+
+    Raises
+    ------
+    ModelError
+        If the number is not one.
+    """
+    text = text_config(config)
+    return 0 if position_limit(config) is None else read(text, "max_position_embeddings", int)
 
 
 def check_quantizable(model: ModelGeometry) -> None:
@@ -57,11 +76,6 @@ def check_quantizable(model: ModelGeometry) -> None:
         )
 
 
-def text_config(config: PretrainedConfig) -> Any:
-    """Return the part of `config` that describes the text decoder."""
-    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
-
-
 def layer_types(text: Any) -> tuple[str, ...]:
     """Return the kind of every layer, by the rule transformers uses to build its cache.
 
@@ -73,17 +87,19 @@ def layer_types(text: Any) -> tuple[str, ...]:
     num_layers = read_count(text, "num_hidden_layers")
     listed = getattr(text, "layer_types", None)
     if listed is None:
-        if getattr(text, "sliding_window", None) is not None:
-            return ("sliding_attention",) * num_layers
-        if getattr(text, "attention_chunk_size", None) is not None:
-            return ("chunked_attention",) * num_layers
-        return ("full_attention",) * num_layers
+        return tuple(_type_of(layer_config(text, index)) for index in range(num_layers))
     if len(listed) != num_layers:
         raise ModelError(
             f"the model's config lists {len(listed)} layer_types for num_hidden_layers {num_layers}; expected one per layer. "
             "Check config.json against the model's original."
         )
-    return tuple(map(str, listed))
+    return tuple(present_name(str(kind)) for kind in listed)
+
+
+def _type_of(layer: Any) -> str:
+    if getattr(layer, "sliding_window", None) is not None:
+        return "sliding_attention"
+    return "full_attention" if getattr(layer, "attention_chunk_size", None) is None else "chunked_attention"
 
 
 def _refuse(config: PretrainedConfig, text: Any, facts: FamilyFacts) -> None:
@@ -95,24 +111,40 @@ def _refuse(config: PretrainedConfig, text: Any, facts: FamilyFacts) -> None:
 
 
 def _unsupported_reason(config: PretrainedConfig, text: Any, facts: FamilyFacts) -> str:
-    name = str(text.model_type)
     if facts.unsupported:
         return facts.unsupported
     if config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
-    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(text, "is_decoder", False):
+    if is_encoder(text):
         return "it is an encoder, which keeps no cache"
-    if getattr(text, "kv_lora_rank", None) is not None:
+    if layer_values(text, "kv_lora_rank"):
         return LATENT_REASON
-    if getattr(text, "num_attention_heads", None) is None:
+    if not layer_values(text, "num_attention_heads"):
         return "it has no attention keys and values (its config has no 'num_attention_heads')"
-    known = {name, str(config.model_type)} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return "" if known or getattr(config, "auto_map", None) else "it is not a causal language model"
+    if not is_language_model(config, text):
+        return "it is not a causal language model"
+    return _shape_reason(text) or _kinds_reason(text)
 
 
-def layer_config(text: Any, index: int) -> Any:
-    """Return what `text` says about one layer: itself, except where layers differ in shape."""
-    return text.per_layer_config[index] if getattr(text, "is_heterogeneous", False) else text
+def _shape_reason(text: Any) -> str:
+    sharing = getattr(text, "kv_sharing_modes", None)
+    if sharing and all(mode == "reuse" for mode in sharing):
+        return ASSISTANT_REASON
+    value_dims = layer_values(text, "v_head_dim")
+    key_dims = layer_values(text, "head_dim")
+    if value_dims and key_dims and value_dims != key_dims:
+        return f"its values have {value_dims[0]} channels per head and its keys {key_dims[0]}, which is not handled"
+    return ""
+
+
+def _kinds_reason(text: Any) -> str:
+    kinds = Counter(layer_types(text))
+    for kind, count in kinds.most_common():
+        if unsupported := layer_kind(kind).unsupported:
+            known = layer_config(text, layer_types(text).index(kind))
+            words = unsupported.format(sliding_window=getattr(known, "sliding_window", None))
+            return f"{count} of its {kinds.total()} layers are of the kind {kind}: {words}"
+    return ""
 
 
 def kv_source(text: Any, index: int) -> int:
@@ -148,10 +180,6 @@ def _dense_reason(text: Any, index: int, kind: str) -> str:
     source = kv_source(text, index)
     if source != index:
         return f"it keeps no cache and reads that of layer {source}"
-    if kind == "full_attention":
-        return ""
-    if kind == "sliding_attention":
-        return f"sliding window of {getattr(text, 'sliding_window', None)} tokens"
-    if kind == "chunked_attention":
-        return f"attention in chunks of {getattr(text, 'attention_chunk_size', None)} tokens"
-    return f"layer type {kind} keeps no growing cache of keys and values"
+    layer = layer_config(text, index)
+    sizes = {key: getattr(layer, key, None) for key in ("sliding_window", "attention_chunk_size")}
+    return layer_kind(kind).reason.format(**sizes)

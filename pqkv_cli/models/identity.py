@@ -1,4 +1,4 @@
-"""Which model it is: a hash of its architecture and one of its attention weights. Knows no files.
+"""Which model it is: a hash of its architecture and one of its weights. Knows no files.
 
 Weights are hashed as bfloat16, so a checkpoint loaded as float32 or bfloat16 is the same model. One that holds float32
 and is loaded as float16 may differ: rounding twice is not rounding once.
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pqkv_cli.hf.configs import text_config
 from pqkv_cli.hf.modules import attention_modules, stored_tensors
-from pqkv_cli.models.geometry import layer_config, text_config
+from pqkv_cli.models.config_reader import layer_config
+from pqkv_cli.models.weight_hash import all_weights_sha256
 
 # An explicit list: newer versions of transformers add fields with defaults, and that must not make another model.
 # fmt: off
@@ -28,20 +30,24 @@ _CONFIG_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Two hashes that together name a model; a fine-tune shares only the first."""
+    """Hashes that together name a model; a fine-tune shares only the first.
+
+    `former_weights_sha256` is what earlier artifacts carry: of the attention of three layers only.
+    """
 
     config_sha256: str
     weights_sha256: str
+    former_weights_sha256: str = ""
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:
     """Return the identity of a loaded model, independent of its path, device and transformers version.
 
-    The weights are all matrices of the first, middle and last attention module (q, k, v, o or fused), as they are stored:
-    a checkpoint with quantized weights is another model than the one it was made from.
+    The weights are all but those of the matrix that makes logits, as they are stored: a checkpoint with quantized weights is
+    another model than the one it was made from.
     """
     config: Any = model.config
-    return ModelIdentity(config_sha256(config), _weights_sha256(model))
+    return ModelIdentity(config_sha256(config), all_weights_sha256(model), _former_weights_sha256(model))
 
 
 def config_sha256(config: Any) -> str:
@@ -60,7 +66,8 @@ def _value(text: Any, key: str) -> Any:
     return values[0] if all(value == values[0] for value in values) else values
 
 
-def _weights_sha256(model: nn.Module) -> str:
+def _former_weights_sha256(model: nn.Module) -> str:
+    # All matrices of the first, middle and last attention module.
     modules = attention_modules(model)
     indices = sorted(modules)
     digest = hashlib.sha256()

@@ -10,14 +10,17 @@ from typing import Any
 
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub import constants as hub
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, logging
 
 from pqkv_cli.errors import ModelError
+from pqkv_cli.hf.own_code import NO_CODE, foreign_tokenizer, needs_own_code
 from pqkv_cli.models.geometry import check_quantizable, geometry
+from pqkv_cli.models.model_files import ADAPTER, MERGE, check_weights
 from pqkv_cli.models.resolve import ResolvedModel, check_model_directory
+from pqkv_cli.models.structure import check_structure
 
 _PROBE_TIMEOUT_S = 10.0
 
@@ -34,14 +37,28 @@ def load_model(resolved: ResolvedModel, dtype: torch.dtype | None = None, device
     """
     config, local_only = _config(resolved)
     check_quantizable(geometry(config))
+    check_structure(config)
+    if resolved.is_local:
+        check_weights(Path(resolved.path_or_id))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved.path_or_id, local_files_only=local_only)
+        tokenizer = _tokenizer(resolved, local_only)
         model = _weights(resolved, config, dtype, device, local_only)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, EOFError, SafetensorError) as error:
         raise _unreadable(resolved, error) from error
     return model.eval(), tokenizer
+
+
+def _tokenizer(resolved: ResolvedModel, local_only: bool) -> Any:
+    place = resolved.path_or_id
+    loader: Any = AutoTokenizer
+    tokenizer = loader.from_pretrained(place, local_files_only=local_only, trust_remote_code=NO_CODE)
+    named = "tokenizer_config.json"
+    path = f"{place}/{named}" if resolved.is_local else huggingface_hub.try_to_load_from_cache(place, named)
+    if isinstance(path, str) and (name := foreign_tokenizer(Path(path))):
+        raise _own_code(resolved, f"its tokenizer {name} is not one of transformers")
+    return tokenizer
 
 
 def load_config(resolved: ResolvedModel) -> PretrainedConfig:
@@ -68,7 +85,9 @@ def _config(resolved: ResolvedModel) -> tuple[PretrainedConfig, bool]:
 
 def _read_config(resolved: ResolvedModel, local_only: bool) -> PretrainedConfig:
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(resolved.path_or_id, local_files_only=local_only)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            resolved.path_or_id, local_files_only=local_only, trust_remote_code=NO_CODE
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(resolved, error) from error
     return config
@@ -97,12 +116,14 @@ def _check_hub(resolved: ResolvedModel) -> None:
             f"model {resolved.path_or_id} is not on this machine ({looked}), and HF_HUB_OFFLINE forbids the hub. {remedy}"
         )
     try:
-        huggingface_hub.HfApi().model_info(resolved.path_or_id, timeout=_PROBE_TIMEOUT_S)
+        found = huggingface_hub.HfApi().model_info(resolved.path_or_id, timeout=_PROBE_TIMEOUT_S)
     except Exception as error:  # Any transport library may sit below; every failure means the same to the user.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"model {resolved.path_or_id} is not on this machine ({looked}), and the hub did not give it: {reason}. {remedy}"
         ) from error
+    if ADAPTER in {file.rfilename for file in getattr(found, "siblings", None) or ()}:
+        raise ModelError(f"{resolved.path_or_id} holds an adapter ({ADAPTER}); expected a whole model: {MERGE}.")
 
 
 def _weights(
@@ -116,6 +137,7 @@ def _weights(
             config=config,
             dtype="auto" if dtype is None else dtype,
             local_files_only=local_only,
+            trust_remote_code=NO_CODE,
             output_loading_info=True,
             **placement,
         )
@@ -141,7 +163,17 @@ def _no_progress_bar() -> Iterator[None]:
             switch.enable_progress_bar()
 
 
+def _own_code(resolved: ResolvedModel, found: str) -> ModelError:
+    return ModelError(
+        f"{resolved.label} needs code of its own, which pqkv never runs: {found}; expected a model that transformers "
+        f"{transformers.__version__} knows. Use a version of the model converted for transformers, or a newer transformers "
+        "that knows it."
+    )
+
+
 def _unreadable(resolved: ResolvedModel, error: Exception) -> ModelError:
+    if needs_own_code(error):
+        return _own_code(resolved, "it comes with Python files that would have to be run")
     lines = str(error).strip().splitlines() or [type(error).__name__]
     place = resolved.path_or_id if resolved.is_local else f"{resolved.path_or_id} (cache {hub.HF_HUB_CACHE})"
     return ModelError(

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from pqkv_cli.errors import UnsupportedModelError, UsageError
+from pqkv_cli.hf.configs import text_config
 from pqkv_cli.hf.modules import attention_modules
 from pqkv_cli.models.gauge import LayerGauge, outlier_gauge
-from pqkv_cli.models.geometry import geometry, text_config
+from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.projections import Projections, norms_of, projections_of
 from pqkv_cli.specs import LayerGeometry
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pqkv_cli.errors import ModelError
+from pqkv_cli.models.model_files import check_files, check_no_adapter
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
@@ -51,13 +52,14 @@ def check_model_directory(path: Path) -> None:
     Raises
     ------
     ModelError
-        If it is a file, is empty, or lacks config.json or weights.
+        If it is a file, is empty, lacks config.json or weights, holds an adapter, or a file is not what its name says.
     """
     expected = "expected a directory with config.json, *.safetensors and a tokenizer, as save_pretrained writes it"
     if not path.is_dir():
         raise ModelError(f"{path} is a file; {expected}. Name its directory.")
     if not any(path.iterdir()):
         raise ModelError(f"the model directory {path} is empty; {expected}. Copy or download the model there.")
+    check_no_adapter(path)
     if not (path / "config.json").is_file():
         raise ModelError(f"the model directory {path} has no config.json; {expected}. Name the directory that holds it.")
     if not any(match for pattern in _WEIGHTS for match in path.glob(pattern)):
@@ -65,6 +67,7 @@ def check_model_directory(path: Path) -> None:
             f"the model directory {path} has a config.json but no weights; looked for {', '.join(_WEIGHTS)}. "
             "Copy the weights there too."
         )
+    check_files(path)
 
 
 def _demo_directory() -> Path:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pqkv_cli.models.config_reader import read
+from pqkv_cli.models.config_reader import layer_config, read
 from pqkv_cli.models.families import FIXED_ROPE_TYPES, FamilyFacts
 from pqkv_kernels.layout import RotaryLayout
 
@@ -50,14 +50,29 @@ def _parameters(text: Any, kind: str) -> dict[str, Any]:
     if getattr(text, "alibi", False):
         return {}
     nested = any(isinstance(value, dict) for value in parameters.values()) and "rope_type" not in parameters
-    return (parameters.get(kind) or {}) if nested else parameters
+    found: dict[str, Any] = (parameters.get(kind) or {}) if nested else parameters
+    # A base of None is how configs say that nothing is rotated.
+    return {} if "rope_theta" in found and found["rope_theta"] is None else found
 
 
 def _is_nope(text: Any, facts: FamilyFacts, index: int, kind: str) -> bool:
+    bases = read(text, "layer_rope_theta", list, [])
+    if index < len(bases) and not bases[index]:
+        return True
     if facts.nope == "no_rope_layers":
         listed = read(text, "no_rope_layers", list, [])
         return bool(listed) and not listed[index]  # The list names the layers that DO rotate, whatever it is called.
+    if facts.nope == "position_embedding_type":
+        return getattr(text, "position_embedding_type", None) != "rope"
+    if kind != "full_attention" or _rotates_dense_prefix(text, index):
+        return False
     if facts.nope == "full_attention":
-        return kind == "full_attention"
-    hybrid = getattr(text, "sliding_window", None) is not None
-    return facts.nope == "full_attention_of_hybrid" and hybrid and kind == "full_attention"
+        return True
+    return facts.nope == "full_attention_of_hybrid" and getattr(layer_config(text, index), "sliding_window", None) is not None
+
+
+def _rotates_dense_prefix(text: Any, index: int) -> bool:
+    """Return whether a layer of Command A's mixtures of experts rotates although it attends to all tokens."""
+    experts = getattr(text, "mlp_layer_types", None) or ()
+    is_dense = index < len(experts) and experts[index] == "dense"
+    return is_dense and getattr(text, "prefix_dense_sliding_window_pattern", None) == 1

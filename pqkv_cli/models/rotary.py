@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from pqkv_cli.errors import UnsupportedModelError
+from pqkv_cli.hf.configs import text_config
 from pqkv_cli.hf.modules import attention_modules
-from pqkv_cli.models.geometry import geometry, layer_types, text_config
+from pqkv_cli.models.geometry import geometry, layer_types
 from pqkv_kernels.rope import unit_angles
 
 Angles = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -74,7 +75,21 @@ def rotary_module(model: nn.Module, layer_index: int) -> nn.Module:
             f"{type(model).__name__} has no rotary module; expected one whose class name holds 'Rotary'. "
             "Code this model's keys after rotary embedding (key_space: post_rope)."
         )
+    base = _own_base(model, layer_index)
+    if base is not None:  # layers with bases of their own have one rotary module for each, and one that is not used
+        candidates = {name: module for name, module in candidates.items() if _base(module) == base} or candidates
     return candidates[max(candidates, key=lambda name: _shared_prefix(name.split("."), home))]
+
+
+def _own_base(model: nn.Module, layer_index: int) -> float | None:
+    config: Any = model.config
+    bases = getattr(text_config(config), "layer_rope_theta", None)
+    return bases[layer_index] if bases else None
+
+
+def _base(rotary: nn.Module) -> float | None:
+    parameters = getattr(getattr(rotary, "config", None), "rope_parameters", None)
+    return parameters.get("rope_theta") if isinstance(parameters, dict) else None
 
 
 def _shared_prefix(a: list[str], b: list[str]) -> int:

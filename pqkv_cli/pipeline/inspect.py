@@ -11,6 +11,7 @@ from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
+from pqkv_cli.models.structure import check_structure
 from pqkv_cli.pipeline.capacity import Capacity, capacity
 from pqkv_cli.pipeline.hub import located
 from pqkv_cli.pipeline.rundir import Run, kind_of
@@ -84,8 +85,10 @@ def inspect_target(target: Target, device_bytes: int | None = None) -> Inspectio
     assert target.recipe is not None  # only artifacts have none
     resolved = resolve_model(target.recipe.model)
     config = load_config(resolved)
+    shape = geometry(config)
+    check_structure(config)
     fits = None if device_bytes is None else capacity(config, device_bytes, _cache_spec(target.recipe))
-    return Inspection("model", resolved.label, model=geometry(config), capacity=fits)
+    return Inspection("model", resolved.label, model=shape, capacity=fits)
 
 
 def _cache_spec(recipe: Recipe) -> CacheSpec:

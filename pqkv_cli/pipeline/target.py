@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pqkv_cli.errors import ModelError, RunError, UsageError, did_you_mean
+from pqkv_cli.models.model_files import check_no_adapter
 from pqkv_cli.pipeline.hub_name import HubName, parse_hub_name
 from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, MODEL_FILE, RECIPE_FILE, PathKind, Run, kind_of, runs_under
 from pqkv_cli.recipe import Recipe, load_recipe, named_recipe, recipe_names
@@ -101,6 +102,8 @@ def _existing(reference: str, path: Path) -> Target:
             return Target(reference, kind, path, load_recipe(path))
         case "artifact":
             return Target(reference, kind, path, None)
+    if path.is_dir():
+        check_no_adapter(path)
     what = (
         "a file of another kind" if path.is_file() else "a directory without any of these" if any(path.iterdir()) else "empty"
     )

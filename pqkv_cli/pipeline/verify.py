@@ -134,7 +134,9 @@ def _codec_check(test: CodecTest) -> Check:
 
 def _model_check(artifact: Artifact, resolved: ResolvedModel, model: Any) -> Check:
     try:
-        check_model(artifact, model_identity(model), geometry(model.config), label=resolved.label)
+        notes = check_model(artifact, model_identity(model), geometry(model.config), label=resolved.label)
     except ArtifactError as error:
         return Check("model", "failed", str(error))
-    return Check("model", "passed", f"configuration, geometry and attention weights are those of {resolved.label}")
+    what = "attention weights of three layers" if notes else "weights"
+    detail = f"configuration, geometry and {what} are those of {resolved.label}"
+    return Check("model", "passed", "; ".join((detail, *notes)))

@@ -11,7 +11,6 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no whole character
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token for one byte, of which decoders join a run: all of it is text, or nothing is
@@ -28,7 +27,7 @@ def added_text(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str
     return _behind(_text(tokenizer, prompt), _text(tokenizer, [*prompt, *new]))
 
 
-class TextPieces(BaseStreamer):
+class TextPieces:
     """Takes the tokens that ``generate`` hands over, the prompt's first, and gives on the text that is certain.
 
     All pieces together are the `added_text` of all tokens. The last word is held back until another one begins, because some

@@ -47,6 +47,25 @@ def test_another_model_is_refused(saved: Path, header: Header) -> None:
     assert [w.split(":")[0] for w in warnings] == ["configuration", "weights"]
 
 
+def test_an_artifact_of_an_earlier_version_says_what_it_checks(saved: Path, header: Header) -> None:
+    @dataclass
+    class Both(Identity):
+        former_weights_sha256: str = "d" * 64
+
+    artifact = open_artifact(saved)
+    (note,) = check_model(artifact, Both(weights_sha256="9" * 64), geometry(header))
+    assert "attention weights of three layers only" in note and "could not be checked" in note
+    with pytest.raises(ArtifactError, match="has 999999999999"):
+        check_model(artifact, Both(weights_sha256="9" * 64, former_weights_sha256="8" * 64), geometry(header))
+
+
+def test_words_of_a_reason_are_no_geometry(saved: Path, header: Header) -> None:
+    layers = tuple(
+        replace(layer, dense_reason="put in other words") if layer.dense_reason else layer for layer in header.geometry
+    )
+    assert check_model(open_artifact(saved), Identity(), ModelGeometry("llama", layers, 4096)) == ()
+
+
 def test_force_cannot_bend_geometry(saved: Path, header: Header) -> None:
     artifact = open_artifact(saved)
     layers = (replace(header.geometry[0], num_kv_heads=1, rotary=RotaryLayout(8, True)), *header.geometry[1:])

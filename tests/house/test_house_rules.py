@@ -81,3 +81,15 @@ def _lines(root: Path, pattern: re.Pattern[str], paths: list[Path]) -> list[str]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if pattern.search(line)
     ]
+
+
+def test_no_loader_may_run_code_of_a_repository(root: Path) -> None:
+    loaders = {"from_pretrained", "load_dataset", "HFLM"}
+    wrong = []
+    for path in sources(root):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in loaders:
+                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                if given.get("trust_remote_code") not in ("False", "NO_CODE"):
+                    wrong.append(f"{path.relative_to(root)}:{node.lineno}")
+    assert wrong == [], "say trust_remote_code=NO_CODE, or transformers asks on a terminal whether to run the code"
