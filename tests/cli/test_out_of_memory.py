@@ -20,8 +20,9 @@ def room_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 
     def limit(most: int) -> list[int]:
         def limited(self: Any, input_ids: Any = None, *words: Any, **options: Any) -> Any:
-            tried.append(len(input_ids))
-            if len(input_ids) > most:
+            is_window = input_ids.shape[1] == 64  # the check of rotations reads half of one
+            tried.extend([len(input_ids)] * is_window)
+            if is_window and len(input_ids) > most:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes.")
             return forward(self, input_ids, *words, **options)
 

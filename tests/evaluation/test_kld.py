@@ -63,8 +63,10 @@ def test_the_compressed_model_is_shown_the_others_tokens(subject: Maker, monkeyp
     made, seen = subject(), {True: [], False: []}
     forward = made.model.forward
 
-    def spy(ids: torch.Tensor, cache: Any = None, past_key_values: Any = None, **options: Any) -> Any:
+    def spy(ids: Any = None, cache: Any = None, past_key_values: Any = None, **options: Any) -> Any:
         given = cache if past_key_values is None else past_key_values
+        if ids is None:  # the step that attach checks
+            return forward(**cache_argument(forward, given), **options)
         seen[type(given).__module__.startswith("pqkv_cli")].append(ids.tolist())
         return forward(ids, **cache_argument(forward, given), **options)
 

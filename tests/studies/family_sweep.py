@@ -35,10 +35,12 @@ SHAPES: tuple[dict[str, Any], ...] = (
 )
 
 
+@torch.no_grad()
 def tiny_model(model_type: str) -> Any:
     """Return a small random model, None where no config of ours makes one."""
     if model_type in FAMILIES:
         return family_model(model_type)
+    ids = tokens(1, NUM_TOKENS)
     for shape in SHAPES:
         for sizes in ({**_SIZES, **shape}, {"text_config": {**_SIZES, **shape}}):
             FAMILIES[model_type] = sizes
@@ -46,7 +48,9 @@ def tiny_model(model_type: str) -> Any:
                 with torch.device("meta"):
                     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
                 if sum(p.numel() for p in model.parameters()) < MOST_PARAMETERS:
-                    return family_model(model_type)
+                    model = family_model(model_type)
+                    model(input_ids=ids)  # not every model takes every size that its config takes
+                    return model
             except Exception:  # noqa: S112  any config class may refuse in any way; the next shape is tried
                 continue
     return None
