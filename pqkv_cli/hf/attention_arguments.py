@@ -15,12 +15,12 @@ from torch import nn
 
 from pqkv_cli.errors import UnsupportedModelError
 
-_WEIGHTS = "output_attentions"  # they are never formed
 SOFTCAP, SINKS, CAUSAL = "softcap", "s_aux", "is_causal"
 # They describe the call, its outputs or what the mask already holds, and change no attention weight.
 IRRELEVANT = frozenset(
     "position_ids cache_position position_embeddings use_cache return_dict num_items_in_batch logits_to_keep "
-    "output_hidden_states output_router_logits token_type_ids mm_token_type_ids sliding_window deterministic".split()
+    "output_hidden_states output_attentions output_router_logits token_type_ids mm_token_type_ids sliding_window "
+    "deterministic".split()
 )
 
 
@@ -96,7 +96,7 @@ def read_arguments(
 
 
 def _is_known(name: str, value: Any) -> bool:
-    return value is None or name in IRRELEVANT or name in (SOFTCAP, SINKS, CAUSAL) or (name == _WEIGHTS and not value)
+    return value is None or name in IRRELEVANT or name in (SOFTCAP, SINKS, CAUSAL)
 
 
 def _declared_softcap(module: nn.Module) -> float | None:

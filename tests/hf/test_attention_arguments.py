@@ -24,12 +24,6 @@ def test_what_changes_nothing_may_come(name: str) -> None:
     assert read_arguments(nn.Linear(1, 1), QUERY, None, {name: value}).scaling == 0.25
 
 
-def test_weights_are_never_formed_and_not_promised() -> None:
-    assert read_arguments(nn.Linear(1, 1), QUERY, 2.0, {"output_attentions": False}).scaling == 2.0
-    with pytest.raises(UnsupportedModelError, match="output_attentions"):
-        read_arguments(nn.Linear(1, 1), QUERY, 2.0, {"output_attentions": True})
-
-
 @pytest.mark.parametrize(
     ("family", "keyword", "declared"), [("gemma2", "softcap", "a soft cap of 2"), ("gpt_oss", "s_aux", "sinks")]
 )

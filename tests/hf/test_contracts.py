@@ -36,7 +36,7 @@ REFUSED = {
     "cu_seqlens": "packed texts",
     "seq_idx": "packed texts",
 }
-_OWN_PLACES = {"dropout", "scaling", "attention_mask", "query", "key", "value", "module", "output_attentions"}
+_OWN_PLACES = {"dropout", "scaling", "attention_mask", "query", "key", "value", "module"}
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
