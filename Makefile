@@ -24,8 +24,8 @@ UNLOCKED = @$(if $(LOCK),:,echo "no versions are locked for Python $(PYTHON_VERS
 help:
 	@echo "make demo    install into $(VENV), then run the whole chain on the embedded reference model"
 	@echo "make test    install into $(VENV), then ruff, mypy and pytest"
-	@echo "make test-oldest  the tests of models, cache and runtime with transformers $(OLDEST_TRANSFORMERS), in $(OLDEST_VENV)"
-	@echo "make test-newest  the tests of models, cache, runtime and one chain with the newest of all libraries, in $(NEWEST_VENV)"
+	@echo "make test-oldest  the tests of hf, models, cache and runtime with transformers $(OLDEST_TRANSFORMERS), in $(OLDEST_VENV)"
+	@echo "make test-newest  the tests of hf, models, cache, runtime and one chain with the newest of all libraries, in $(NEWEST_VENV)"
 	@echo "make lock    write anew which versions demo and test install, for each of $(LOCK_PYTHONS) that is here"
 	@echo "make crash-study     kill pqkv run at 50 seeded points and go on; writes docs/crash-study.md"
 	@echo "make mutation-study  open 10,000 cut or changed artifacts and run files; writes docs/mutation-study.md"
@@ -45,7 +45,7 @@ test: check
 # Where that version cannot be had, this says so and passes: the newest has been tested, and nothing else failed.
 test-oldest: $(VENV)/.installed-dev
 	@if $(MAKE) --no-print-directory $(OLDEST_VENV)/.installed; then \
-		$(OLDEST_VENV)/bin/python -m pytest tests/models tests/cache tests/runtime; \
+		$(OLDEST_VENV)/bin/python -m pytest tests/hf tests/models tests/cache tests/runtime; \
 	else \
 		echo "NOT TESTED with transformers $(OLDEST_TRANSFORMERS): it could not be installed into $(OLDEST_VENV) (see above)" >&2; \
 	fi
@@ -55,7 +55,7 @@ test-newest:
 	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e ".[test]"
 	$(NEWEST_VENV)/bin/python -m pip list --disable-pip-version-check
-	$(NEWEST_VENV)/bin/python -m pytest tests/models tests/cache tests/runtime $(wildcard tests/hf) tests/cli/test_chain.py
+	$(NEWEST_VENV)/bin/python -m pytest tests/hf tests/models tests/cache tests/runtime tests/cli/test_chain.py
 
 lock:
 	@for python in $(LOCK_PYTHONS); do \
