@@ -82,15 +82,18 @@ def _use_caches(model: Any, hooks: StepHooks) -> None:
         return
     former = vars(model).get("generate")
     # A method, not a closure: a copy of the model generates with itself.
-    model.generate = MethodType(_generate if former is None else partial(_generate_by, former), model)
-    hooks.add(_restore_generate, model, former)
+    ours = MethodType(_generate if former is None else partial(_generate_by, former), model)
+    model.generate = ours
+    hooks.add(_restore_generate, model, ours, former)
     for config in (model.config, text_config(model.config), model.generation_config):
         if getattr(config, "use_cache", None) is False:
             config.use_cache = True
             hooks.add(setattr, config, "use_cache", False)
 
 
-def _restore_generate(model: Any, former: Callable[..., Any] | None) -> None:
+def _restore_generate(model: Any, ours: Callable[..., Any], former: Callable[..., Any] | None) -> None:
+    if vars(model).get("generate") is not ours:
+        return  # somebody has wrapped it since, or put another in its place
     del model.generate
     if former is not None:
         model.generate = former

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalL
 
 from pqkv_cli.errors import CacheError, UnsupportedModelError
 from pqkv_cli.hf.names import CACHE_KEYWORDS
-from pqkv_cli.runtime import Artifact, attach, load
+from pqkv_cli.runtime import Artifact, attach, load, simulate_artifact
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, min_new_tokens=12, pad_token_id=0)
 
@@ -100,6 +100,14 @@ def test_a_method_that_the_instance_had_is_called_and_comes_back(model: Any, art
         generated(model, attached.new_cache(), prompt)
     assert len(calls) == 1 and calls[0]["use_cache"] is True
     assert model.generate is own
+
+
+def test_hooks_go_in_any_order(model: Any, artifact: Artifact, prompt: torch.Tensor) -> None:
+    for first_to_go in (0, 1):
+        hooks = [attach(model, artifact), simulate_artifact(model, artifact)]
+        for hook in (hooks[first_to_go], hooks[1 - first_to_go]):
+            hook.__exit__()
+        assert model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY).shape[1] == prompt.shape[1] + 12
 
 
 def test_a_step_at_a_position_that_is_held_is_refused(model: Any, artifact: Artifact, prompt: torch.Tensor) -> None:
