@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache
@@ -15,6 +16,9 @@ from transformers import Cache
 from pqkv_cli.errors import CacheError, PqkvError
 from pqkv_cli.hf.configs import position_limit, text_config
 from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_keyword, forward_arguments, given_cache
+
+_num_hooked: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()
+_former_generate: "WeakKeyDictionary[Any, Callable[..., Any] | None]" = WeakKeyDictionary()
 
 
 class SteppedCache(Cache):
@@ -80,21 +84,26 @@ def _use_caches(model: Any, hooks: StepHooks) -> None:
     """Let ``model.generate`` use the caches that it is given."""
     if not callable(getattr(model, "generate", None)):
         return
-    former = vars(model).get("generate")
-    # A method, not a closure: a copy of the model generates with itself.
-    ours = MethodType(_generate if former is None else partial(_generate_by, former), model)
-    model.generate = ours
-    hooks.add(_restore_generate, model, ours, former)
+    _num_hooked[model] = _num_hooked.get(model, 0) + 1
+    if _num_hooked[model] == 1:
+        former = vars(model).get("generate")
+        # A method, not a closure: a copy of the model generates with itself.
+        model.generate = MethodType(_generate if former is None else partial(_generate_by, former), model)
+        _former_generate[model] = former
+    hooks.add(_leave_generate, model)
     for config in (model.config, text_config(model.config), model.generation_config):
         if getattr(config, "use_cache", None) is False:
             config.use_cache = True
             hooks.add(setattr, config, "use_cache", False)
 
 
-def _restore_generate(model: Any, ours: Callable[..., Any], former: Callable[..., Any] | None) -> None:
-    if vars(model).get("generate") is not ours:
-        return  # somebody has wrapped it since, or put another in its place
-    del model.generate
+def _leave_generate(model: Any) -> None:
+    """Give the model its own ``generate`` back when the last of those who need ours has gone, in whatever order they go."""
+    _num_hooked[model] -= 1
+    if _num_hooked[model]:
+        return
+    former = _former_generate.pop(model)
+    del model.generate, _num_hooked[model]
     if former is not None:
         model.generate = former
 

@@ -106,7 +106,9 @@ def test_hooks_go_in_any_order(model: Any, artifact: Artifact, prompt: torch.Ten
     for first_to_go in (0, 1):
         hooks = [attach(model, artifact), simulate_artifact(model, artifact)]
         for hook in (hooks[first_to_go], hooks[1 - first_to_go]):
+            assert "generate" in vars(model)
             hook.__exit__()
+        assert "generate" not in vars(model)
         assert model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY).shape[1] == prompt.shape[1] + 12
 
 
