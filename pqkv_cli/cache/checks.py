@@ -53,16 +53,16 @@ def check_crop(tokens_to_remove: int, num_held: int) -> int:
     return int(num_held + tokens_to_remove)  # older versions of transformers count in tensors
 
 
-def check_gradients(keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Refuse states that autograd follows: it would lose them here, and gradients would be zero without a word.
+def check_gradients(*lost: torch.Tensor) -> None:
+    """Refuse states that autograd follows, where it will lose them: gradients would be zero without a word.
 
     Raises
     ------
     CacheError
         If it does.
     """
-    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+    if torch.is_grad_enabled() and any(states.requires_grad for states in lost):
         raise CacheError(
-            "gradients are asked for through a quantized cache, and none pass through codes; expected a call under "
-            "torch.no_grad(): to differentiate through quantized keys and values use simulate_artifact()"
+            "gradients are asked for through quantized keys and values, and none pass through codes; expected a call under "
+            "torch.no_grad(), or a model none of whose parameters asks for gradients: model.requires_grad_(False)"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicLayer
 
+from pqkv_cli.cache.checks import check_gradients
 from pqkv_cli.cache.timeline import AngleSource, Timeline
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import Side
@@ -25,10 +26,18 @@ class SimulatedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize keys (after rotary embedding) and values [B, Hkv, T, D] and return all decoded ones."""
+        """Quantize keys (after rotary embedding) and values [B, Hkv, T, D] and return all decoded ones.
+
+        Raises
+        ------
+        CacheError
+            If gradients are asked for that the codecs do not pass on.
+        """
         start = self.get_seq_length()
         keys = self._quantized_keys(key_states, start)
         values = self.codecs["values"].encode_decode(value_states).to(value_states.dtype)
+        pairs = ((key_states, keys), (value_states, values))
+        check_gradients(*(given for given, decoded in pairs if not decoded.requires_grad))
         joined: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values)
         return joined
 

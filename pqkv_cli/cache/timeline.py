@@ -9,7 +9,7 @@ from pqkv_cli.cache.notices import Notices
 from pqkv_cli.cache.page_bases import PageBases
 from pqkv_cli.cache.schedule import coded_stops
 from pqkv_cli.errors import CacheError
-from pqkv_cli.hf.steps import require
+from pqkv_cli.hf.steps import NEXT_TEXT, require
 from pqkv_kernels.angles import Angles, PageAngles
 from pqkv_kernels.layout import PAGE_TOKENS
 
@@ -118,12 +118,13 @@ class Timeline:
     def _check_order(self, num_past: int) -> None:
         """Refuse a step that begins at a position which the cache holds: its text would stand there twice."""
         if num_past and self.positions is not None:
-            held = num_past - self.starts()
+            starts, new = self.starts(), self.positions[:, num_past]
+            first = self.positions.gather(1, starts.clamp(max=num_past - 1)[:, None])[:, 0]
+            is_held = (starts < num_past) & (first <= new) & (new <= self.positions[:, num_past - 1])
             require(
-                self.positions[:, num_past] >= held,
+                (new >= num_past - starts) & ~is_held,
                 f"the step begins at a position that the cache of {num_past} tokens holds already; expected the tokens behind "
-                "them: give generate() the whole text with use_cache=True, of which it reads what is new; before another text "
-                "call cache.reset()",
+                f"them: {NEXT_TEXT}",
             )
 
     def settle(self, num_slots: int) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from pqkv_cli.errors import DataError, UnsupportedModelError
 from pqkv_cli.hf.taps import AttentionStep
+from pqkv_cli.models.first_step import check_shapes
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
 from pqkv_kernels.layout import RotaryLayout
 from pqkv_kernels.rope import unit_angles, unrotate
@@ -110,23 +111,6 @@ class BatchObserver:
                 "This architecture is not handled yet."
             )
         return {i: _finished(i, self._layers[i]) for i in expected}
-
-
-def check_shapes(index: int, layer: LayerGeometry, step: AttentionStep) -> None:
-    """Refuse attention of other shapes than the config says.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If layer `index` has other heads or channels than `layer`.
-    """
-    found = (step.queries.shape[1], step.keys.shape[1], step.keys.shape[3], step.values.shape[3])
-    expected = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.head_dim)
-    if found != expected:
-        raise UnsupportedModelError(
-            f"layer {index} attends with (query heads, kv heads, key dim, value dim) {found}; expected {expected} "
-            "from its config. This architecture is not handled yet."
-        )
 
 
 def attention_weights(step: AttentionStep, queries: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:

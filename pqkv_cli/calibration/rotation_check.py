@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.calibration.observer import check_shapes, given_angles
+from pqkv_cli.calibration.observer import given_angles
 from pqkv_cli.errors import UnsupportedModelError
 from pqkv_cli.hf.taps import AttentionStep, tap
+from pqkv_cli.models.first_step import check_shapes
 from pqkv_cli.specs import ModelGeometry
 from pqkv_kernels.rope import unit_angles, unrotate
 

@@ -19,6 +19,10 @@ from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_keyword, forward_arguments, 
 
 _num_hooked: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()
 _former_generate: "WeakKeyDictionary[Any, Callable[..., Any] | None]" = WeakKeyDictionary()
+# What to do with a cache that holds a text already.
+NEXT_TEXT = (
+    "give generate() the whole text with use_cache=True, of which it reads what is new; before another text call cache.reset()"
+)
 
 
 class SteppedCache(Cache):
@@ -59,7 +63,7 @@ def install_step_hook(model: Any) -> StepHooks:
 
     Until the hooks are removed its ``forward`` and its ``generate`` take such a cache under its old name and its new one, and
     ``generate`` uses it whatever the settings of the checkpoint say: with ``use_cache`` false every step would read the whole
-    text again and append it.
+    text again and append it, and a kind of cache that they name would be refused beside it.
     """
     hooks = StepHooks()
     rename = partial(_rename_cache, cache_keyword(model))
@@ -117,6 +121,9 @@ def _generate_by(generate: Callable[..., Any], model: Any, *args: Any, **kwargs:
     if isinstance(cache, SteppedCache):
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_KEYWORDS}
         kwargs |= {cache_keyword(model): cache, "use_cache": True}
+        settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+        if getattr(settings, "cache_implementation", None) is not None:
+            kwargs.setdefault("cache_implementation", None)
     return generate(*args, **kwargs)
 
 
@@ -132,6 +139,8 @@ def _begin_step(max_positions: int | None, module: torch.nn.Module, args: tuple[
         tokens = arguments["inputs_embeds"]
     batch, num_new = tokens.shape[:2]
     num_past = cache.get_seq_length()
+    if not num_new:
+        raise CacheError(f"no token is left behind the {num_past} that the cache holds; expected a longer text: {NEXT_TEXT}")
     if max_positions is not None and num_past + num_new > max_positions:
         cache.warn_once(
             "long",
@@ -150,7 +159,7 @@ def step_positions(
     Raises
     ------
     CacheError
-        If the model is called with positions of more than one axis.
+        If the model is called with positions of more than one axis, or not one for every token.
     """
     if position_ids is None:
         position_ids = torch.arange(num_past, num_past + num_new, device=device)[None]
@@ -158,6 +167,10 @@ def step_positions(
         raise CacheError(
             f"position_ids have shape {list(position_ids.shape)}; expected [batch, tokens]: "
             "models with positions of several axes are not supported"
+        )
+    if position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != num_new:
+        raise CacheError(
+            f"position_ids have shape {list(position_ids.shape)}; expected [{batch}, {num_new}], one for every new token"
         )
     return position_ids.expand(batch, num_new)
 
@@ -175,7 +188,8 @@ def row_starts(attention_mask: Any, batch: int, num_slots: int) -> torch.Tensor 
     if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != (batch, num_slots):
         found = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
         raise CacheError(
-            f"attention_mask is {found}; expected [{batch}, {num_slots}], one row per sequence over all cached and new tokens"
+            f"attention_mask is {found}; expected [{batch}, {num_slots}], one row per sequence over all cached and new tokens: "
+            f"{NEXT_TEXT}"
         )
     padding = attention_mask == 0
     starts = padding.long().cumprod(dim=1).sum(dim=1)

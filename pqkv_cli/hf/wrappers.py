@@ -45,13 +45,14 @@ def _modules(model: Any) -> list[nn.Module]:
 
 def _unwrapped(model: Any) -> Any:
     """Return what lies one wrapper further inside, `model` itself where nothing does."""
-    if not isinstance(model, nn.Module):
+    # A model with compiled layers is one itself, and the one that it was made from shares its parts but is not what is called.
+    if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
         return model
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if inner is not model:
         return inner
     adapted = getattr(type(model), "get_base_model", None)
-    if adapted is None or isinstance(model, PreTrainedModel):
+    if adapted is None:
         return model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModelError(

@@ -1,20 +1,13 @@
 """Can the model that a config describes be observed and prepared? Asks its empty modules, before weights or text are read."""
 
-from typing import Any, NoReturn
-
-import torch
-from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from pqkv_cli.errors import UnsupportedModelError
 from pqkv_cli.hf.modules import attention_modules, output_projection, uses_interface
+from pqkv_cli.models.first_step import check_first_step
 from pqkv_cli.models.footprint import empty_model
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.rotary import rotary_module
-
-
-class _ReachedError(Exception):
-    """The base model was called."""
 
 
 def check_structure(config: PretrainedConfig) -> None:
@@ -24,7 +17,8 @@ def check_structure(config: PretrainedConfig) -> None:
     ------
     UnsupportedModelError
         If transformers loads no language model for it, an attention module, its output projection or its rotary module is not
-        found, attention does not go through the interface of transformers, or the base model is not what the model calls.
+        found, attention does not go through the interface of transformers or is given other shapes than the config says, or the
+        base model is not what the model calls.
     ModelError
         If transformers cannot build the model.
     """
@@ -53,30 +47,4 @@ def check_structure(config: PretrainedConfig) -> None:
         output_projection(attention[index])
         if layer.rotary is not None:
             rotary_module(model, index)
-    _check_base_is_called(model)
-
-
-def _check_base_is_called(model: Any) -> None:
-    """Refuse a model whose forward goes past its base model, where the hook that knows positions sits."""
-
-    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-        raise _ReachedError
-
-    handle = model.base_model.register_forward_pre_hook(reached, with_kwargs=True)
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            model(input_ids=torch.ones(1, 2, dtype=torch.int64, device="meta"))
-    except _ReachedError:
-        return
-    except Exception as error:
-        reason = (str(error).splitlines() or ["no reason is given"])[0]
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be called with tokens alone ({reason}); expected a language model that reads text. "
-            "Choose another model."
-        ) from error
-    finally:
-        handle.remove()
-    raise UnsupportedModelError(
-        f"{type(model).__name__} does not call its base model ({type(model.base_model).__name__}) but parts of it, so "
-        "positions cannot be told to the cache; expected a model that does. This architecture is not handled yet."
-    )
+    check_first_step(model, shape)

@@ -16,6 +16,7 @@ from pqkv_cli.hf.modules import stored_tensors
 
 _PIECE = 1 << 23  # numbers converted at a time
 _THREADS = 4
+_COMPILED = "_orig_mod."  # what torch.compile puts between names
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -23,7 +24,7 @@ def all_weights_sha256(model: Any) -> str:
     """Return the hash of all weights, independent of device, of float format and of what stands in front of layers' names."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     skipped = next((f"{name}." for name, module in model.named_modules() if head is not None and module is head), None)
-    lines: list[str] = []
+    found: list[tuple[str, str]] = []
     pending: list[tuple[str, Future[str]]] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in stored_tensors(model):
@@ -33,17 +34,20 @@ def all_weights_sha256(model: Any) -> str:
             # An offloaded tensor is only there for now, so no more than a few may wait.
             pending.append((key, pool.submit(_digest, tensor.detach())))
             while len(pending) >= 2 * _THREADS:
-                lines.append(_line(*pending.pop(0)))
-        lines += [_line(*entry) for entry in pending]
-    return hashlib.sha256("\n".join(["all-weights", *sorted(lines)]).encode()).hexdigest()
+                found.append(_settled(*pending.pop(0)))
+        found += [_settled(*entry) for entry in pending]
+    # By key alone: where two tensors share one, they stay in the order of their full names, and which is which counts.
+    lines = [f"{key} {digest}" for key, digest in sorted(found, key=lambda entry: entry[0])]
+    return hashlib.sha256("\n".join(["all-weights", *lines]).encode()).hexdigest()
 
 
-def _line(key: str, digest: Future[str]) -> str:
-    return f"{key} {digest.result()}"
+def _settled(key: str, digest: Future[str]) -> tuple[str, str]:
+    return key, digest.result()
 
 
 def _short(name: str) -> str:
-    """Return the layers' and experts' numbers and the last two words: what wrappers put in front does not count."""
+    """Return the layers' and experts' numbers and the last two words: what wrappers put in does not count."""
+    name = name.replace(_COMPILED, "")
     return ".".join([*_LAYER.findall(f".{name}."), *name.split(".")[-2:]])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pqkv_cli.models.identity import model_identity
+from pqkv_cli.models.weight_hash import all_weights_sha256
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "phi3"])
@@ -30,6 +31,22 @@ def test_swapped_layers_are_another_model(tiny: Any) -> None:
     first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
     model.model.layers[0].mlp, model.model.layers[1].mlp = second, first
     assert model_identity(model).weights_sha256 != before
+
+
+class Twins(torch.nn.Module):
+    """Tensors whose names end alike, as those of experts, adapters and projections in lists do."""
+
+    def __init__(self, seeds: tuple[int, int]) -> None:
+        super().__init__()
+        for name, seed in zip(("one", "two"), seeds, strict=True):
+            torch.manual_seed(seed)
+            self.add_module(name, torch.nn.ModuleList([torch.nn.Linear(4, 4)]))
+
+
+def test_tensors_whose_names_end_alike_are_told_apart() -> None:
+    hashes = [all_weights_sha256(Twins(seeds)) for seeds in ((1, 2), (2, 1), (1, 2))]
+    assert hashes[0] == hashes[2] != hashes[1]
+    assert all_weights_sha256(torch.nn.ModuleDict({"in_front": Twins((1, 2))})) == hashes[0]
 
 
 def test_number_format_and_head_do_not_count(tiny: Any) -> None:

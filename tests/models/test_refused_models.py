@@ -102,6 +102,8 @@ SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_s
         (AutoConfig.for_model("xglm", d_model=64, num_layers=2, attention_heads=4), "attention interface"),
         (AutoConfig.for_model("llava"), "AutoModelForCausalLM does not load them"),
         (AutoConfig.for_model("qwen2_5_vl"), "AutoModelForCausalLM does not load them"),
+        (AutoConfig.for_model("gpt_neox", **SMALL, head_dim=8), r"layer 0 attends with .* \(4, 4, 16, 16\); expected"),
+        (AutoConfig.for_model("minimax", **SMALL, num_key_value_heads=2), "MiniMaxLightningAttention does not use"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )

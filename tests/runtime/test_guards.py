@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from tiny_chain import byte_tokenizer, fit_artifact, tiny_llama, tokens
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, pipeline
 
@@ -131,9 +132,56 @@ def test_a_step_at_a_position_that_is_held_is_refused(model: Any, artifact: Arti
             assert held.get_seq_length() == 193
 
 
+def test_a_text_that_was_read_is_refused_wherever_it_began(model: Any, artifact: Artifact, prompt: torch.Tensor) -> None:
+    with attach(model, artifact) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(prompt, position_ids=torch.arange(500, 690)[None], cache=cache)
+        for first in (500, 600, 689):
+            with pytest.raises(CacheError, match="cache of 190 tokens holds already"):
+                model(prompt[:, :3], position_ids=first + torch.arange(3)[None], cache=cache)
+        model(prompt[:, :3], position_ids=690 + torch.arange(3)[None], cache=cache)
+        assert cache.get_seq_length() == 193
+
+
+def test_a_text_shorter_than_what_is_held_is_refused_in_words(model: Any, artifact: Artifact, prompt: torch.Tensor) -> None:
+    with attach(model, artifact) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(prompt, cache=cache)
+        with pytest.raises(CacheError, match=r"no token is left behind the 190 that the cache holds.*cache\.reset\(\)"):
+            generated(model, cache, prompt[:, :50])
+        with pytest.raises(CacheError, match=r"position_ids have shape \[1, 5\]; expected \[2, 3\]"):
+            model(prompt[:, :3], position_ids=190 + torch.arange(5)[None], cache=cache)
+        with pytest.raises(CacheError, match=r"attention_mask is \[2, 190\]; expected \[2, 380\].*cache\.reset\(\)"):
+            model(prompt, attention_mask=torch.ones_like(prompt), cache=cache)
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "call"])
+def test_settings_that_name_a_kind_of_cache_do_not_stand_in_the_way(
+    model: Any, artifact: Artifact, prompt: torch.Tensor, where: str
+) -> None:
+    """As the generation settings of published checkpoints do."""
+    with attach(model, artifact) as attached:
+        expected = generated(model, attached.new_cache(), prompt)
+        settings = model.generation_config if where == "checkpoint" else GenerationConfig(eos_token_id=1)
+        settings.cache_implementation = "static"
+        options = {} if where == "checkpoint" else {"generation_config": settings}
+        assert torch.equal(generated(model, attached.new_cache(), prompt, **options), expected)
+        assert settings.cache_implementation == "static"
+
+
+def test_gradients_are_refused_where_they_are_only_measured_too(model: Any, artifact: Artifact, prompt: torch.Tensor) -> None:
+    with simulate_artifact(model, artifact) as simulation:
+        with pytest.raises(CacheError, match=r"gradients are asked for .*torch\.no_grad\(\)"):
+            model(prompt, cache=simulation.new_cache())
+        with torch.no_grad():
+            model(prompt, cache=simulation.new_cache())
+        model.requires_grad_(False)
+        model(prompt, cache=simulation.new_cache())
+
+
 def test_gradients_are_refused_and_inference_is_not(model: Any, artifact: Artifact, prompt: torch.Tensor) -> None:
     with attach(model, artifact) as attached:
-        with pytest.raises(CacheError, match=r"gradients are asked for .*torch\.no_grad\(\).*simulate_artifact"):
+        with pytest.raises(CacheError, match=r"gradients are asked for .*torch\.no_grad\(\).*requires_grad_\(False\)"):
             model(prompt, cache=attached.new_cache())
         for quiet in (torch.no_grad(), torch.inference_mode()):
             with quiet:
@@ -271,6 +319,16 @@ def test_wrapped_models_generate_the_same(model: Any, artifact: Artifact, prompt
         with torch.no_grad():
             logits = wrapped(prompt, cache=attached.new_cache()).logits
     assert torch.equal(logits[:, -1].argmax(-1), expected[:, prompt.shape[1]])
+
+
+def test_a_model_with_compiled_layers_is_attached_itself(model: Any, artifact: Artifact, prompt: torch.Tensor) -> None:
+    with attach(model, artifact) as attached:
+        expected = generated(model, attached.new_cache(), prompt)
+    compiled = compile_regions(model, backend="eager")
+    with attach(compiled, artifact) as attached:
+        assert attached.model is compiled
+        assert torch.equal(generated(compiled, attached.new_cache(), prompt), expected)
+    assert "generate" not in vars(compiled) and compiled.config._attn_implementation == "sdpa"
 
 
 def test_tables_of_zeros_are_no_wrong_answers(tmp_path: Path) -> None:
