@@ -3,7 +3,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.kld import kld, kld_generated
