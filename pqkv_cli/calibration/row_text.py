@@ -14,6 +14,7 @@ from pqkv_cli.errors import DataError, did_you_mean
 
 TEXT_COLUMN, TURN_COLUMNS = "text", ("messages", "conversations", "conversation")
 _CONTENTS = ("content", "value", "text")  # where turns of the customary forms hold what is said
+_SHOWN, _MOST_NAMES = 40, 12  # characters of a value, and names, in a message
 _MOST_CHARACTERS = 2**26  # what is calibrated or evaluated on is a few megabytes; a data set may be terabytes
 
 
@@ -73,16 +74,27 @@ def row_text(row: Any, column: str | None) -> tuple[str, int] | BadRow:
     names = (column,) if column is not None else (TEXT_COLUMN, *TURN_COLUMNS)
     present = [name for name in names if name in row]
     if not present:
-        nearest, has = did_you_mean(names[0], map(str, row)), ", ".join(map(str, row)) or "none"
-        return BadRow(f"has no column {names[0]!r}{nearest}; it has {has}: name one with ?column=NAME")
-    found = [_cell_text(row[name], name) for name in present]
-    return next((text for text in found if not isinstance(text, BadRow)), found[0])
+        nearest = did_you_mean(names[0], map(str, row))
+        return BadRow(f"has no column {names[0]!r}{nearest}; it has {listed(row)}: name one with ?column=NAME")
+    try:
+        found = [_cell_text(row[name], name) for name in present]
+    except RecursionError:
+        return BadRow("is nested too deeply; expected a text, or turns with a 'content' each")
+    texts = [text for text in found if not isinstance(text, BadRow)]
+    return next((text for text in texts if text[0].strip()), (*texts, *found)[0])
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Return `names` for a message, which a whole text in the place of a name must not fill."""
+    shown = [name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..." for name in map(str, names)]
+    return ", ".join(shown[:_MOST_NAMES]) + (", ..." if len(shown) > _MOST_NAMES else "") or "none"
 
 
 def _cell_text(value: Any, name: str) -> tuple[str, int] | BadRow:
-    if isinstance(value, str) and name in TURN_COLUMNS and value.lstrip().startswith(("[", "{")):
-        with suppress(ValueError, RecursionError):
-            value = json.loads(value)  # tables without nested columns hold turns as JSON
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with suppress(ValueError, RecursionError):  # tables without nested columns hold turns as JSON
+            parsed = json.loads(value)
+            value = parsed if name in TURN_COLUMNS or _are_turns(parsed) else value
     if isinstance(value, str):
         return _checked(value, 0)
     turns = value if isinstance(value, list | tuple) else [value]
@@ -91,6 +103,12 @@ def _cell_text(value: Any, name: str) -> tuple[str, int] | BadRow:
     if not kept:
         return BadRow(f"has no text: {name} is {_shown(value)}; expected a text, or turns with a 'content' each")
     return _checked("\n".join(kept), len(contents) - len(kept))
+
+
+def _are_turns(parsed: Any) -> bool:
+    """Return whether nothing but the turns of a conversation looks like `parsed`; any other JSON in a column is its text."""
+    keys = [set(turn) if isinstance(turn, Mapping) else set() for turn in parsed] if isinstance(parsed, list) else []
+    return bool(keys) and all(own & {"role", "from"} and own & set(_CONTENTS) for own in keys)
 
 
 def _said(turn: Any) -> str | None:
@@ -130,4 +148,4 @@ def _say_skipped(source: str, total: int, faults: list[str], num_turns: int) -> 
 
 
 def _shown(value: Any) -> str:
-    return repr(str(value)[:40]) if value is not None else "null"
+    return repr(str(value)[:_SHOWN]) if value is not None else "null"

@@ -24,6 +24,7 @@ _ENDS: Mapping[str, str] = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+_SENTINEL = "the end"  # put behind a table: it is a line of its own unless a quotation mark before it is open
 _LISTS = ("data", "rows", "train", "examples", "instances", "items")  # where JSON files with one object hold their rows
 
 
@@ -95,8 +96,9 @@ def _document_rows(document: Any) -> list[Any]:
             if isinstance(document.get(name), list):
                 return _document_rows(document[name])
     columns = {name: _column(values) for name, values in document.items()} if isinstance(document, dict) else {}
-    if columns and all(values is not None for values in columns.values()) and not set(TURN_COLUMNS) & columns.keys():
-        return [dict(zip(columns, row, strict=False)) for row in zip(*columns.values(), strict=False)]
+    sizes = {-1 if values is None else len(values) for values in columns.values()}
+    if len(sizes) == 1 and -1 not in sizes and not set(TURN_COLUMNS) & columns.keys():
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [document]
 
 
@@ -108,15 +110,28 @@ def _column(values: Any) -> list[Any] | None:
 
 
 def _csv_rows(text: str, form: str, where: str) -> list[Any]:
-    head = text.split("\n", 1)[0]
+    head = text.lstrip().split("\n", 1)[0]
     delimiter = "\t" if form == "tsv" else max(",;\t", key=head.count)
     before = csv.field_size_limit(2**31 - 1)  # documents are longer than the usual limit
     try:
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    except csv.Error as error:
+        return _cells_by_name(list(csv.reader(io.StringIO(f"{text}\n{_SENTINEL}", newline=""), delimiter=delimiter)))
+    except (csv.Error, ValueError) as error:
         raise DataError(f"{where} is no CSV ({error}); expected a line of column names and rows. Write it again.") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _cells_by_name(lines: list[list[str]]) -> list[Any]:
+    """Return rows of named cells; a line that does not fit the names is a `BadRow`, because its cells cannot be told apart."""
+    if lines.pop() != [_SENTINEL]:
+        raise ValueError("a quotation mark is opened and never closed")
+    names, *others = [cells for cells in lines if cells] or [[]]
+    return [
+        dict(zip(names, cells, strict=False))
+        if len(cells) <= len(names)
+        else BadRow(f"has {len(cells)} cells for {len(names)} columns, as where a text with commas stands without quotes")
+        for cells in others
+    ]
 
 
 def _parquet_rows(raw: bytes, where: str) -> list[Any]:

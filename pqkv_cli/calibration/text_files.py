@@ -4,8 +4,10 @@ A form is known by the end of a file's name, or by what it holds; what is no tex
 read as if it were text. ``PATH?column=NAME`` names the column.
 """
 
+import io
 import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pqkv_cli.calibration.unpacking import unpacked
 from pqkv_cli.errors import DataError
 
 _COLUMN = "?column="
+_TABLES = tuple(form for form in ROW_FORMS if form != "json")  # JSON is as often settings as it is rows
 _TEXT_ENDS = (".txt", ".text", ".md")
 
 
@@ -34,7 +37,7 @@ def files_of(directory: Path) -> list[Path]:
     by_form: dict[str, list[Path]] = {}
     for file in files:
         by_form.setdefault(form_of(file), []).append(file)
-    tables = [file for form in ROW_FORMS if form != "json" for file in by_form.get(form, [])]
+    tables = [file for form in _TABLES for file in by_form.get(form, [])]
     texts = [[file for file in by_form.get("", []) if end in file.suffixes] for end in _TEXT_ENDS]
     return next((found for found in (sorted(tables), by_form.get("json", []), *texts) if found), [])
 
@@ -49,6 +52,7 @@ def file_text(path: Path, column: str | None) -> str:
     """
     if not path.is_dir():
         return _one_text(path, column)
+    _check_folder(path)
     files = files_of(path)
     if not files:
         raise DataError(
@@ -59,6 +63,20 @@ def file_text(path: Path, column: str | None) -> str:
     if len(forms) > 1:
         raise DataError(f"data {path} is a directory with files of several forms ({', '.join(forms)}). Name one file in it.")
     return "\n\n".join(_one_text(file, column) for file in files)
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder whose rows are not in the files that would be read: below it, or in a form that is not read."""
+    if any(form_of(file) in _TABLES or {".txt", ".text"} & set(file.suffixes) for file in files_of(path)):
+        return
+    for arrow in sorted(path.glob("*.arrow")):
+        read_raw(arrow, f"data {arrow}")
+    below = sorted({file.parent for file in path.rglob("*") if form_of(file) in _TABLES and file.is_file()})
+    if below:
+        raise DataError(
+            f"data {path} has its rows in folders below it; expected files of text or rows. Name one of these: "
+            f"{', '.join(map(str, below[:5]))}{', ...' if len(below) > 5 else ''}"
+        )
 
 
 def decoded(raw: bytes, where: str) -> str:
@@ -134,7 +152,7 @@ def _json_form(text: str) -> str:
     """Return whether what is named like a text is rows all the same: ``jsonl``, ``json`` or nothing."""
     if not text.lstrip().startswith(("{", "[")):
         return ""
-    first = [line for line in text[: 2**20].split("\n", 64) if line.strip()][:2]
+    first = list(islice(filter(str.strip, io.StringIO(text, newline="\n")), 2))
     if first[0].lstrip().startswith("{") and _all_json(first):
         return "jsonl"
     return "json" if _all_json([text]) else ""

@@ -26,6 +26,7 @@ _REFUSED: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89HDF", "an HDF5 file", "Write it as Parquet or JSON lines"),
     (b"\x93NUMPY", "a NumPy array", "Write it as UTF-8 text"),
     (b"GGUF", "a model in GGUF", "Name a text file"),
+    (b"version https://git-lfs.github.com/spec/", "a pointer of git-lfs", "Fetch the file itself with 'git lfs pull'"),
     (b"\x1f\x9d", "compressed with compress", "Unpack it with uncompress"),
 )
 

@@ -57,7 +57,7 @@ def generate(
     changes = checked({"generation.max_new_tokens": max_new_tokens, "seed": seed, "device": device, "dtype": dtype})
     target, prompt = _split(words or [])
     source = artifact_source(target_of(target, run, reporter), model, changes)
-    prompt = _stdin() if prompt == "-" else _text(prompt)
+    prompt = _stdin() if prompt == "-" else _text(_typed(prompt, sys.getfilesystemencoding()))
 
     from pqkv_cli.pipeline.generate import generate_from
 
@@ -108,10 +108,20 @@ def _stdin() -> str:
     return text
 
 
-def _decoded(data: bytes, encoding: str) -> str:
-    """Return the text of stdin, its line ends untouched; UTF-8, too, where the locale says ASCII."""
+def _typed(prompt: str, encoding: str) -> str:
+    """Return a prompt of the command line as it was typed: an ASCII locale leaves the bytes of other characters undecoded."""
+    if codecs.lookup(encoding).name != "ascii":
+        return prompt
     try:
-        return data.decode("utf-8" if codecs.lookup(encoding).name == "ascii" else encoding)
+        return prompt.encode(encoding, "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return prompt
+
+
+def _decoded(data: bytes, encoding: str) -> str:
+    """Return the text of stdin, its line ends untouched and no byte order mark; UTF-8, too, where the locale says ASCII."""
+    try:
+        return data.decode("utf-8-sig" if codecs.lookup(encoding).name in ("ascii", "utf-8") else encoding)
     except UnicodeDecodeError as error:
         raise UsageError(
             f"the prompt on stdin is not text in {error.encoding}: byte {error.start} is 0x{data[error.start]:02x}; expected "

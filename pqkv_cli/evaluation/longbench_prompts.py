@@ -28,12 +28,13 @@ class Prompts:
         if task not in self._found:
             raise DataError(f"{self._file} has no prompt for {task}; expected the published {PROMPTS_FILE}")
         prompt = self._found[task]
-        if not isinstance(prompt, str) or "{context}" not in prompt:
+        is_text = isinstance(prompt, str) and prompt == prompt.encode(errors="ignore").decode()
+        if not is_text or "{context}" not in prompt:
             raise DataError(
                 f"{self._file}: the prompt of {task} is {str(prompt)[:40]!r}; expected a text with {{context}} in it, "
                 f"as in the published {PROMPTS_FILE}"
             )
-        return prompt
+        return str(prompt)
 
 
 def check_answer_lengths(path: Path | None) -> None:

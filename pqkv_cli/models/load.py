@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, logging
 
 from pqkv_cli.errors import ModelError
-from pqkv_cli.hf.own_code import NO_CODE, foreign_tokenizer, needs_own_code
+from pqkv_cli.hf.own_code import NO_CODE, foreign_tokenizer, leave_own_attention, needs_own_code
 from pqkv_cli.models.geometry import check_quantizable, geometry
 from pqkv_cli.models.model_files import ADAPTER, MERGE, check_weights
 from pqkv_cli.models.resolve import ResolvedModel, check_model_directory
@@ -45,7 +45,7 @@ def load_model(resolved: ResolvedModel, dtype: torch.dtype | None = None, device
         model = _weights(resolved, config, dtype, device, local_only)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, EOFError, SafetensorError) as error:
         raise _unreadable(resolved, error) from error
     return model.eval(), tokenizer
 
@@ -53,12 +53,18 @@ def load_model(resolved: ResolvedModel, dtype: torch.dtype | None = None, device
 def _tokenizer(resolved: ResolvedModel, local_only: bool) -> Any:
     place = resolved.path_or_id
     loader: Any = AutoTokenizer
+    if resolved.is_local:
+        _check_tokenizer(resolved)
     tokenizer = loader.from_pretrained(place, local_files_only=local_only, trust_remote_code=NO_CODE)
-    named = "tokenizer_config.json"
-    path = f"{place}/{named}" if resolved.is_local else huggingface_hub.try_to_load_from_cache(place, named)
-    if isinstance(path, str) and (name := foreign_tokenizer(Path(path))):
-        raise _own_code(resolved, f"its tokenizer {name} is not one of transformers")
+    _check_tokenizer(resolved)  # of the hub it is here only now
     return tokenizer
+
+
+def _check_tokenizer(resolved: ResolvedModel) -> None:
+    names, place = ("tokenizer_config.json", "config.json"), resolved.path_or_id
+    cached = (f"{place}/{name}" if resolved.is_local else huggingface_hub.try_to_load_from_cache(place, name) for name in names)
+    if name := foreign_tokenizer(*(Path(path) for path in cached if isinstance(path, str))):
+        raise _own_code(resolved, f"its tokenizer {name} is not one of transformers")
 
 
 def load_config(resolved: ResolvedModel) -> PretrainedConfig:
@@ -90,6 +96,7 @@ def _read_config(resolved: ResolvedModel, local_only: bool) -> PretrainedConfig:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(resolved, error) from error
+    leave_own_attention(config)
     return config
 
 

@@ -124,12 +124,52 @@ def test_other_forms_are_refused_with_the_way_out(begin: bytes, phrase: str, tmp
         ("x.jsonl", b"[1, 2]\n", "row 0 is '.1, 2.'; expected columns"),
         ("x.jsonl", b'{"text": "\\ud83d"}\n', "row 0 holds half a character"),
         ("x.json", b"[]", "has 0 rows and no text in them"),
+        ("x.csv", b'text\n"open, and on\nsecond\n', r"is no CSV \(a quotation mark is opened and never closed\)"),
+        ("x.tsv", b'text\tb\n"open\tand on\nsecond\t2\n', "a quotation mark is opened and never closed"),
+        ("x.csv", ",".join(map(str, range(99))).encode() + b"\nx\n", r"row 0 has no column 'text'; it has 0: name one"),
+        ("x.csv", b"o" * 999 + b"\nand\n", r"it has o{40}\.\.\.: name one"),
+        ("x.jsonl", b'{"messages": ' + b"[" * 800 + b'"x"' + b"]" * 800 + b"}", "row 0 is nested too deeply"),
     ],
 )
 def test_files_without_text_say_so(name: str, content: bytes, phrase: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=phrase):
         load_text(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.parquet", "x.jsonl.gz", "x.csv"])
+def test_pointers_of_git_lfs_are_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(DataError, match="is a pointer of git-lfs; .*git lfs pull"):
+        load_text(str(tmp_path / name))
+
+
+def test_a_line_of_csv_with_too_many_cells_is_left_out_and_never_cut(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("id,text\n1,Hello, world\n\n2,good\n3\n")
+    with pytest.warns(UserWarning, match="2 of 3 rows have no text .* row 0 has 3 cells for 2 columns"):
+        assert load_text(str(tmp_path / "x.csv")) == "good"
+
+
+def test_columns_of_unequal_length_are_no_table(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"text": ["one", "two"], "label": [1]}))
+    assert load_text(str(tmp_path / "x.json")) == "one\ntwo"
+
+
+def test_rows_in_a_text_are_known_however_long_they_are(tmp_path: Path) -> None:
+    long = "x" * 2**20
+    (tmp_path / "x.txt").write_bytes(lines([{"text": long}, {"text": "b"}]))
+    assert load_text(str(tmp_path / "x.txt")) == f"{long}\n\nb"
+
+
+def test_turns_as_json_are_read_in_any_column_and_other_json_is_text(tmp_path: Path) -> None:
+    for value, expected in ((json.dumps([GOOD, GOOD]), "hi\nhi"), ('[{"content": 1}]', '[{"content": 1}]'), ("[1]", "[1]")):
+        (tmp_path / "x.jsonl").write_bytes(lines([{"chosen": value}]))
+        assert load_text(f"{tmp_path / 'x.jsonl'}?column=chosen") == expected
+
+
+def test_an_empty_text_beside_turns_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(lines([{"text": "", "messages": [GOOD]}]))
+    assert load_text(str(tmp_path / "x.jsonl")) == "hi"
 
 
 def test_plain_text_stays_what_it_is(tmp_path: Path) -> None:
@@ -186,20 +226,3 @@ def test_one_bad_row_never_ends_a_run_and_is_counted(bad: Any, tmp_path: Path) -
 def test_empty_rows_are_rows(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(lines([{"text": "a"}, {"text": ""}, {"text": "b"}]))
     assert load_text(str(tmp_path / "x.jsonl")) == "a\n\n\n\nb"
-
-
-def test_folders(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("about")
-    assert load_text(str(tmp_path)) == "about"
-    (tmp_path / "b.txt").write_text("two")
-    (tmp_path / "a.txt").write_text("one")
-    assert load_text(str(tmp_path)) == "one\n\ntwo"
-    (tmp_path / "info.json").write_text('{"text": "said"}')
-    assert load_text(str(tmp_path)) == "said"
-    (tmp_path / "2.jsonl.gz").write_bytes(gzip.compress(lines([{"text": "second", "body": "2"}])))
-    (tmp_path / "1.jsonl").write_bytes(lines([{"text": "first", "body": "1"}]))
-    assert load_text(str(tmp_path)) == "first\n\nsecond"
-    assert load_text(f"{tmp_path}?column=body") == "1\n\n2"
-    (tmp_path / "3.csv").write_text("text\nx\n")
-    with pytest.raises(DataError, match=r"files of several forms \(csv, jsonl\). Name one file in it"):
-        load_text(str(tmp_path))

@@ -168,6 +168,7 @@ class Stdin:
         (b"once upon a\r", "utf-8", "once upon a\r"),
         (b" once\r\nupon\n a \n", "utf-8", " once\r\nupon\n a "),
         (b"\nonce \t\n", "utf-8", "\nonce \t"),
+        ("\ufeffonce\n".encode(), "utf-8", "once"),
         ("caf\u00e9\n".encode(), "ascii", "caf\u00e9"),
         ("caf\u00e9\n".encode(), "ANSI_X3.4-1968", "caf\u00e9"),
         ("caf\u00e9\n".encode("latin1"), "latin1", "caf\u00e9"),
@@ -188,6 +189,12 @@ def test_nothing_on_stdin_is_no_prompt(data: bytes, pqkv: Callable, exported: Pa
     monkeypatch.setattr("sys.stdin", Stdin(data, "utf-8"))
     answer = pqkv("generate", exported, "-")
     assert (answer.code, "stdin is empty" in answer.err) == (2, True)
+
+
+def test_a_prompt_that_was_typed_in_an_ascii_locale(pqkv: Callable, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    typed = "caf\u00e9".encode().decode("ascii", "surrogateescape")
+    assert pqkv("generate", exported, typed, "--max-new-tokens", 4, "--json", "-").json["prompt"] == "caf\u00e9"
 
 
 def test_a_prompt_that_is_no_text(pqkv: Callable, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,12 @@ def test_rows_of_parquet_are_rows(tmp_path: Path) -> None:
     assert [found.answers for found in load(folder)] == [("a",), ("b",)]
 
 
+def test_a_line_of_csv_that_does_not_fit_its_columns_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", "hotpotqa.csv", "prompt,answers", "hotpotqa,x,y")
+    with pytest.raises(DataError, match="hotpotqa.csv, line 1 has 3 cells for 2 columns"):
+        load(folder)
+
+
 def test_folders_without_rows_say_what_they_hold(tmp_path: Path) -> None:
     folder = write(tmp_path / "x", "notes.txt")
     with pytest.raises(DataError, match=r"holds no rows; expected JSON lines .* it holds dataset2prompt.json, notes.txt"):
@@ -132,6 +138,7 @@ def test_folders_without_rows_say_what_they_hold(tmp_path: Path) -> None:
         ("\udcff", "dataset2prompt.json cannot be read"),
         ("{}", "dataset2prompt.json has no prompt for hotpotqa"),
         ('{"hotpotqa": null}', r"the prompt of hotpotqa is 'None'; expected a text with \{context\} in it"),
+        ('{"hotpotqa": "\\ud83d {context}"}', "the prompt of hotpotqa is .*; expected a text"),
         ('{"hotpotqa": "{input}"}', "the prompt of hotpotqa is '{input}'; expected a text"),
     ],
 )

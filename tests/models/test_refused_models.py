@@ -38,16 +38,34 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 OWN_CODE = [
     ("config.json", dict(model_type="mine", auto_map={"AutoConfig": "code.MyConfig", "AutoModelForCausalLM": "code.My"})),
     ("tokenizer_config.json", dict(tokenizer_class="MyTok", auto_map={"AutoTokenizer": [None, "code.MyTok"]})),
+    ("tokenizer_config.json", dict(tokenizer_class=None, auto_map={"AutoTokenizer": "code.MyTok"})),
+    ("tokenizer_config.json", dict(tokenizer_class=None, auto_map=["code.MyTok", None])),
+    ("config.json", dict(auto_map={"AutoTokenizer": ["code.MyTok", None]})),
+    ("config.json", dict(tokenizer_class="MyTok", auto_map={"AutoTokenizer": ["code.MyTok", None]})),
 ]
 
 
 @pytest.mark.parametrize(("file", "changes"), OWN_CODE)
 def test_code_of_repositories_is_never_run(directory: Path, ran: Path, file: str, changes: Any) -> None:
     (directory / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    if file == "config.json":
+        change(directory / "tokenizer_config.json", tokenizer_class=None)
     change(directory / file, **changes)
     with pytest.raises(ModelError, match="needs code of its own, which pqkv never runs"):
         load_model(resolve_model(str(directory)))
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("name", ["kernels-community/flash-attn", "someone/fast@main:forward", "paged|someone/fast"])
+def test_an_attention_of_the_hub_is_left_out_and_that_is_said(
+    directory: Path, key: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the package that fetches it, it would be fetched and run."""
+    change(directory / "config.json", **{key: name})
+    with pytest.warns(UserWarning, match="asks for the attention .* of the hub, whose code pqkv never runs"):
+        model, _ = load_model(resolve_model(str(directory)))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_known_architecture_is_loaded_with_the_code_of_transformers(directory: Path, ran: Path) -> None:
