@@ -54,12 +54,19 @@ def _unwrapped(model: Any) -> Any:
     adapted = getattr(type(model), "get_base_model", None)
     if adapted is None:
         return model
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if _learns_prompts(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} puts learned tokens in front of every prompt, whose keys and values no artifact knows; "
             "expected an adapter that changes weights, such as LoRA, or the model without it"
         )
     return model.get_base_model()
+
+
+def _learns_prompts(model: Any) -> bool:
+    try:
+        return bool(getattr(model.active_peft_config, "is_prompt_learning", False))
+    except (AttributeError, KeyError, ValueError):  # no adapter is left
+        return False
 
 
 def _explanation(model: Any) -> str:

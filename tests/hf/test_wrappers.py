@@ -60,6 +60,20 @@ def test_learned_prompts_are_refused() -> None:
         inner_model(Adapter(tiny_llama(), learns_prompts=True))
 
 
+def test_an_adapter_that_was_taken_off_is_none() -> None:
+    class Empty(Adapter):
+        @property
+        def active_peft_config(self) -> Any:
+            raise KeyError("default")
+
+        @active_peft_config.setter
+        def active_peft_config(self, value: Any) -> None:
+            pass
+
+    model = tiny_llama()
+    assert inner_model(Empty(model)) is model
+
+
 def test_another_wrapper_is_refused_with_the_way_in() -> None:
     with pytest.raises(UsageError, match=r"the model is a Head; expected a causal language model.*give its \.pretrained_model"):
         inner_model(Head(tiny_llama()))
