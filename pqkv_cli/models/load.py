@@ -12,7 +12,6 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import constants as hub
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, logging
 
 from pqkv_cli.errors import ModelError
@@ -43,9 +42,9 @@ def load_model(resolved: ResolvedModel, dtype: torch.dtype | None = None, device
     try:
         tokenizer = _tokenizer(resolved, local_only)
         model = _weights(resolved, config, dtype, device, local_only)
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, EOFError, SafetensorError) as error:
+    except Exception as error:  # bytes that are no weights can make any library raise anything
         raise _unreadable(resolved, error) from error
     return model.eval(), tokenizer
 

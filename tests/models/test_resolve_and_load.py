@@ -88,6 +88,18 @@ def test_damaged_models(directory: Path, damage: str, tiny: Any) -> None:
         load_model(resolve_model(str(directory)))
 
 
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(directory: Path, tmp_path: Path) -> None:
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    harm = tmp_path / "harm"
+    command = f"touch {harm}".encode()
+    code = b"\x80\x02cposix\nsystem\nX" + len(command).to_bytes(4, "little") + command + b"\x85R."
+    (directory / "pytorch_model.bin").write_bytes(code)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(resolve_model(str(directory)))
+    assert not harm.exists()
+
+
 def test_an_encoder_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
