@@ -194,7 +194,7 @@ def attach(
     attached = Attached(model, artifact.tables, spec, calibration_errors(artifact.header), backend)
     try:
         attached.self_test()
-        check_step(attached)
+        check_step(model, attached.new_cache())
     except BaseException:
         attached.detach()
         raise

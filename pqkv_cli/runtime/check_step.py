@@ -4,32 +4,27 @@ What shows here and not in a config: a class whose forward passes by the module 
 attention does not understand, keys or values of another shape than the artifact's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.errors import PqkvError, UnsupportedModelError
 from pqkv_cli.hf.names import cache_argument
 
-if TYPE_CHECKING:
-    from pqkv_cli.runtime.attach import Attached
-
 
 @torch.no_grad()
-def check_step(attached: Attached) -> None:
-    """Let the model read one token into a new cache; a model on the device ``meta``, which computes nothing, is left out.
+def check_step(model: Any, cache: QuantizedCache) -> None:
+    """Let `model` read one token into `cache`, which is new; one on the device ``meta``, which computes nothing, is left out.
 
     Raises
     ------
     UnsupportedModelError
         If the step fails, or the cache was not told of it, or a quantized layer was not given its keys and values.
     """
-    model, cache = attached.model, attached.new_cache()
     device = torch.device(model.device)
     if device.type == "meta":
         return
