@@ -78,10 +78,15 @@ def install_step_hook(model: Any) -> StepHooks:
 def _rename_cache(
     keyword: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    other = next((name for name in CACHE_KEYWORDS if name != keyword and isinstance(kwargs.get(name), SteppedCache)), None)
-    if other is None:
+    if not any(name in kwargs for name in CACHE_KEYWORDS if name != keyword):
         return None
-    return args, {keyword if name == other else name: value for name, value in kwargs.items()}
+    return args, _under_its_name(keyword, kwargs)
+
+
+def _under_its_name(keyword: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return `kwargs` with the cache, of whatever kind, under the name `keyword` alone."""
+    others = {name: value for name, value in kwargs.items() if name not in CACHE_KEYWORDS}
+    return others | {keyword: given_cache(kwargs)}
 
 
 def _use_caches(model: Any, hooks: StepHooks) -> None:
@@ -117,10 +122,11 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _generate_by(generate: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    cache = given_cache(kwargs)
-    if isinstance(cache, SteppedCache):
-        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_KEYWORDS}
-        kwargs |= {cache_keyword(model): cache, "use_cache": True}
+    # The name of any cache: a warning about an old one would name this file.
+    if not kwargs.keys().isdisjoint(CACHE_KEYWORDS):
+        kwargs = _under_its_name(cache_keyword(model), kwargs)
+    if isinstance(given_cache(kwargs), SteppedCache):
+        kwargs["use_cache"] = True
         settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
         if getattr(settings, "cache_implementation", None) is not None:
             kwargs.setdefault("cache_implementation", None)
