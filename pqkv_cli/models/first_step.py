@@ -57,10 +57,10 @@ def check_first_step(model: Any, shape: ModelGeometry) -> None:
         If the base model is not what the model calls, attention has other shapes than `shape` or is given unknown keywords,
         or its arguments cannot be observed.
     """
-    reached: list[nn.Module] = []
+    base, reached = model.base_model, set[nn.Module]()
     model.eval()
-    handle = model.base_model.register_forward_pre_hook(lambda module, args: reached.append(module))
-    reason = "no reason is given"
+    handles = [part.register_forward_pre_hook(lambda module, args: reached.add(module)) for part in base.modules()]
+    failure: Exception | None = None
     try:
         with torch.device("meta"), tap(model, _Shapes(shape)):
             # With a cache, because without one some look at values, and there are none.
@@ -69,16 +69,19 @@ def check_first_step(model: Any, shape: ModelGeometry) -> None:
         if isinstance(error, PqkvError):
             raise
     except Exception as error:  # not every model can do without values, and what it was seen to do until then is right
-        reason = (str(error).splitlines() or [reason])[0]
-        if not reached:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be called with tokens alone ({reason}); expected a language model that reads "
-                "text. Choose another model."
-            ) from error
+        failure = error
     finally:
-        handle.remove()
-    if not reached:
+        for handle in handles:
+            handle.remove()
+    if base in reached:
+        return
+    if failure is not None and not reached:
+        reason = (str(failure).splitlines() or ["no reason is given"])[0]
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not call its base model ({type(model.base_model).__name__}) but parts of it, so "
-            "positions cannot be told to the cache; expected a model that does. This architecture is not handled yet."
-        )
+            f"{type(model).__name__} cannot be called with tokens alone ({reason}); expected a language model that reads "
+            "text. Choose another model."
+        ) from failure
+    raise UnsupportedModelError(
+        f"{type(model).__name__} does not call its base model ({type(base).__name__}) but parts of it, so "
+        "positions cannot be told to the cache; expected a model that does. This architecture is not handled yet."
+    )
