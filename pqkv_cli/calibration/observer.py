@@ -119,14 +119,18 @@ def attention_weights(step: AttentionStep, queries: torch.Tensor, group_size: in
     num_kv_heads, num_queries = num_heads // group_size, queries.shape[1]
     index = queries[:, None, :, None].expand(-1, num_heads, -1, head_dim)
     chosen = step.queries.gather(2, index).reshape(num_batch, num_kv_heads, -1, head_dim)
-    scores = ((chosen * step.scaling) @ step.keys.mT).float().view(num_batch, num_kv_heads, group_size, num_queries, num_tokens)
-    if step.softcap is not None:
-        scores = step.softcap * torch.tanh(scores / step.softcap)
+    scores = (
+        ((chosen * step.arguments.scaling) @ step.keys.mT)
+        .float()
+        .view(num_batch, num_kv_heads, group_size, num_queries, num_tokens)
+    )
+    if step.arguments.softcap is not None:
+        scores = step.arguments.softcap * torch.tanh(scores / step.arguments.softcap)
     later = torch.arange(num_tokens, device=queries.device) > queries[:, :, None]  # [B, Q, T]
     # Adding a float mask is several times faster than filling by a boolean one.
     scores += torch.zeros(later.shape, device=queries.device).masked_fill_(later, -torch.inf)[:, None, None]
-    if step.sinks is not None:
-        extra = step.sinks.float().view(1, num_kv_heads, group_size, 1, 1).expand(num_batch, -1, -1, num_queries, 1)
+    if step.arguments.sinks is not None:
+        extra = step.arguments.sinks.float().view(1, num_kv_heads, group_size, 1, 1).expand(num_batch, -1, -1, num_queries, 1)
         scores = torch.cat((scores, extra), dim=-1)
     grouped = chosen.float().view(num_batch, num_kv_heads, group_size, num_queries, head_dim)
     return grouped, scores.softmax(-1)[..., :num_tokens]

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from pqkv_cli.errors import UnsupportedModelError
-from pqkv_cli.hf.attention_arguments import read_arguments
+from pqkv_cli.hf.attention_arguments import AttentionArguments, read_arguments
 from pqkv_cli.hf.modules import attention_modules, forward_globals, uses_interface
 
 _SERIAL = itertools.count()
@@ -36,12 +36,8 @@ class AttentionStep:
         [B, Hkv, S, D], keys after rotary embedding; S > T when a cache holds earlier tokens.
     cos, sin
         As the model gave them to the attention module, [B or 1, T, rotary_dim]; None where it gave no such pair.
-    scaling
-        Factor of the logits.
-    softcap
-        Bound of the logits' soft cap, None without one.
-    sinks
-        Learned extra logit per query head [H], None without one.
+    arguments
+        What attention does beside the softmax of scaled products.
     """
 
     queries: torch.Tensor
@@ -49,9 +45,7 @@ class AttentionStep:
     values: torch.Tensor
     cos: torch.Tensor | None
     sin: torch.Tensor | None
-    scaling: float
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    arguments: AttentionArguments
 
 
 class Observer(Protocol):
@@ -124,7 +118,7 @@ class _Taps:
             if layer_index is not None:
                 cos, sin = self._angles.pop(id(module), (None, None))
                 arguments = read_arguments(module, queries, kwargs.pop("scaling", None), _optional(kwargs))
-                step = AttentionStep(queries, keys, values, cos, sin, arguments.scaling, arguments.softcap, arguments.sinks)
+                step = AttentionStep(queries, keys, values, cos, sin, arguments)
                 with torch.no_grad():
                     self._observer.attention(layer_index, step)
             return output

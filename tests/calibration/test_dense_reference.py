@@ -51,7 +51,7 @@ def dense_reference(model: Any, windows: torch.Tensor, settings: CollectSettings
             q = step.queries[0, head].double()
             moment[head // group] += q.T @ q
             for t in draw_queries(number, settings.seq_len, settings.queries_per_window, settings.seed).tolist():
-                logits = q[t] @ step.keys[0, head // group, : t + 1].double().T * step.scaling
+                logits = q[t] @ step.keys[0, head // group, : t + 1].double().T * step.arguments.scaling
                 mass[head // group, : t + 1] += (logits.softmax(-1) ** 2 / group).float()
                 if shape.rotary is not None:
                     # The query as each key before rotary embedding meets it: turned back by the key's angle.

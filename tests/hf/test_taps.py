@@ -73,7 +73,7 @@ def test_a_step_is_what_attention_sees(tiny: Any, ids: torch.Tensor) -> None:
         assert torch.equal(step.keys, cache.layers[index].keys)
         assert torch.equal(step.values, cache.layers[index].values)
         assert step.cos is not None and step.cos.shape[-2:] == (12, 16)
-        assert step.scaling == 16**-0.5
+        assert step.arguments.scaling == 16**-0.5
 
 
 def test_options_of_the_attention_are_seen(tiny: Any, ids: torch.Tensor) -> None:
@@ -81,10 +81,10 @@ def test_options_of_the_attention_are_seen(tiny: Any, ids: torch.Tensor) -> None
     with torch.no_grad():
         with tap(model := tiny("gemma2", "eager"), recorder):
             model(ids)
-        assert recorder.steps[0].softcap == model.config.attn_logit_softcapping
+        assert recorder.steps[0].arguments.softcap == model.config.attn_logit_softcapping
         with tap(model := tiny("gpt_oss", "eager"), recorder):
             model(ids)
-    assert recorder.steps[0].sinks is not None and recorder.steps[0].sinks.shape == (4,)
+    assert recorder.steps[0].arguments.sinks is not None and recorder.steps[0].arguments.sinks.shape == (4,)
 
 
 def test_a_differentiable_tap_is_inert_and_shows_the_graph(tiny: Any, ids: torch.Tensor) -> None:
