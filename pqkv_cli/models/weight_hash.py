@@ -26,6 +26,8 @@ def all_weights_sha256(model: Any) -> str:
     skipped = next((f"{name}." for name, module in model.named_modules() if head is not None and module is head), None)
     found: list[tuple[str, str]] = []
     pending: list[tuple[str, Future[str]]] = []
+    # In a process made by fork, torch makes its own threads anew at the first call, and fails where two threads call at once.
+    torch.set_num_threads(torch.get_num_threads())
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in stored_tensors(model):
             if skipped is not None and name.startswith(skipped):

@@ -1,5 +1,6 @@
 """Any weight that keys or values may depend on is part of a model's identity."""
 
+import os
 from typing import Any
 
 import pytest
@@ -56,3 +57,22 @@ def test_number_format_and_head_do_not_count(tiny: Any) -> None:
         model.lm_head.weight += 1
     assert model_identity(model).weights_sha256 == before
     assert model_identity(model.to(torch.bfloat16)).weights_sha256 == before
+
+
+def test_the_weights_of_a_process_made_by_fork(tiny: Any) -> None:
+    # torch's own threads do not live on in such a process, and must not be made anew by several of ours at once.
+    model = tiny("llama", hidden_size=512, num_hidden_layers=4)
+    (torch.rand(256, 256) @ torch.rand(256, 256)).sum()
+    expected = all_weights_sha256(model)
+    for _ in range(5):
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.write(write, all_weights_sha256(model).encode())
+            except BaseException as error:
+                os.write(write, str(error).encode()[:200])
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert os.read(read, 1000).decode() == expected
