@@ -16,6 +16,9 @@ PYTHON_VERSION := $(shell for python in $(BIN)/python $(PYTHON); do \
 LOCK := $(wildcard pqkv_cli/constraints/python$(PYTHON_VERSION).txt)
 # The second name is what pip reads from 25.3 on for the packages that it builds with; older ones read the first for them, too.
 LOCKED := $(if $(LOCK),PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) )
+# Tests on all cores, a file on one of them, each with one thread: several times as fast as one after another.
+SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(SIDE_BY_SIDE)
 LOCK_PYTHONS ?= python3.11 python3.12 python3.13
 UNLOCKED = @$(if $(LOCK),:,echo "no versions are locked for Python $(PYTHON_VERSION): the newest that pyproject.toml allows come")
 
@@ -40,12 +43,12 @@ demo: $(VENV)/.installed
 	$(BIN)/pqkv run demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(call PYTEST,$(VENV))
 
 # Where that version cannot be had, this says so and passes: the newest has been tested, and nothing else failed.
 test-oldest: $(VENV)/.installed-dev
 	@if $(MAKE) --no-print-directory $(OLDEST_VENV)/.installed; then \
-		$(OLDEST_VENV)/bin/python -m pytest tests/hf tests/models tests/cache tests/runtime; \
+		$(call PYTEST,$(OLDEST_VENV)) tests/hf tests/models tests/cache tests/runtime; \
 	else \
 		echo "NOT TESTED with transformers $(OLDEST_TRANSFORMERS): it could not be installed into $(OLDEST_VENV) (see above)" >&2; \
 	fi
@@ -55,7 +58,7 @@ test-newest:
 	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e ".[test]"
 	$(NEWEST_VENV)/bin/python -m pip list --disable-pip-version-check
-	$(NEWEST_VENV)/bin/python -m pytest tests/hf tests/models tests/cache tests/runtime tests/cli/test_chain.py
+	$(call PYTEST,$(NEWEST_VENV)) tests/hf tests/models tests/cache tests/runtime tests/cli/test_chain.py
 
 lock:
 	@for python in $(LOCK_PYTHONS); do \

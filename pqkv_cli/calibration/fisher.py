@@ -8,7 +8,7 @@ says more.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,29 +75,62 @@ class GradientObserver:
         UnsupportedModelError
             If the logits do not depend on a layer's keys or values as far as autograd can tell.
         """
-        layers = sorted(self._steps)
-        held = [tensor for i in layers for tensor in (self._steps[i].keys, self._steps[i].values)]
-        draws: list[list[LayerGradients]] = []
+        draws: dict[int, list[LayerGradients]] = {}
         for direction in directions:
-            found = _backward(logits, held, direction)
-            draws.append([self._reduced(i, found[2 * n], found[2 * n + 1]) for n, i in enumerate(layers)])
-        return {i: _mean(i, [draw[n] for draw in draws]) for n, i in enumerate(layers)}
+            for index, (keys, values) in layer_gradients(self._geometry, self._steps, logits, direction):
+                draws.setdefault(index, []).append(self._reduced(keys, values))
+        return {index: _mean(index, found) for index, found in draws.items()}
 
-    def _reduced(self, index: int, keys: torch.Tensor | None, values: torch.Tensor | None) -> LayerGradients:
-        """Return what is kept of one backward pass of layer `index`, gradients [B, Hkv, T, D]."""
-        if keys is None or values is None:
-            raise UnsupportedModelError(
-                f"the logits have no gradient for the keys or values of layer {index}; expected one; calibrate this "
-                "architecture without --fisher"
-            )
-        rotary, step = self._geometry.layers[index].rotary, self._steps[index]
-        if rotary is not None:
-            cos, sin = unit_angles(*given_angles(step, index), rotary)
-            keys = unrotate(keys, cos[:, None], sin[:, None], rotary)
+    def _reduced(self, keys: torch.Tensor, values: torch.Tensor) -> LayerGradients:
+        """Return what is kept of one layer's gradients [B, Hkv, T, D] in one backward pass."""
         rows, positions = self._rows.to(keys.device), self._positions.to(keys.device)
         kept = [g[rows, :, positions].transpose(0, 1)[:, :, None].to(torch.bfloat16) for g in (keys, values)]
         moments = [(g.mT @ g).double().sum(0) for g in (keys, values)]
         return LayerGradients(kept[0], kept[1], moments[0], moments[1])
+
+
+def layer_gradients(
+    geometry: ModelGeometry, steps: Mapping[int, AttentionStep], logits: torch.Tensor, direction: torch.Tensor
+) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield for every layer of `steps` the gradients of ``logits · direction`` [B, T, V], from one backward pass.
+
+    Parameters
+    ----------
+    geometry
+        Of the model.
+    steps
+        What attention was given, by layer, shown by a differentiable tap of the pass that made `logits`.
+    logits, direction
+        [B, T, V]; the graph is kept for further passes.
+
+    Returns
+    -------
+    iterator of (int, tuple of torch.Tensor)
+        Layers in order, each with the gradients of its keys before rotary embedding and of its values, [B, Hkv, T, D] fp32.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the logits do not depend on a layer's keys or values as far as autograd can tell.
+    """
+    layers = sorted(steps)
+    found = _backward(logits, [tensor for i in layers for tensor in (steps[i].keys, steps[i].values)], direction)
+    for index, keys, values in zip(layers, found[::2], found[1::2], strict=True):
+        if keys is None or values is None:
+            raise UnsupportedModelError(
+                f"the logits have no gradient for the keys or values of layer {index}; expected one; calibrate this "
+                "architecture without --fisher, and choose one rate for all with --bits"
+            )
+        yield index, (plain_keys(geometry, index, steps[index], keys), values)
+
+
+def plain_keys(geometry: ModelGeometry, index: int, step: AttentionStep, keys: torch.Tensor) -> torch.Tensor:
+    """Return `keys` [B, Hkv, T, D] of layer `index`, or their gradients, as they are before rotary embedding, if it has one."""
+    rotary = geometry.layers[index].rotary
+    if rotary is None:
+        return keys
+    cos, sin = unit_angles(*given_angles(step, index), rotary)
+    return unrotate(keys, cos[:, None], sin[:, None], rotary)
 
 
 def fisher_directions(logits: torch.Tensor, windows: Sequence[int], num_draws: int, seed: int) -> Iterator[torch.Tensor]:

@@ -15,6 +15,7 @@ from pqkv_cli.cli.streams import json_text
 
 SCHEMA = "pqkv.log/1"
 LOG_FORMATS = ("text", "json")
+FIRST_SECONDS = 5.0
 HEARTBEAT_SECONDS = 30.0
 # Bars of libraries (downloads, the harness) obey these; they are read when the library is first imported.
 _BAR_SWITCHES = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
@@ -90,21 +91,36 @@ def speaking(voice: Voice) -> Iterator[None]:
 
 
 class Heartbeat:
-    """Says now and then how far a step is, so that nobody takes a long one for a dead one."""
+    """Says now and then how far a step is and how long it goes on, so that nobody takes a long one for a dead one.
+
+    The first word comes soon, where much is left: who started something long by mistake wants to know it then.
+    """
 
     def __init__(self, voice: Voice, label: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._voice, self._label, self._clock = voice, label, clock
-        self._last = clock()
+        self._last = self._begun = clock()
+        self._found: int | None = None  # what was done already when this began: of an earlier, killed command
+        self._said = False
 
     def __call__(self, done: int, total: int) -> None:
         """Take how far it is; most of the time that is all."""
         now = self._clock()
-        if now - self._last < HEARTBEAT_SECONDS:
+        if self._found is None:
+            self._found, self._begun = done, now
+        new = done - self._found
+        left = (now - self._begun) / new * (total - done) if new > 0 else None
+        early = not self._said and left is not None and left >= HEARTBEAT_SECONDS and now - self._begun >= FIRST_SECONDS
+        if now - self._last < HEARTBEAT_SECONDS and not early:
             return
-        self._last = now
-        facts = {"step": self._label, "done": done, "total": total}
-        shown = self._label if self._voice.is_json else f"{self._label}: {done:,} of {total:,}"
-        self._voice.say("info", "progress", shown, **facts)
+        self._last, self._said = now, True
+        facts = {"step": self._label, "done": done, "total": total} | ({} if left is None else {"seconds_left": round(left)})
+        shown = f"{self._label}: {done:,} of {total:,}" + ("" if left is None else f", some {_spell(left)} left")
+        self._voice.say("info", "progress", self._label if self._voice.is_json else shown, **facts)
+
+
+def _spell(seconds: float) -> str:
+    """Return a time as people say it."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class _LibraryLines(io.TextIOBase):

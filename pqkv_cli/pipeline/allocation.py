@@ -8,7 +8,7 @@ from typing import Any
 
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.errors import UsageError
-from pqkv_cli.evaluation.held_out import held_out_losses, one_side_alone
+from pqkv_cli.evaluation.side_costs import Place, gradient_costs
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.allocation import Candidate, allocate
 from pqkv_cli.fitting.layer_file import make_directory
@@ -28,18 +28,17 @@ ALLOCATION_FILE = "allocation.json"
 # Rates worth trying: no side does with less than half the budget's mean or gains much from this many bits more.
 LEAST_SHARE = 2
 MOST_MORE = 1.5
-
-# One side of one layer.
-Place = tuple[int, Side]
+# Held-out windows that tell what errors cost: the ratios between layers, which is all that counts, are steady after a few.
+MOST_WINDOWS = 8
 
 
 class Allocation:
     """Finds the plan of the least loss whose codes take `bits` per channel and token on average.
 
-    Each side of each layer is fitted shortly at the rates around it. What its errors cost is measured once, as the KL
-    divergence on the calibration's held-out windows with only that side quantized, at the rate nearest to `bits` that leaves
-    errors to speak of; at other rates it is taken to grow with the squared error, as it does in the metric space. Trials of
-    finished layers are kept.
+    Each side of each layer is fitted shortly at the rates around it. What its errors cost is estimated once, as the KL
+    divergence on the calibration's held-out windows (`gradient_costs`), at the rate nearest to `bits` that leaves errors to
+    speak of; at other rates it is taken to grow with the squared error, as it does in the metric space. Trials of finished
+    layers are kept.
 
     Raises
     ------
@@ -70,7 +69,7 @@ class Allocation:
         self._spaces = spaces
         self._menus = _menus(self._geometry, self._bits, self._style, self._num_vectors, spaces)
         trials = self._trials(store, reporter)
-        losses = _losses(model, store, len(self._geometry.layers), trials, reporter)
+        losses = _losses(model, store, trials, reporter)
         bases = {(index, side): _error(trials, (index, side), trials[index].base[side]) for index, side in self._menus}
         slopes = _slopes(bases, losses)
         candidates = [self._candidates(place, trials, slopes[place]) for place in self._menus]
@@ -149,15 +148,11 @@ def _menus(
     }
 
 
-def _losses(
-    model: Any, store: CalibrationStore, num_layers: int, trials: Mapping[int, Trial], reporter: Reporter
-) -> dict[Place, float]:
-    """Return the mean KL divergence in bits with one side alone quantized, for each."""
-    places = [(index, side) for index in trials for side in SIDES]
-    choices = [one_side_alone(num_layers, index, side, trials[index].tables[side]) for index, side in places]
+def _losses(model: Any, store: CalibrationStore, trials: Mapping[int, Trial], reporter: Reporter) -> dict[Place, float]:
+    """Return the KL divergence in bits per token that one side alone would cause at its base rate, for each."""
+    tables = {(index, side): trial.tables[side] for index, trial in trials.items() for side in SIDES}
     with reporter.progress("measure costs") as advance:
-        losses = held_out_losses(model, store.held_out(), choices, advance).mean(dim=0)
-    return dict(zip(places, losses.tolist(), strict=True))
+        return gradient_costs(model, store.held_out()[:MOST_WINDOWS], tables, advance)
 
 
 def _slopes(errors: Mapping[Place, float], losses: Mapping[Place, float]) -> dict[Place, float]:

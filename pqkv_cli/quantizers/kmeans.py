@@ -10,6 +10,7 @@ import torch
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.seeding import choose_seeds
+from pqkv_kernels.centroid_sums import centroid_sums
 from pqkv_kernels.nearest import nearest_centroids
 
 # An iteration that improves the distortion by less than this share is a subspace's last one.
@@ -17,8 +18,6 @@ TOLERANCE = 1e-4
 # How far centroids go towards the mean of their points. Below 2 no step makes the distortion larger, as for fixed codes it is
 # ``constant + mass * ||centroid - mean||^2``; 1 would be Lloyd's, and leaves 1 to 2 % more after 12 or 25 iterations.
 RELAXATION = 1.8
-# From this many channels on, squared distances are gathered vector by vector.
-WIDE_CHANNELS = 16
 SAMPLE_SHARE = 4
 SAMPLE_POINTS = 4096
 SAMPLE_POINTS_PER_CENTROID = 8
@@ -156,10 +155,10 @@ def _lloyd(
     previous = torch.full_like(distortion, torch.inf)
     for step in range(iterations + 1):
         codes = nearest_centroids(points, centroids)
-        errors = weights * _squared_errors(points, centroids, codes)
+        sums, errors = centroid_sums(points, weights, centroids, codes)
         current = errors.mean(dim=1, dtype=torch.float64).div(weights.mean(dim=1, dtype=torch.float64)).float()
         final[active], distortion[active] = centroids, current
-        updated, settled = _update(points, weights, centroids, codes, errors)
+        updated, settled = _update(points, centroids, sums, errors)
         # A subspace with centroids to spare and errors left is not done: its idle centroids have just been moved.
         going = (previous - current > TOLERANCE * current) | ~(settled | (current == 0))
         if step == iterations or not bool(going.any()):
@@ -170,30 +169,13 @@ def _lloyd(
     return final, distortion
 
 
-def _squared_errors(points: torch.Tensor, centroids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Return the squared distance [S, N] of each point to its centroid."""
-    if points.shape[-1] >= WIDE_CHANNELS:
-        return (points - centroids.gather(1, codes[..., None].expand(points.shape))).square().sum(dim=-1)
-    total = torch.zeros_like(points[..., 0])
-    for channel in range(points.shape[-1]):
-        total += (points[..., channel] - centroids[..., channel].gather(1, codes)).square()
-    return total
-
-
 def _update(
-    points: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor
+    points: torch.Tensor, centroids: torch.Tensor, sums: torch.Tensor, errors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the next centroids [S, K, d], past the weighted means of their points, and which subspaces [S] had no idle one.
 
     An idle centroid (no weight) moves to the point with the largest weighted error, a second one to the next, and so on.
     """
-    num_subspaces, num_centroids, num_channels = centroids.shape
-    offset = torch.arange(num_subspaces, device=codes.device)[:, None] * num_centroids
-    flat = (codes + offset).flatten()
-
-    counted = torch.cat((points * weights[..., None], weights[..., None]), dim=-1).flatten(0, 1).double()
-    sums = torch.zeros(num_subspaces * num_centroids, num_channels + 1, dtype=torch.float64, device=points.device)
-    sums = sums.index_add_(0, flat, counted).view(num_subspaces, num_centroids, -1)
     mass = sums[..., -1]
     idle = mass <= 0
     means = (sums[..., :-1] / mass.clamp(min=torch.finfo(torch.float64).tiny)[..., None]).float()
@@ -203,6 +185,6 @@ def _update(
         rank = idle.cumsum(dim=1) - 1
         worst = errors.topk(int(idle.sum(dim=1).max()), dim=1).indices
         seeds = worst.gather(1, rank.clamp(min=0, max=worst.shape[1] - 1))
-        moved = points.gather(1, seeds[..., None].expand(-1, -1, num_channels))
+        moved = points.gather(1, seeds[..., None].expand(-1, -1, points.shape[-1]))
         updated = torch.where(idle[..., None], moved, updated)
     return updated, settled

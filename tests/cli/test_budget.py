@@ -48,7 +48,7 @@ def test_killed_after_the_trials_and_resumed_gives_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(allocation, "held_out_losses", killed)
+        patch.setattr(allocation, "gradient_costs", killed)
         assert pqkv(*words).code == 130
     kept = {path.name: path.stat().st_mtime_ns for path in (run / "codebooks").iterdir()}
     assert set(kept) == {f"trial_00{i}.{ending}" for i in range(2) for ending in ("json", "safetensors")}

@@ -42,17 +42,36 @@ def test_the_voice_is_that_of_the_words(words: list[str], is_json: bool, is_quie
 def test_a_long_step_says_now_and_then_how_far_it_is(is_json: bool) -> None:
     stream, now = StringIO(), [0.0]
     beat = Heartbeat(Voice(is_json, stream=stream), "calibrate", lambda: now[0])
-    for done in range(1, 101):
+    for done in range(101):
         now[0] = done * 1.0
         beat(done, 1000)
     lines = stream.getvalue().splitlines()
+    said = [(5, 995), (35, 965), (65, 935), (95, 905)]  # a first word soon, then every half minute
     if not is_json:
-        assert lines == [f"calibrate: {done} of 1,000" for done in (30, 60, 90)]
+        assert lines == [f"calibrate: {done} of 1,000, some {round(left / 60)} min left" for done, left in said]
         return
     records = [json.loads(line) for line in lines]
-    assert [(record["event"], record["done"], record["total"]) for record in records] == [
-        ("progress", n, 1000) for n in (30, 60, 90)
+    assert [(r["event"], r["done"], r["total"], r["seconds_left"]) for r in records] == [
+        ("progress", done, 1000, left) for done, left in said
     ]
+
+
+def test_what_an_earlier_command_did_says_nothing_of_how_fast_this_one_is() -> None:
+    stream, now = StringIO(), [0.0]
+    beat = Heartbeat(Voice(False, stream=stream), "fit-codebooks", lambda: now[0])
+    beat(25, 30)  # layers that were found finished
+    now[0] = 40.0
+    beat(26, 30)
+    assert stream.getvalue().splitlines() == ["fit-codebooks: 26 of 30, some 3 min left"]
+
+
+def test_a_step_that_is_soon_over_says_nothing() -> None:
+    stream, now = StringIO(), [0.0]
+    beat = Heartbeat(Voice(False, stream=stream), "export", lambda: now[0])
+    for done in range(20):
+        now[0] = done * 1.0
+        beat(done, 20)
+    assert stream.getvalue() == ""
 
 
 def test_what_libraries_write_becomes_lines() -> None:
