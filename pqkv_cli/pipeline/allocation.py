@@ -19,7 +19,7 @@ from pqkv_cli.fitting.trial import Trial, load_trial, num_trial_vectors, save_tr
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.rates import CodeStyle
-from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry, Side
+from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry
 from pqkv_kernels.layout import PAGE_TOKENS
 
 SCHEMA = "pqkv.allocation/1"
