@@ -67,7 +67,7 @@ def resolve_target(reference: str) -> Target:
     names = [*recipe_names(), *(run.name for run in runs_under(RUNS))]
     raise UsageError(
         f"{reference!r} is neither an existing path nor a recipe{did_you_mean(reference, names)}; give a directory, "
-        f"an org/name hub id (of an artifact also org/name@revision), or one of {', '.join(recipe_names())}"
+        f"a GGUF file, an org/name hub id (of an artifact also org/name@revision), or one of {', '.join(recipe_names())}"
     )
 
 
