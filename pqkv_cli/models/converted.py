@@ -95,8 +95,8 @@ def convert(path: Path, directory: Path, note: Note = nobody) -> None:
         tokenizer, cuts_as_said = gguf_files.read_tokenizer(path, header.facts)
     if not cuts_as_said:
         note(
-            f"the tokenizer of {path.name} cuts text by the rule {header.facts['tokenizer.ggml.pre']!r}, which transformers "
-            f"{transformers.__version__} does not know: it cuts like GPT-2, and some words may become other tokens"
+            f"warning: the tokenizer of {path.name} cuts text by the rule {header.facts['tokenizer.ggml.pre']!r}, which "
+            f"transformers {transformers.__version__} does not know: it cuts like GPT-2, and some words may become other tokens"
         )
     with _readable(path):
         model, missing = gguf_files.read_model(path, config, dtype)
