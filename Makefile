@@ -8,6 +8,8 @@ OLDEST_VENV ?= .venv-oldest
 # The newest of everything that pyproject.toml allows, in an environment of its own.
 NEWEST_VENV ?= .venv-newest
 WHEEL_VENV ?= .venv-wheel
+# A real model, small enough for a CPU.
+SMOLLM2 := models/smollm2-135m-instruct
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
 # The versions that are installed with this Python, an existing environment's before another; `make lock` writes them.
@@ -22,10 +24,11 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(SIDE_BY_SIDE)
 LOCK_PYTHONS ?= python3.11 python3.12 python3.13
 UNLOCKED = @$(if $(LOCK),:,echo "no versions are locked for Python $(PYTHON_VERSION): the newest that pyproject.toml allows come")
 
-.PHONY: help demo test test-oldest test-newest lock test-wheel crash-study mutation-study coverage docs check format clean
+.PHONY: help demo smollm2 test test-oldest test-newest lock test-wheel crash-study mutation-study coverage docs check format clean
 
 help:
 	@echo "make demo    install into $(VENV), then run the whole chain on the embedded reference model"
+	@echo "make smollm2 fetch SmolLM2-135M-Instruct (90 MB) into $(SMOLLM2), then run the whole chain on it"
 	@echo "make test    install into $(VENV), then ruff, mypy and pytest"
 	@echo "make test-oldest  the tests of hf, models, cache and runtime with transformers $(OLDEST_TRANSFORMERS), in $(OLDEST_VENV)"
 	@echo "make test-newest  the tests of hf, models, cache, runtime and one chain with the newest of all libraries, in $(NEWEST_VENV)"
@@ -41,6 +44,11 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/pqkv run demo
+
+# Once fetched, the model stays. Only its recipe's --model differs from `pqkv run smollm2-135m`, which takes it from the hub.
+smollm2: $(VENV)/.installed-gguf
+	@test -f $(SMOLLM2)/config.json || $(BIN)/python .ci/smollm2.py $(SMOLLM2)
+	$(BIN)/pqkv run smollm2-135m --model $(SMOLLM2)
 
 test: check
 	$(call PYTEST,$(VENV))
@@ -122,6 +130,10 @@ $(VENV)/.installed: pyproject.toml $(LOCK) | $(BIN)/python
 	@echo "installing pqkv into $(VENV) (a few minutes the first time)"
 	$(UNLOCKED)
 	$(LOCKED)$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-gguf: $(VENV)/.installed
+	$(LOCKED)$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[gguf]"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(LOCK) | $(BIN)/python

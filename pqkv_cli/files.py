@@ -61,6 +61,34 @@ def write_bytes(path: Path, data: bytes, error: type[PqkvError] = PqkvError) -> 
         raise error(f"{path} is written, but its directory cannot be synced: {cause}; check the disk") from cause
 
 
+@contextmanager
+def new_directory(path: Path, error: type[PqkvError] = PqkvError) -> Iterator[Path]:
+    """Yield an empty directory that becomes `path` when the block ends well, and is removed when it does not.
+
+    If another process has made `path` meanwhile, its directory stays. What writers of `path` that were killed have left beside
+    it is removed.
+
+    Raises
+    ------
+    PqkvError
+        Of the class `error`, if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_behind(path)
+        with _locked_directory(path) as temporary:
+            try:
+                yield temporary
+                _sync_files(temporary)
+                if not path.exists():
+                    temporary.rename(path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        _sync_directory(path.parent)
+    except OSError as cause:
+        raise error(_failure(path, 0, cause)) from cause
+
+
 def is_temporary(path: Path) -> bool:
     """Return whether `path` is named like what a writer that was killed has left."""
     return _TEMPORARY.fullmatch(path.name) is not None
@@ -113,6 +141,44 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+@contextmanager
+def _locked_directory(path: Path) -> Iterator[Path]:
+    """Make a directory beside `path` and hold its lock; where directories cannot be opened nothing counts as left behind."""
+    descriptor = None
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        temporary.mkdir()
+        if sys.platform == "win32":
+            break
+        with suppress(OSError):  # as in `_locked_temporary`: taken for a dead one's before it was locked
+            descriptor = os.open(temporary, os.O_RDONLY)
+            if _lock(descriptor) and temporary.exists():
+                break
+            os.close(descriptor)
+    try:
+        yield temporary
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Wait until no other process is in a block of the same `path`, a file that is made and stays empty.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        if sys.platform != "win32":
+            with suppress(OSError):  # a file system without locks: everybody is on their own
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _remove_left_behind(path: Path) -> None:
     with suppress(OSError):
         for entry in list(os.scandir(path.parent)):
@@ -124,9 +190,24 @@ def _remove_left_behind(path: Path) -> None:
 def _remove_if_dead(temporary: Path) -> None:
     if sys.platform == "win32":
         return
-    with suppress(OSError), temporary.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        temporary.unlink()
+    with suppress(OSError):
+        # Some file systems lock only what is open for writing, which a directory never is.
+        descriptor = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_WRONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _sync_files(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_directory(path)
+    _sync_directory(directory)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -148,8 +229,6 @@ def _failure(path: Path, num_bytes: int, error: OSError | ValueError) -> str:
         free = "an unknown number of"
         with suppress(OSError):
             free = str(shutil.disk_usage(path.parent).free)
-        return (
-            f"the disk is full ({reason}): {path} needs {num_bytes} bytes and {free} are free; "
-            "nothing was changed; free some space and run again"
-        )
+        needs = f"{path} needs {num_bytes} bytes and" if num_bytes else f"{path} does not fit;"
+        return f"the disk is full ({reason}): {needs} {free} are free; nothing was changed; free some space and run again"
     return f"{path} cannot be written: {reason}; nothing was changed; choose another place or fix the rights, then run again"

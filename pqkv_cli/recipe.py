@@ -132,7 +132,7 @@ class GenerationRecipe(_Section):
 
 
 class Recipe(_Section):
-    """Everything the pipeline needs to know. `model` is a directory, ``demo`` or an ``org/name`` hub id."""
+    """Everything the pipeline needs to know. `model` is a directory, a GGUF file, ``demo`` or an ``org/name`` hub id."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")
     model: str = Field(min_length=1)

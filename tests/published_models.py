@@ -173,6 +173,15 @@ MODELS = {
         "yarn",
         tuple(range(1, 24, 2)),
     ),
+    "smollm2-135m": Published(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "2024-11",
+        _llama(576, 9, 3, 30, 8192, 100000.0),
+        (9, 3, 64),
+        30,
+        8192,
+        100000.0,
+    ),
     "smollm3-3b": Published(
         "HuggingFaceTB/SmolLM3-3B",
         "2025-07",
@@ -201,6 +210,7 @@ WEIGHTS = {
     "gemma-3-12b": (15360, 262208, True, 12.2),
     "phi-4": (17920, 100352, False, 14.7),
     "gpt-oss-20b": (2880, 201088, False, 20.9),
+    "smollm2-135m": (1536, 49152, True, 0.135),
     "smollm3-3b": (11008, 128256, True, 3.08),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pqkv_cli.errors import ArtifactError, PqkvError, RunError
-from pqkv_cli.files import write_bytes, write_text
+from pqkv_cli.files import is_temporary, new_directory, turn, write_bytes, write_text
 
 
 def fails(number: int) -> Any:
@@ -128,3 +128,52 @@ def test_what_a_living_writer_is_writing_stays(tmp_path: Path, monkeypatch: pyte
     write_text(file, "mine")
     assert meanwhile == [("the other's", True)]
     assert (file.read_text(), list(tmp_path.iterdir())) == ("mine", [file])
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "made"
+    with new_directory(target, RunError) as unfinished:
+        (unfinished / "file").write_text("x")
+        assert is_temporary(unfinished) and not target.exists()
+    assert [path.name for path in target.parent.iterdir()] == ["made"] and (target / "file").read_text() == "x"
+    with pytest.raises(KeyError), new_directory(tmp_path / "other", RunError) as unfinished:
+        (unfinished / "file").write_text("x")
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_who_makes_a_directory_second_keeps_the_first(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "made", RunError) as late:
+        with new_directory(tmp_path / "made", RunError) as early:
+            assert early.is_dir() and late.is_dir()  # the first is alive and was not taken for left behind
+            (early / "first").touch()
+        (late / "second").touch()
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["first"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_directories_of_the_dead_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".made.0123456789ab.tmp").mkdir()
+    (tmp_path / ".made.0123456789ab.tmp" / "half").touch()
+    with new_directory(tmp_path / "made", RunError):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RunError, match=r"cannot be written: .*choose another place"),
+        new_directory(tmp_path / "file" / "x", RunError),
+    ):
+        pass
+    with pytest.raises(RunError, match=r"the disk is full .* does not fit"), new_directory(tmp_path / "made", RunError):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_turns_are_taken_one_by_one(tmp_path: Path) -> None:
+    with turn(tmp_path / "a" / ".lock"):
+        pass
+    with turn(tmp_path / "a" / ".lock"):
+        assert (tmp_path / "a" / ".lock").stat().st_size == 0

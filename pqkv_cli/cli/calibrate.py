@@ -13,6 +13,7 @@ from pqkv_cli.cli.options import (
     JsonOption,
     OutOption,
     RecallShareOption,
+    RecipeModelOption,
     ReservoirOption,
     RunOption,
     SamplesOption,
@@ -29,6 +30,7 @@ class CalibrateWords:
     target: TargetArgument = None
     run: RunOption = None
     out: OutOption = None
+    model: RecipeModelOption = None
     data: CalibrationDataOption = None
     samples: SamplesOption = None
     seq_len: SeqLenOption = None
@@ -47,6 +49,7 @@ class CalibrateWords:
         from pqkv_cli.pipeline.start import file_reference
 
         return {
+            "model": file_reference(self.model),
             "calibration.data": file_reference(self.data),
             "calibration.samples": self.samples,
             "calibration.seq_len": self.seq_len,

@@ -11,7 +11,7 @@ TargetArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="TARGET",
-        help="A model, run or artifact directory, a recipe, or an org/name hub id.",
+        help="A model, run or artifact directory, a GGUF file, a recipe, or an org/name hub id.",
         autocompletion=completion.targets,
     ),
 ]
@@ -23,6 +23,10 @@ OutOption = Annotated[
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="Where the artifact's model lies, if not where it was.")
+]
+RecipeModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="The recipe's model at another place: a directory, a GGUF file or a hub id."),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the artifact although it was made for another model.")]
 

@@ -99,7 +99,9 @@ def _show_schema(output: "Output", name: str | None, out: str | None) -> None:
 
 def _write_new(output: "Output", model: str | None, run: str | None, out: str | None) -> None:
     if model is None or run is not None:
-        raise UsageError("new needs a model and no --run; expected: pqkv recipes new MODEL, a directory or an org/name hub id")
+        raise UsageError(
+            "new needs a model and no --run; expected: pqkv recipes new MODEL, a directory, a GGUF file or an org/name hub id"
+        )
 
     from pqkv_cli.pipeline.draft import check_recipe_file, draft_recipe, write_recipe
 

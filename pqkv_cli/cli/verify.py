@@ -43,10 +43,10 @@ def verify(
     from pqkv_cli.cli.output import Output, TerminalReporter, table
     from pqkv_cli.cli.words import target_of
 
-    output = Output(json_target)
+    output, reporter = Output(json_target), TerminalReporter()
     if against is None and quality_windows is not None:
         raise UsageError("--quality-windows measures with a model; name it with --against")
-    found = target_of(target, run, TerminalReporter())
+    found = target_of(target, run, reporter)
 
     from pqkv_cli.pipeline.place import artifact_place
     from pqkv_cli.pipeline.start import artifact_source, file_reference
@@ -54,10 +54,10 @@ def verify(
     from pqkv_cli.pipeline.verify import verify as verify_artifact
 
     if quality_windows is None:
-        made = verify_artifact(artifact_place(found), against)
+        made = verify_artifact(artifact_place(found), against, note=reporter.note)
     else:
         source = artifact_source(found, against, {"evaluation.data": file_reference(data)})
-        made = verify_artifact(source.artifact, against, QualityRequest(source, quality_windows))
+        made = verify_artifact(source.artifact, against, QualityRequest(source, quality_windows), reporter.note)
     rows = [(check.name, check.state, check.detail) for check in made.checks]
     output.result(made.document(), table(str(made.path), ("check", "result", "what was found"), rows))
     made.require_passed()

@@ -16,12 +16,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from pqkv_cli.errors import ModelError
 from pqkv_cli.hf.own_code import NO_CODE, foreign_tokenizer, leave_own_attention, needs_own_code
+from pqkv_cli.models.converted import Note, conversion, converted, gguf_config, nobody
 from pqkv_cli.models.geometry import check_quantizable, geometry
+from pqkv_cli.models.gguf_header import is_gguf
 from pqkv_cli.models.model_files import ADAPTER, MERGE, check_weights
 from pqkv_cli.models.resolve import ResolvedModel, check_model_directory
 from pqkv_cli.models.structure import check_structure
 
 _PROBE_TIMEOUT_S = 10.0
+
+
+def settled(resolved: ResolvedModel, note: Note = nobody) -> ResolvedModel:
+    """Return `resolved` as what transformers loads quickly: of a GGUF file the directory that it was converted into.
+
+    Raises
+    ------
+    ModelError, UnsupportedModelError
+        If the file cannot be converted. `note` is told beforehand that this happens.
+    """
+    path = Path(resolved.path_or_id)
+    if not (resolved.is_local and is_gguf(path)):
+        return resolved
+    return ResolvedModel(str(converted(path, note)), True, resolved.label)
 
 
 def load_model(resolved: ResolvedModel, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
@@ -34,6 +50,7 @@ def load_model(resolved: ResolvedModel, dtype: torch.dtype | None = None, device
     UnsupportedModelError
         If its cache cannot be quantized; found from the config, before weights are read.
     """
+    resolved = settled(resolved)
     config, local_only = _config(resolved)
     check_quantizable(geometry(config))
     check_structure(config)
@@ -67,13 +84,20 @@ def _check_tokenizer(resolved: ResolvedModel) -> None:
 
 
 def load_config(resolved: ResolvedModel) -> PretrainedConfig:
-    """Return the config alone.
+    """Return the config alone; a GGUF file is not converted for it.
 
     Raises
     ------
     ModelError
         If it is missing, unreadable, or the hub cannot be reached.
     """
+    path = Path(resolved.path_or_id)
+    if resolved.is_local and is_gguf(path):
+        done = conversion(path)
+        if not done.is_dir():
+            config: PretrainedConfig = gguf_config(path)
+            return config
+        resolved = ResolvedModel(str(done), True, resolved.label)
     return _config(resolved)[0]
 
 

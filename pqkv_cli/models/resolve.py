@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pqkv_cli.errors import ModelError
+from pqkv_cli.models.gguf_check import check_gguf, only_gguf
+from pqkv_cli.models.gguf_header import is_gguf
 from pqkv_cli.models.model_files import check_files, check_no_adapter
 
 DEMO = "demo"
@@ -15,7 +17,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """Where a model lies. `label` names it to people and carries no path."""
+    """Where a model lies: a directory, a GGUF file or an id. `label` names it to people and carries no path."""
 
     path_or_id: str
     is_local: bool
@@ -23,18 +25,21 @@ class ResolvedModel:
 
 
 def resolve_model(reference: str) -> ResolvedModel:
-    """Return the place of `reference`: the word ``demo``, a local directory, or an ``org/name`` hub id.
+    """Return the place of `reference`: the word ``demo``, a local directory or GGUF file, or an ``org/name`` hub id.
 
     ``demo`` is always the embedded model; a directory of that name is ``./demo``.
 
     Raises
     ------
     ModelError
-        If it is none of them, or a local directory that holds no complete model.
+        If it is none of them, or a local directory or file that holds no complete model.
     """
     if reference == DEMO:
         return ResolvedModel(str(_demo_directory()), True, DEMO)
     path = Path(reference).expanduser()
+    if reference and is_gguf(path):
+        check_gguf(path)
+        return ResolvedModel(str(path), True, path.stem)
     if reference and path.exists():
         check_model_directory(path)
         return ResolvedModel(str(path), True, path.resolve().name)
@@ -42,7 +47,7 @@ def resolve_model(reference: str) -> ResolvedModel:
         return ResolvedModel(reference, False, reference)
     raise ModelError(
         f"model {reference!r} is not there: no such directory ({path.absolute()}), and not an org/name id of the hub. "
-        "Name a directory with config.json and *.safetensors, a hub id such as org/name, or 'demo'."
+        "Name a directory with config.json and *.safetensors, a GGUF file, a hub id such as org/name, or 'demo'."
     )
 
 
@@ -61,7 +66,8 @@ def check_model_directory(path: Path) -> None:
         raise ModelError(f"the model directory {path} is empty; {expected}. Copy or download the model there.")
     check_no_adapter(path)
     if not (path / "config.json").is_file():
-        raise ModelError(f"the model directory {path} has no config.json; {expected}. Name the directory that holds it.")
+        remedy = only_gguf(path) or " Name the directory that holds it."
+        raise ModelError(f"the model directory {path} has no config.json; {expected}.{remedy}")
     if not any(match for pattern in _WEIGHTS for match in path.glob(pattern)):
         raise ModelError(
             f"the model directory {path} has a config.json but no weights; looked for {', '.join(_WEIGHTS)}. "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pqkv_cli.calibration.hub_text import HUB
 from pqkv_cli.calibration.text_files import files_of, named_file
+from pqkv_cli.models.gguf_header import content_key, is_gguf
 
 _NUM_BLOCKS = 16
 _BLOCK_BYTES = 4096
@@ -50,9 +51,12 @@ def _file_hash(path: Path) -> str:
 def model_fingerprint(path_or_id: str) -> str:
     """Return what tells a model from another one at the same place: its configuration and blocks spread over its weights.
 
-    A few kilobytes of each file are enough, because any training changes all weights. For a hub id it is the id.
+    A few kilobytes of each file are enough, because any training changes all weights. For a hub id it is the id, for a GGUF
+    file a hash of its head and of the ends of its tensors.
     """
     root = Path(path_or_id)
+    if is_gguf(root):
+        return content_key(root)
     if not root.is_dir():
         return path_or_id
     digest = hashlib.sha256((root / "config.json").read_bytes())

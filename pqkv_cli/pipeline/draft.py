@@ -40,7 +40,7 @@ def draft_recipe(model: str) -> Draft:
     target = resolve_target(model)
     if target.recipe is None or not target.has_default_recipe:
         found = {"run": "a run", "artifact": "an artifact"}.get(target.kind or "", "a recipe already")
-        raise UsageError(f"{model} is {found}; expected a model: its directory or an org/name hub id")
+        raise UsageError(f"{model} is {found}; expected a model: its directory, its GGUF file or an org/name hub id")
     shape = geometry(load_config(resolve_model(target.recipe.model)))
     check_quantizable(shape)
     recipe, longest = target.recipe, shape.max_positions

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pqkv_cli.errors import UsageError
-from pqkv_cli.models.load import load_config, load_model
+from pqkv_cli.models.load import load_config, load_model, settled
 from pqkv_cli.models.precision import Precision, automatic_precision, is_quantized, stored_format
 from pqkv_cli.models.resolve import ResolvedModel, resolve_model
 from pqkv_cli.pipeline.reporter import Reporter
@@ -13,7 +13,9 @@ from pqkv_cli.recipe import Recipe
 
 
 def open_model(recipe: Recipe, reporter: Reporter) -> tuple[Any, Any]:
-    """Return ``(model, tokenizer)`` of `recipe`; `reporter` is told which number format was chosen, where one was.
+    """Return ``(model, tokenizer)`` of `recipe`.
+
+    `reporter` is told which number format was chosen, where one was, and that a GGUF file is converted, where it is.
 
     Raises
     ------
@@ -22,7 +24,8 @@ def open_model(recipe: Recipe, reporter: Reporter) -> tuple[Any, Any]:
     ModelError
         If the model is missing or unreadable.
     """
-    resolved, device = resolve_model(recipe.model), device_of(recipe)
+    device = device_of(recipe)
+    resolved = settled(resolve_model(recipe.model), reporter.note)
     if recipe.dtype == "auto" and torch.device(device).type == "cpu":
         return _opened_on_cpu(resolved, device, reporter)
     return load_model(resolved, None if recipe.dtype == "auto" else getattr(torch, recipe.dtype), device)

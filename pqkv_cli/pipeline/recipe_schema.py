@@ -11,7 +11,7 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 # What an editor shows beside each setting. Every setting has a row; a test holds this table against the recipe.
 MEANINGS: Mapping[str, str] = {
     "name": "Name of the recipe; its run is kept in runs/NAME.",
-    "model": "Model directory, org/name hub id, or 'demo'.",
+    "model": "Model directory, GGUF file, org/name hub id, or 'demo'.",
     "dtype": "Dtype of the weights; auto takes the checkpoint's, but float32 on a CPU where that is quicker.",
     "device": "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N; changes nothing that is kept.",
     "seed": "Seed of everything random.",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
+from pqkv_cli.models.gguf_header import is_gguf
 from pqkv_cli.recipe import Recipe, dump_recipe, load_recipe
 
 RECIPE_FILE = "recipe.yaml"
@@ -88,6 +89,8 @@ class Run:
 def kind_of(path: Path) -> PathKind | None:
     """Return what lies at `path`, or None where no file gives it away."""
     if path.is_file():
+        if is_gguf(path):
+            return "model"
         suffix = path.suffix.lower()
         return "artifact" if suffix == ".safetensors" else "recipe" if suffix in (".yaml", ".yml") else None
     if (path / ARTIFACT_FILE).is_file():

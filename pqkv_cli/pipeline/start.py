@@ -18,6 +18,8 @@ Changes = Mapping[str, object]
 def start_run(target: Target, out: Path | None, changes: Changes) -> tuple[Run, Recipe]:
     """Return the run to start or go on with, and its effective recipe; writes nothing.
 
+    `changes` may say that the model lies at another place than `target` says.
+
     Raises
     ------
     RunError
@@ -30,7 +32,7 @@ def start_run(target: Target, out: Path | None, changes: Changes) -> tuple[Run, 
         raise UsageError(f"{target.reference} is an artifact; expected a model, a run or a recipe to start from")
     # A bare model says nothing about settings, so the run keeps the ones it was started with.
     base = run.recipe() if target.has_default_recipe and kind_of(run.path) == "run" else target.recipe
-    recipe = override(base, {"model": target.recipe.model, **changes})
+    recipe = override(base, {**changes, "model": changes.get("model") or target.recipe.model})
     if run.path.exists() and kind_of(run.path) != "run" and (run.path.is_file() or any(_foreign_entries(run))):
         raise RunError(f"{run.path} exists and is no run (no {RECIPE_FILE} in it); choose another directory with -o")
     if kind_of(run.path) == "run" and (owner := run.recipe().model) != recipe.model:

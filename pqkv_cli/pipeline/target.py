@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pqkv_cli.errors import ModelError, RunError, UsageError, did_you_mean
+from pqkv_cli.models.gguf_check import only_gguf
 from pqkv_cli.models.model_files import check_no_adapter
 from pqkv_cli.pipeline.hub_name import HubName, parse_hub_name
 from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, MODEL_FILE, RECIPE_FILE, PathKind, Run, kind_of, runs_under
@@ -62,11 +63,11 @@ def resolve_target(reference: str) -> Target:
     if hub is not None:
         return Target(reference, None, None, _default_recipe(reference.split("/")[-1], reference), True, hub)
     if "/" in reference or reference.startswith(("~", ".")):
-        raise ModelError(f"{reference} does not exist; expected a directory that holds {_EXPECTED}")
+        raise ModelError(f"{reference} does not exist; expected a directory that holds {_EXPECTED}, or a GGUF file")
     names = [*recipe_names(), *(run.name for run in runs_under(RUNS))]
     raise UsageError(
         f"{reference!r} is neither an existing path nor a recipe{did_you_mean(reference, names)}; give a directory, "
-        f"an org/name hub id (of an artifact also org/name@revision), or one of {', '.join(recipe_names())}"
+        f"a GGUF file, an org/name hub id (of an artifact also org/name@revision), or one of {', '.join(recipe_names())}"
     )
 
 
@@ -97,7 +98,8 @@ def _existing(reference: str, path: Path) -> Target:
         case "model":
             # Absolute, so that the run can be used from any directory.
             absolute = path.resolve()
-            return Target(reference, kind, path, _default_recipe(absolute.name, str(absolute)), True)
+            name = absolute.stem if absolute.is_file() else absolute.name
+            return Target(reference, kind, path, _default_recipe(name, str(absolute)), True)
         case "recipe":
             return Target(reference, kind, path, load_recipe(path))
         case "artifact":
@@ -107,7 +109,8 @@ def _existing(reference: str, path: Path) -> Target:
     what = (
         "a file of another kind" if path.is_file() else "a directory without any of these" if any(path.iterdir()) else "empty"
     )
-    raise ModelError(f"{reference} is {what}; expected {_EXPECTED}")
+    hint = only_gguf(path) if path.is_dir() else ""
+    raise ModelError(f"{reference} is {what}; expected {_EXPECTED}, or a GGUF file{hint and '.'}{hint}")
 
 
 def _default_recipe(name: str, model: str) -> Recipe:

@@ -11,9 +11,10 @@ from pqkv_cli.artifact.check import check_model
 from pqkv_cli.artifact.exercise import CodecTest, exercise_codecs
 from pqkv_cli.artifact.store import Artifact, artifact_file, open_artifact
 from pqkv_cli.errors import ArtifactError, GateError
+from pqkv_cli.models.converted import Note, nobody
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.identity import model_identity
-from pqkv_cli.models.load import load_model
+from pqkv_cli.models.load import load_model, settled
 from pqkv_cli.models.resolve import ResolvedModel, resolve_model
 from pqkv_cli.pipeline.quality import load_recorded, recheck
 from pqkv_cli.pipeline.start import Source
@@ -79,8 +80,10 @@ class Verification:
             raise kind(f"{self.path} failed {len(self.failed)} of {len(self.checks)} checks:\n{lines}")
 
 
-def verify(path: Path, against: str | None = None, quality: QualityRequest | None = None) -> Verification:
+def verify(path: Path, against: str | None = None, quality: QualityRequest | None = None, note: Note = nobody) -> Verification:
     """Check the artifact at `path`, that it belongs to the model `against`, if one is named, and its `quality`, if asked for.
+
+    `note` is told that a GGUF file is converted, where it is.
 
     Raises
     ------
@@ -96,10 +99,10 @@ def verify(path: Path, against: str | None = None, quality: QualityRequest | Non
         artifact = open_artifact(path)
     except ArtifactError as error:
         return Verification(path, None, (Check("reader's laws", "failed", str(error)),))
-    return Verification(artifact.path, artifact.sha256, tuple(_checks(artifact, resolved, quality)))
+    return Verification(artifact.path, artifact.sha256, tuple(_checks(artifact, resolved, quality, note)))
 
 
-def _checks(artifact: Artifact, model: ResolvedModel | None, quality: QualityRequest | None) -> Iterator[Check]:
+def _checks(artifact: Artifact, model: ResolvedModel | None, quality: QualityRequest | None, note: Note) -> Iterator[Check]:
     detail = (
         f"content hash {artifact.sha256[:12]}, {artifact.file_bytes:,} bytes; header, geometry, tensors and values are right"
     )
@@ -110,7 +113,8 @@ def _checks(artifact: Artifact, model: ResolvedModel | None, quality: QualityReq
         return
     # Before the model is loaded: without a record there is nothing to measure for.
     recorded = None if quality is None else load_recorded(quality.source, artifact)
-    loaded, tokenizer = load_model(model, None if recorded is None else getattr(torch, recorded.dtype.removeprefix("torch.")))
+    dtype = None if recorded is None else getattr(torch, recorded.dtype.removeprefix("torch."))
+    loaded, tokenizer = load_model(settled(model, note), dtype)
     of_model = _model_check(artifact, model, loaded)
     yield of_model
     if quality is None or recorded is None:

@@ -74,6 +74,8 @@ TABLE = [
     ("calibrate lama-3-8b", 2, "did you mean 'llama-3-8b'"),
     ("calibrate", 1, "start one with: pqkv calibrate MODEL"),
     ("calibrate ./nowhere", 1, "does not exist"),
+    ("calibrate llama-3-8b --model ./nowhere", 1, "is not there"),
+    ("run llama-3-8b --model {empty}", 1, "is empty"),
     ("calibrate {empty}", 1, "is empty"),
     ("calibrate {foreign}", 1, "expected a model (config.json)"),
     ("calibrate {bare} --data {text}", 1, "no weights"),

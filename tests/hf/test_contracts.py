@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from family_models import FAMILIES, family_config, family_model
+from tiny_gguf import vocabulary, write_gguf
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Cache, DynamicCache, DynamicLayer
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -17,6 +18,14 @@ from transformers.masking_utils import sdpa_mask
 from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.hf.attention import attention_of
 from pqkv_cli.hf.attention_arguments import CAUSAL, IRRELEVANT, SINKS, SOFTCAP
+from pqkv_cli.hf.gguf_files import (
+    is_unknown_architecture,
+    read_config,
+    read_model,
+    read_tokenizer,
+    readable_architectures,
+    save,
+)
 from pqkv_cli.hf.modules import attention_modules, forward_globals, output_weight
 from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_keyword
 from pqkv_cli.hf.taps import tap
@@ -157,3 +166,41 @@ def test_the_mask_of_sdpa_takes_the_arguments_that_ours_hands_on() -> None:
 
 def test_torch_has_the_private_functions_that_handles_and_checks_use() -> None:
     assert callable(torch.Tensor._make_wrapper_subclass) and callable(torch._assert_async)
+
+
+@pytest.fixture
+def gguf_file(tiny: Any, tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "m.gguf", tiny("llama", vocab_size=len(vocabulary())), "Q8_0")
+
+
+def test_the_reader_of_gguf_draws_its_bar_with_a_name_of_its_module(gguf_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = read_config(gguf_file)
+    model, missing = read_model(gguf_file, config, torch.float32)
+    assert capfd.readouterr() == ("", "") and missing == []
+    assert model.dtype == torch.float32 and not any("Gguf" in type(module).__name__ for module in model.modules())
+
+
+def test_a_model_from_gguf_is_saved_as_any_other(gguf_file: Path, tmp_path: Path) -> None:
+    config = read_config(gguf_file)
+    model, _ = read_model(gguf_file, config, torch.float32)
+    tokenizer, _ = read_tokenizer(gguf_file, {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.eos_token_id": 2})
+    assert tokenizer.eos_token == "</s>"
+    save(model, tokenizer, tmp_path / "saved")
+    assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=False)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_reader_of_gguf_leaves_out_scaled_rotary_embedding(tiny: Any, tmp_path: Path) -> None:
+    # Once it reads them itself, `models/gguf_rope.py` has nothing to do any more.
+    model = tiny("llama", vocab_size=len(vocabulary()))
+    file = write_gguf(tmp_path / "m.gguf", model, rope_freqs=[1.0] * 4 + [8.0] * 4, llama__rope__scaling__type="yarn")
+    assert read_config(file).rope_parameters["rope_type"] == "default"
+
+
+def test_kinds_of_models_that_gguf_is_not_read_for_are_told_in_these_words(tiny: Any, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", tiny("llama", vocab_size=len(vocabulary())), architecture="rwkv7")
+    with pytest.raises(Exception) as raised:
+        read_config(file)
+    assert is_unknown_architecture(raised.value), raised.value
+    assert {"llama", "qwen2", "gemma2"} <= set(readable_architectures())

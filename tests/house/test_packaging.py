@@ -56,6 +56,6 @@ def test_transformers_models_import_from_the_root(root: Path) -> None:
 def test_recipes_are_found_through_the_package() -> None:
     wanted = (
         "demo gemma-3-12b gpt-oss-20b llama-2-7b llama-3-8b llama-3.1-8b llama-3.2-1b llama-3.2-3b mistral-7b phi-4 qwen2.5-7b "
-        "qwen3-32b qwen3-8b smollm3-3b"
+        "qwen3-32b qwen3-8b smollm2-135m smollm3-3b"
     )
     assert recipe_names() == tuple(wanted.split())
