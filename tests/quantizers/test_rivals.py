@@ -49,7 +49,8 @@ def test_what_is_counted_is_what_is_stored(name: str, rate: int, side: Side) -> 
     assert torch.equal(decoded, codec.encode_decode(x))
 
 
-@pytest.mark.parametrize("name", [name for name, _ in LOWEST])
+# One layer alone is AQUA-KV's first, which has four bits at every rate.
+@pytest.mark.parametrize("name", [name for name, _ in LOWEST if name != "aqua-kv"])
 def test_more_bits_lose_less(name: str) -> None:
     x = support.samples(seed=1).vectors
     rates = [rate for rate in METHODS[name].rates if (name, rate) in RATES]
