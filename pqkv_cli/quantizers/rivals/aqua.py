@@ -4,8 +4,8 @@ With K~, V~ what decoding gives (keys before rotary embedding, all heads of a to
 
 - keys: code ``K_l - P_l K~_{l-1}``
 - values: code ``V_l - Q_l [K~_l ; V~_{l-1}]``
-- P, Q: ridge regressions with an offset, trained one after another on decoded inputs (section 3.2, algorithm 1)
-- residuals go through HIGGS; the first layer has no prediction and 4 bits; the first four tokens are exact (section 4)
+- P, Q: ridge regressions with an offset, trained one after another on decoded inputs
+- residuals go through HIGGS; the first layer has no prediction and 4 bits; the first four tokens are exact
 - its window of 128 recent tokens is left out
 
 A layer can be read only after all layers before it have been rebuilt, so nothing can attend to the codes: a way to store a

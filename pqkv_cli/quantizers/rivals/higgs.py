@@ -1,12 +1,12 @@
 """HIGGS (Malinovskii et al., NAACL 2025, arXiv 2411.17525), as AQUA-KV (Shutova et al., ICML 2025, arXiv 2501.19392) uses it.
 
 - the channels of all heads of a token stand side by side in groups; every group is turned by a Hadamard transform with random
-  signs and divided by its root mean square, which is kept in half precision (HIGGS, algorithm 1: linear in the data, so that
-  the error of a group is that of a normal variable times its norm)
+  signs and divided by its root mean square, which is kept in half precision; the relative error of every group is then that
+  of a normal variable, which the paper shows to be what counts
 - pairs of channels take the nearest of n points that are optimal for a normal vector: n = 16, 64 and 256 for 2, 3 and 4 bits
 - groups are the largest power of two that divides a token of all heads, at most 1024 (AQUA-KV: 1024; the authors fill up
   narrower tokens with zeros, here the group is smaller instead)
-- keys before rotary embedding, and the first four tokens exact (AQUA-KV, section 4); its window of 128 recent tokens is left
+- keys before rotary embedding, and the first four tokens exact, as AQUA-KV has them; its window of 128 recent tokens is left
   out
 
 Ours: the points come from k-means on a normal sample instead of the authors' files of CLVQ grids (same optimum, same error).

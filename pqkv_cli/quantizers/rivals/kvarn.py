@@ -2,8 +2,8 @@
 
 Per head and tile of 128 tokens: channels go through a Walsh-Hadamard transform, then tokens and channels are divided by their
 standard deviations in turn until both are even (16 rounds, as in the authors' release; the scales of the most even round are
-taken, as in SINQ, arXiv 2509.22944, of the same authors, equation for the imbalance), then entries are rounded to equally
-spaced levels with a range per channel of the tile for keys and per token for values. Keys are coded after rotary embedding.
+taken, by the measure of imbalance of their earlier SINQ, arXiv 2509.22944), then entries are rounded to equally spaced levels
+with a range per channel of the tile for keys and per token for values. Keys are coded after rotary embedding.
 
 The scale along the axis of the ranges is part of them, so a tile stores, in half precision: scale and zero point per channel
 and one scale per token (keys), or scale and zero point per token and one scale per channel (values). Shipped with 4 bits for

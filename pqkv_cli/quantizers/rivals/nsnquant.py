@@ -1,6 +1,6 @@
 """NSNQuant (Son et al., NeurIPS 2025, arXiv 2505.18231): normalize, shift, normalize. Needs no calibration.
 
-Per head and block of 64 tokens (section 4): every token is divided by its root mean square s1, the mean o of each channel over
+Per head and block of 64 tokens: every token is divided by its root mean square s1, the mean o of each channel over
 the block is taken out, and every token is divided by its root mean square s2 again; after a Hadamard transform what is left
 is close to standard normal for any model and text. So one codebook serves everywhere, for 8 channels at a time:
 

@@ -2,7 +2,7 @@
 
 - keys, after rotary embedding: each channel is divided by ``lambda_c``, the root of its largest magnitude on calibration
   text, and heads are turned by a Walsh-Hadamard transform; queries take both in the other direction, so scores stay what they
-  were (section 3: smooth and Hadamard transformation). Here keys are turned back instead, which is the same
+  were (the paper's smooth and Hadamard transformations). Here keys are turned back instead, which is the same
 - values as they are
 - one codebook per layer, side and head, shared by all its sub-vectors, by k-means in the transformed space. Sub-vectors of d
   channels with b bits: (2, 8), (4, 12), (4, 8) and (8, 8) for 4, 3, 2 and 1 bits; the paper has (4, 12), (4, 8), (8, 12) and
