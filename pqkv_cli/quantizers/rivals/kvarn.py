@@ -8,7 +8,8 @@ with a range per channel of the tile for keys and per token for values. Keys are
 The scale along the axis of the ranges is part of them, so a tile stores, in half precision: scale and zero point per channel
 and one scale per token (keys), or scale and zero point per token and one scale per channel (values). Shipped with 4 bits for
 keys and 2 for values (``kvarn-k4v2``); the paper's tables are 2 bits for both. The pool of exact sinks and the unfinished tile
-of the release in vLLM: tokens of an unfinished tile stay exact here too, sinks are not kept.
+of the release in vLLM: tokens of an unfinished tile stay exact here too, sinks are not kept. Ours: scales below 1/128 of their
+mean are raised to it, as half precision could not hold what a large channel that hardly varies is divided into.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ TILE_TOKENS = 128
 MOST_GROUP_CHANNELS = 128
 ROUNDS = 16
 SCALE_BITS = 16
-TINY = torch.finfo(torch.float16).tiny
+# Stored scales are at least this share of their mean.
+LEAST_SCALE = 1 / 128
 
 
 class BalancedKeys(RivalCodec):
@@ -39,7 +41,7 @@ class BalancedKeys(RivalCodec):
     def quantize(self, x: torch.Tensor) -> Payload:
         """Code the tokens of `x` [B, Hkv, T, D]; T is a multiple of 128."""
         tiles = turn(x, self._matrix).unflatten(2, (-1, TILE_TOKENS))
-        per_token = balance(tiles)[0].clamp(min=TINY).half()
+        per_token = balance(tiles)[0].half()
         coded = quantize_groups((tiles / per_token.float()).mT, self._nbits)
         return Payload(coded.codes, self._nbits, (*coded.scales, per_token))
 
@@ -62,7 +64,7 @@ class BalancedValues(RivalCodec):
     def quantize(self, x: torch.Tensor) -> Payload:
         """Code the tokens of `x` [B, Hkv, T, D]; T is a multiple of 128."""
         tiles = turn(x, self._matrix).unflatten(2, (-1, TILE_TOKENS))
-        per_channel = balance(tiles)[1].clamp(min=TINY).half()
+        per_channel = balance(tiles)[1].half()
         even = tiles / per_channel.float()
         coded = quantize_groups(even.unflatten(-1, (-1, self._group_size)), self._nbits)
         return Payload(coded.codes, self._nbits, (*coded.scales, per_channel))
@@ -98,20 +100,29 @@ class KVarN:
 def balance(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales per token [..., T, 1] and channel [..., 1, D] that make standard deviations of `tiles` [..., T, D] even.
 
-    Of all rounds the one is taken whose largest standard deviation of a token or channel is the smallest multiple of the
-    smallest one.
+    Both have a mean of about 1. Of all rounds the one is taken whose largest standard deviation of a token or channel is the
+    smallest multiple of the smallest one.
     """
     per_token, per_channel = torch.ones_like(tiles[..., :1]), torch.ones_like(tiles[..., :1, :])
     best = (per_token, per_channel)
     least = _imbalance(tiles)
     for _ in range(ROUNDS):
-        per_channel = per_channel * _spread(tiles / per_token / per_channel, -2)
-        per_token = per_token * _spread(tiles / per_token / per_channel, -1)
+        per_channel = _bounded(per_channel * _spread(tiles / per_token / per_channel, -2))
+        per_token = _bounded(per_token * _spread(tiles / per_token / per_channel, -1))
         found = _imbalance(tiles / per_token / per_channel)
         better = found < least
         least = torch.where(better, found, least)
         best = (torch.where(better, per_token, best[0]), torch.where(better, per_channel, best[1]))
     return best
+
+
+def _bounded(scales: torch.Tensor) -> torch.Tensor:
+    """Return `scales` of tiles [..., T, 1] or [..., 1, D] with a mean of 1 and none very small.
+
+    Ranges take up any common factor. Without the bound a channel that is large and hardly varies would have scales, or ranges
+    of what is divided by them, that no half can hold.
+    """
+    return (scales / scales.mean((-2, -1), keepdim=True)).clamp(min=LEAST_SCALE)
 
 
 def _spread(tiles: torch.Tensor, dim: int) -> torch.Tensor:
