@@ -175,7 +175,7 @@ def _row(record: Record) -> tuple[object, ...]:
     numbers = record["metrics"]
     seconds = record["cost"]["fit_seconds"]
     return (
-        record["method"],
+        f"{record['method']} (at rest)" if record["at_rest"] else record["method"],
         f"{record['native_bits']:g}",
         f"{record['bits_per_channel']['total']:.3f}",
         numbers["kl_bits"]["quantized"],

@@ -24,6 +24,7 @@ from pqkv_cli.evaluation.windows import check_context, divergence_metrics, posit
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.quantizers.rivals.protocol import Rival, RivalCodec
+from pqkv_cli.quantizers.rivals.registry import is_at_rest
 from pqkv_cli.quantizers.rivals.stored import StoredBits
 from pqkv_cli.runtime.attach import artifact_codecs, simulate
 from pqkv_cli.specs import Side
@@ -69,6 +70,8 @@ class Contestant:
         Of every layer, None where the layer stays dense.
     bits
         Returns the record's ``bits_per_channel``, once all windows are through.
+    at_rest
+        Whether its codes have to be rebuilt, layer after layer, before anyone attends to them.
     """
 
     method: str
@@ -78,6 +81,7 @@ class Contestant:
     table_bytes: int
     artifact_sha256: str | None = None
     fit_seconds: float | None = None
+    at_rest: bool = False
     parts: list[Divergence] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -104,12 +108,12 @@ def rival_contestant(rival: Rival, source: SampleSource, model: Any, seed: int) 
     meters = [codec for layer in codecs if layer for codec in layer.values()]
     nominal = fmean([meter.bits_per_channel for meter in meters])
     tables = sum(codec.table_bytes for layer in fitted if layer for codec in layer.values())
-    seconds = time.perf_counter() - started
+    seconds, at_rest = time.perf_counter() - started, is_at_rest(rival.name)
 
     def bits() -> dict[str, float]:
         return _document(sum((meter.stored for meter in meters), StoredBits()), nominal)
 
-    return Contestant(rival.name, rival.nbits, _widened(codecs), bits, tables, fit_seconds=seconds)
+    return Contestant(rival.name, rival.nbits, _widened(codecs), bits, tables, fit_seconds=seconds, at_rest=at_rest)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ def _record(subject: Subject, settings: EvaluationSettings, own: Contestant, num
         "mode": MODE,
         "method": own.method,
         "native_bits": own.native_bits,
+        "at_rest": own.at_rest,
         "status": "unavailable" if failed else "complete",
         **({"error": own.failures[0]} if failed else {}),
         "model": model_facts(subject),

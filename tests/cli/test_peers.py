@@ -39,6 +39,13 @@ def test_one_table_one_picture_and_the_numbers(
     assert list((run / "results").glob("*.json")) == []
 
 
+def test_what_nothing_can_attend_to_is_marked(pqkv: Callable[..., Any], words: list[object]) -> None:
+    answer = pqkv(*words, "--peers", "higgs:4,aqua-kv:4")
+    assert answer.code == 0, answer.err
+    names = [line.split("│")[1].strip() for line in answer.out.splitlines() if line.startswith("│")]
+    assert sorted(names) == ["aqua-kv (at rest)", "higgs", "pqkv"]
+
+
 def test_json_of_a_comparison_is_its_records(pqkv: Callable[..., Any], words: list[object]) -> None:
     answer = pqkv(*words, "--peers", "turboquant:2", "--json", "-")
     assert answer.code == 0, answer.err

@@ -73,6 +73,23 @@ def test_rivals_get_records_of_their_own(subject: Callable[..., Subject], store:
     assert coarse["cost"]["fit_seconds"] >= 0
 
 
+def test_layers_are_predicted_from_decoded_ones_in_the_cache(subject: Callable[..., Subject], store: CalibrationStore) -> None:
+    made = subject()
+    contestants = [rival_contestant(rival, store, made.model, 0) for rival in parse_rivals("higgs:2,aqua-kv:2,nsnquant:2")]
+    plain, predicted, normalized = judged(made, contestants)
+    assert [r["at_rest"] for r in (plain, predicted, normalized)] == [False, True, False]
+    # Residuals are no larger than what they are residuals of, and the first layer has four bits.
+    assert predicted["metrics"]["kl_bits"]["quantized"] < plain["metrics"]["kl_bits"]["quantized"]
+    layers = len([codecs for codecs in contestants[1].codecs if codecs])
+    tokens = 92 / 96  # all but four
+    assert plain["bits_per_channel"]["codes"] == pytest.approx(2 * tokens)
+    assert predicted["bits_per_channel"]["codes"] == pytest.approx((2 + 2 / layers) * tokens)
+    assert (plain["table_bytes"], predicted["table_bytes"] > 0) == (0, True)
+    # One block of 64 tokens, and 32 that fill none.
+    assert normalized["bits_per_channel"]["codes"] == pytest.approx(2 * 64 / 96)
+    assert normalized["bits_per_channel"]["exact_tokens"] == pytest.approx(16 * 32 / 96)
+
+
 def test_a_rival_that_cannot_be_fitted_says_why_and_stops_nobody(
     subject: Callable[..., Subject], store: CalibrationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

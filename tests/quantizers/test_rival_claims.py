@@ -7,12 +7,12 @@ import rival_support as support
 import torch
 
 from pqkv_cli.errors import PqkvError, UnsupportedModelError
+from pqkv_cli.quantizers.rivals.hadamard import hadamard
 from pqkv_cli.quantizers.rivals.kivi import Kivi
 from pqkv_cli.quantizers.rivals.kvquant import KVQuant, channel_range
 from pqkv_cli.quantizers.rivals.levels import fitted_levels, nearest_level, sphere_levels
 from pqkv_cli.quantizers.rivals.million import Million
 from pqkv_cli.quantizers.rivals.protocol import RivalCodec, Samples
-from pqkv_cli.quantizers.rivals.rotatekv import hadamard
 from pqkv_cli.quantizers.rivals.transformers_cache import LibraryCache
 from pqkv_cli.quantizers.rivals.turboquant import random_rotation
 
@@ -84,11 +84,11 @@ def test_kvquant_levels_beat_uniform_ones_and_follow_the_weights() -> None:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(20000, generator=g).clamp(-4, 4)
     uniform = torch.linspace(-4, 4, 8)
-    levels = fitted_levels(x, torch.ones_like(x), 8, g)
+    levels = fitted_levels(x, torch.ones_like(x), 8)
     errors = [(x - line[nearest_level(x, line).long()]).square().mean() for line in (levels, uniform)]
     assert 2 * errors[0] < errors[1]
     assert float(errors[0]) == pytest.approx(0.0345, abs=0.002)  # Max 1960: eight levels of a normal variable
-    drawn = fitted_levels(x, torch.where(x > 1, 100.0, 1.0), 8, g)
+    drawn = fitted_levels(x, torch.where(x > 1, 100.0, 1.0), 8)
     assert (drawn > 1).sum() > (levels > 1).sum()
 
 

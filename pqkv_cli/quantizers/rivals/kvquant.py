@@ -27,8 +27,10 @@ from pqkv_kernels.layout import RotaryLayout
 
 OUTLIER_SHARE = 0.01
 SINKS = ExactTokens(num_sinks=1)
-# Entries that k-means sees, and the share of a mean token's weight that every token has.
+# Entries that levels are fitted to, tokens that entries of values are drawn from, and the share of a mean token's weight that
+# every token has.
 FIT_ENTRIES = 1 << 17
+FIT_TOKENS = 1 << 12
 DAMPING = 0.1
 Q_NORM_BITS = 2
 
@@ -153,33 +155,46 @@ class KVQuant:
     def _fit_keys(self, layer: Samples, generator: torch.Generator) -> RivalCodec:
         low, high = channel_range(layer.vectors, self._share)
         offset, half_range = (high + low) / 2, (high - low) / 2
-        scaled = _normalized(layer.vectors, offset[:, None], half_range[:, None])
-        weights = _sensitivity(layer) * half_range.square()[:, None]
-        inside = scaled.abs() <= 1
-        levels = _levels(scaled[inside], weights[inside], self.nbits, generator)
-        share = 1 - float(inside.float().mean())
-        sparse = self._share > 0
+        heads, tokens, dim = layer.vectors.shape
+        drawn = torch.randint(heads * tokens * dim, (FIT_ENTRIES,), generator=generator)
+        # Channel by channel: entry (h, t, d) has the range of (h, d).
+        channel = drawn // (tokens * dim) * dim + drawn % dim
+        entries = _normalized(layer.vectors.reshape(-1)[drawn], offset.flatten()[channel], half_range.flatten()[channel])
+        weights = _token_sensitivity(layer).flatten()[drawn // dim]
+        weights = weights * (layer.channel_weight * half_range.square()).flatten()[channel]
+        within = entries.abs() <= 1
+        levels = _levels(entries[within], weights[within], self.nbits)
+        outside = (layer.vectors < low[:, None]) | (layer.vectors > high[:, None])
         return PerChannelLevels(
-            offset, half_range, levels, self.nbits, sparse=sparse, expected_share=share, rotary=layer.rotary
+            offset,
+            half_range,
+            levels,
+            self.nbits,
+            sparse=self._share > 0,
+            expected_share=float(outside.float().mean()),
+            rotary=layer.rotary,
         )
 
     def _fit_values(self, layer: Samples, generator: torch.Generator) -> RivalCodec:
-        rows = layer.vectors.transpose(0, 1).flatten(1)  # [N, Hkv * D]
+        chosen = torch.randperm(layer.vectors.shape[1], generator=generator)[:FIT_TOKENS]
+        rows = layer.vectors[:, chosen].transpose(0, 1).flatten(1)  # [n, Hkv * D]
         num_outliers = max(1, round(self._share / 2 * rows.shape[1])) if self._share else 0
         offset, half_range, outer = token_ranges(rows, num_outliers)
         scaled = _normalized(rows, offset.float()[:, None], half_range.float()[:, None])
-        weights = _sensitivity(layer).transpose(0, 1).flatten(1) * half_range.float().square()[:, None]
+        weights = _token_sensitivity(layer)[:, chosen, None] * layer.channel_weight[:, None]
+        weights = weights.transpose(0, 1).flatten(1) * half_range.float().square()[:, None]
         inside = torch.ones_like(rows, dtype=torch.bool).scatter_(1, outer, False)
-        levels = _levels(scaled[inside], weights[inside], self.nbits, generator)
-        return PerTokenLevels(levels, self.nbits, rows.shape[1], num_outliers)
+        entries, weights = scaled[inside], weights[inside]
+        drawn = torch.randint(len(entries), (min(FIT_ENTRIES, len(entries)),), generator=generator)
+        return PerTokenLevels(_levels(entries[drawn], weights[drawn], self.nbits), self.nbits, rows.shape[1], num_outliers)
 
 
 def channel_range(vectors: torch.Tensor, outlier_share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ends [Hkv, D] between which all but `outlier_share` of each channel of `vectors` [Hkv, N, D] lie."""
-    ordered = vectors.sort(dim=1).values
-    last = vectors.shape[1] - 1
-    cut = round(outlier_share / 2 * last)
-    return ordered[:, cut], ordered[:, last - cut]
+    columns = vectors.mT.contiguous()
+    num_tokens = vectors.shape[1]
+    cut = round(outlier_share / 2 * (num_tokens - 1))
+    return columns.kthvalue(cut + 1, dim=-1).values, columns.kthvalue(num_tokens - cut, dim=-1).values
 
 
 def token_ranges(rows: torch.Tensor, num_outliers: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -195,23 +210,20 @@ def _normalized(x: torch.Tensor, offset: torch.Tensor, half_range: torch.Tensor)
     return (x - offset) / half_range.clamp(min=torch.finfo(torch.float16).tiny)
 
 
-def _sensitivity(layer: Samples) -> torch.Tensor:
-    """Return the weight [Hkv, N, D] of every entry."""
+def _token_sensitivity(layer: Samples) -> torch.Tensor:
+    """Return the weight [Hkv, N] of every token's entries."""
     mass = layer.token_weight
     mass = mass / mass.mean(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    mass = mass.sqrt() + DAMPING
-    return mass[..., None] * layer.channel_weight[:, None]
+    return mass.sqrt() + DAMPING
 
 
-def _levels(entries: torch.Tensor, weights: torch.Tensor, nbits: int, generator: torch.Generator) -> LevelPair:
-    chosen = torch.randint(len(entries), (min(FIT_ENTRIES, len(entries)),), generator=generator)
-    sample = entries[chosen]
-    levels = fitted_levels(sample, weights[chosen], 1 << nbits, generator).half().float()
+def _levels(entries: torch.Tensor, weights: torch.Tensor, nbits: int) -> LevelPair:
+    levels = fitted_levels(entries, weights, 1 << nbits).half().float()
     if nbits > Q_NORM_BITS:
         return LevelPair(levels, levels)
-    coded = levels[nearest_level(sample, levels).long()]
-    stretch = sample.std() / coded.std().clamp(min=torch.finfo(torch.float32).tiny)
-    return LevelPair(levels, ((levels - coded.mean()) * stretch + sample.mean()).half().float())
+    coded = levels[nearest_level(entries, levels).long()]
+    stretch = entries.std() / coded.std().clamp(min=torch.finfo(torch.float32).tiny)
+    return LevelPair(levels, ((levels - coded.mean()) * stretch + entries.mean()).half().float())
 
 
 def _place_dtype(width: int) -> torch.dtype:

@@ -5,24 +5,33 @@ from dataclasses import dataclass
 from functools import partial
 
 from pqkv_cli.errors import UsageError, did_you_mean
+from pqkv_cli.quantizers.rivals.aqua import AquaKV
+from pqkv_cli.quantizers.rivals.higgs import Higgs
 from pqkv_cli.quantizers.rivals.kivi import Kivi
+from pqkv_cli.quantizers.rivals.kvarn import KVarN
 from pqkv_cli.quantizers.rivals.kvquant import KVQuant
 from pqkv_cli.quantizers.rivals.million import CODES, Million
+from pqkv_cli.quantizers.rivals.nsnquant import NSNQuant
 from pqkv_cli.quantizers.rivals.protocol import Rival
 from pqkv_cli.quantizers.rivals.rotatekv import RotateKV
 from pqkv_cli.quantizers.rivals.rtn import RoundToNearest
 from pqkv_cli.quantizers.rivals.transformers_cache import LibraryCache
 from pqkv_cli.quantizers.rivals.turboquant import TurboQuant
+from pqkv_cli.quantizers.rivals.vecinfer import VecInfer
 
 ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method: how to make it for a native rate, and its rates."""
+    """A method: how to make it for a native rate, and its rates.
+
+    `at_rest` says that nothing can attend to its codes: layers are rebuilt in order before any is read.
+    """
 
     make: Callable[[int], Rival]
     rates: tuple[int, ...]
+    at_rest: bool = False
 
 
 METHODS: Mapping[str, Method] = {
@@ -35,9 +44,20 @@ METHODS: Mapping[str, Method] = {
     "kvquant-dense": Method(partial(KVQuant, outlier_share=0.0, name="kvquant-dense"), (4, 3, 2, 1)),
     "turboquant": Method(TurboQuant, (4, 3, 2, 1)),
     "rotatekv": Method(RotateKV, (4, 3, 2)),
+    "higgs": Method(Higgs, (4, 3, 2)),
+    "aqua-kv": Method(AquaKV, (4, 3, 2), at_rest=True),
+    "nsnquant": Method(NSNQuant, (2, 1)),
+    "kvarn": Method(KVarN, (4, 3, 2)),
+    "kvarn-k4v2": Method(partial(KVarN, key_bits=4, value_bits=2, name="kvarn-k4v2"), (3,)),
+    "vecinfer": Method(VecInfer, (4, 3, 2, 1)),
     "quanto": Method(partial(LibraryCache, backend="quanto"), (4, 2)),
     "hqq": Method(partial(LibraryCache, backend="hqq"), (4, 3, 2, 1)),
 }
+
+
+def is_at_rest(name: str) -> bool:
+    """Return whether the method `name` stores caches that have to be rebuilt before anyone attends to them."""
+    return name in METHODS and METHODS[name].at_rest
 
 
 def parse_rivals(text: str) -> list[Rival]:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pqkv_cli.quantizers.rivals.protocol import ExactTokens, Grouping, RivalCodec, Samples, unsupported
+from pqkv_cli.quantizers.rivals.hadamard import check_power_of_two, hadamard, turn
+from pqkv_cli.quantizers.rivals.protocol import ExactTokens, Grouping, RivalCodec, Samples
 from pqkv_cli.quantizers.rivals.stored import Payload
 from pqkv_cli.quantizers.rivals.uniform import (
     PARAMETER_BITS,
@@ -78,8 +79,7 @@ class RotateKV:
 
     def _fit_layer(self, side: Side, layer: Samples) -> RivalCodec:
         num_heads, _, dim = layer.vectors.shape
-        if dim & (dim - 1):
-            raise unsupported(self.name, f"head_dim {dim}", "a power of two, for which the Walsh-Hadamard transform exists")
+        check_power_of_two(self.name, dim)
         group_size = group_channels(self.name, GROUP_SIZE, num_heads, dim)
         if side == "values":
             return RotatedPerToken(self.nbits, dim, torch.arange(num_heads * dim), group_size, None)
@@ -87,18 +87,3 @@ class RotateKV:
         turned = turn(layer.vectors.transpose(0, 1).flatten(1), hadamard(block))
         order = turned.mean(0).argsort(stable=True)
         return RotatedPerToken(self.nbits, block, order, group_size, layer.rotary)
-
-
-def hadamard(size: int) -> torch.Tensor:
-    """Return the orthonormal Walsh-Hadamard matrix [size, size] fp32 of a power of two; symmetric, its own inverse."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    scaled: torch.Tensor = matrix / size**0.5
-    return scaled
-
-
-def turn(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return `rows` [..., C] with every block of channels multiplied by `matrix` [block, block]."""
-    turned: torch.Tensor = rows.unflatten(-1, (-1, len(matrix))) @ matrix.to(rows.device)
-    return turned.flatten(-2)
