@@ -44,10 +44,10 @@ class CalibrateWords:
 
     def changes(self) -> dict[str, object]:
         """Return what they say of the recipe."""
-        from pqkv_cli.pipeline.start import file_reference
+        from pqkv_cli.pipeline.start import text_references
 
         return {
-            "calibration.data": file_reference(self.data),
+            "calibration.data": text_references(self.data),
             "calibration.samples": self.samples,
             "calibration.seq_len": self.seq_len,
             "calibration.batch_size": self.batch_size,

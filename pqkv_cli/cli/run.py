@@ -44,13 +44,13 @@ def run(
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.cli.result_table import raise_on_bad, show_records, verdict
     from pqkv_cli.cli.words import checked, path_or_none, rate_changes, target_of
-    from pqkv_cli.pipeline.start import file_reference, start_run
+    from pqkv_cli.pipeline.start import start_run, text_references
 
     output, reporter = Output(json_target), TerminalReporter()
     changes = checked(
         {
             **rate_changes(bits, budget),
-            "calibration.data": file_reference(data),
+            "calibration.data": text_references(data),
             "seed": seed,
             "device": device,
             "dtype": dtype,
