@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from tiny_chain import byte_tokenizer, tiny_llama
-from tiny_run import make_recipe
 
 from pqkv_cli.calibration import writing
 from pqkv_cli.calibration.writing import Written
@@ -20,7 +19,7 @@ from pqkv_cli.pipeline.own_text import own_text
 from pqkv_cli.pipeline.reporter import Advance
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.start import text_references
-from pqkv_cli.recipe import Recipe, dump_recipe, load_recipe, override, parse_recipe
+from pqkv_cli.recipe import Recipe, dump_recipe, override, parse_recipe
 
 
 class Silent:
@@ -39,7 +38,10 @@ class Silent:
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setattr(writing, "ROWS", 8)
     monkeypatch.setattr(writing, "STEPS", 256)
-    found = load_recipe(make_recipe(tmp_path))
+    model = tmp_path / "model"
+    tiny_llama().save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    found = Recipe(name="tiny", model=str(model), dtype="float32")
     return override(found, {"calibration.data": "self", "calibration.samples": 12, "calibration.seq_len": 64})
 
 
