@@ -23,6 +23,7 @@ from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
 from pqkv_cli.gates import parse_gates
 from pqkv_cli.rates import CodeStyle, Profile, rate_names
 from pqkv_cli.recipe_faults import describe_faults
+from pqkv_cli.recipe_sources import Sources
 from pqkv_cli.strict_yaml import read_yaml
 
 TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated", "longbench"]
@@ -52,12 +53,12 @@ class _Section(BaseModel):
 
 
 class CalibrationRecipe(_Section):
-    """Which text is run through the model, in what share of it numbers are hidden and asked for, and how much is kept.
+    """Which texts are run through the model, in what share of them numbers are hidden and asked for, and how much is kept.
 
     `fisher` is the number of backward passes per batch that measure what errors of keys and values cost; 0 leaves it out.
     """
 
-    data: str = Field("stdlib:broad", min_length=1)
+    data: Sources = ("stdlib:broad",)
     samples: int = Field(128, ge=2)
     seq_len: int = Field(2048, ge=8)
     batch_size: int = Field(1, ge=1)

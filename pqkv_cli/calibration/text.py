@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pqkv_cli.calibration.hub_text import HUB, hub_text
+from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.calibration.stdlib_text import TEXTS, stdlib_text
 from pqkv_cli.calibration.text_files import file_text, named_file
 from pqkv_cli.errors import DataError, did_you_mean
@@ -24,6 +25,11 @@ def load_text(source: str) -> str:
     UsageError
         If a data set is named in a way that is not understood.
     """
+    if source == SELF:
+        raise DataError(
+            f"data {SELF!r} is text that a model writes for its own calibration, and for nothing else; expected a UTF-8 text "
+            f"file, {_STDLIB}evaluation or {HUB}ORG/NAME. A file of that name is ./{SELF}"
+        )
     if source.startswith(HUB):
         return hub_text(source)
     if source.startswith(_STDLIB):

@@ -60,8 +60,13 @@ DtypeOption = Annotated[
     ),
 ]
 CalibrationDataOption = Annotated[
-    str | None,
-    typer.Option("--data", metavar="FILE", help="Text to calibrate on: a file of text or rows, stdlib:broad, or hf:ORG/NAME."),
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Text to calibrate on: a file of text or rows, stdlib:broad, hf:ORG/NAME, or self, which the model writes; may be "
+        "repeated.",
+    ),
 ]
 SamplesOption = Annotated[int | None, typer.Option("--samples", help="Number of text windows.")]
 SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a window.")]

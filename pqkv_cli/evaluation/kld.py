@@ -19,7 +19,6 @@ from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.prompts import num_positions, shorter
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
-from pqkv_cli.evaluation.uncompressed import uncompressed_cache
 from pqkv_cli.evaluation.windows import (
     Compared,
     by_context,
@@ -31,6 +30,7 @@ from pqkv_cli.evaluation.windows import (
     timed,
 )
 from pqkv_cli.hf.names import cache_argument
+from pqkv_cli.hf.uncompressed import uncompressed_cache
 from pqkv_cli.models.prefix import prefix_ids
 
 DEFAULT_NEW_TOKENS = 1024

@@ -14,7 +14,6 @@ import numpy as np
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.asking import ask
-from pqkv_cli.evaluation.chat import chat_text, has_chat_template, template_notes
 from pqkv_cli.evaluation.names import line_names, longest_name
 from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.prompts import num_positions, prompt_ids, prompt_lengths, require_room
@@ -22,6 +21,7 @@ from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.rows import Row, checked_text, read_rows, shown
 from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.models.chat import chat_text, has_chat_template, template_notes
 from pqkv_cli.models.prefix import plain_ids
 
 ANSWER_TOKENS = 16

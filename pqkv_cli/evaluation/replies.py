@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from pqkv_cli.evaluation.generation_watch import watching
-from pqkv_cli.evaluation.uncompressed import uncompressed_cache
 from pqkv_cli.hf.names import cache_argument
+from pqkv_cli.hf.uncompressed import uncompressed_cache
 from pqkv_cli.runtime.decoding import own_settings
 from pqkv_cli.runtime.texts import added_text
 

@@ -23,6 +23,7 @@ from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.prefix import prefix_ids
 
 _FIRST_SPAN = 128
+_TAILS = {"p99": 0.99, "p99_9": 0.999}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,8 @@ def divergence_metrics(rows: dict[str, Floats], seed: int) -> dict[str, Any]:
         per_window = rows[name].mean(axis=1)
         return {"quantized": float(rows[name].mean()), "ci95": interval95(mean, per_window, per_window, seed)}
 
-    kl_bits = one("kl_bits") | {"p99": float(np.quantile(rows["kl_bits"], 0.99))}
+    tails = {name: float(np.quantile(rows["kl_bits"], share)) for name, share in _TAILS.items()}
+    kl_bits = one("kl_bits") | tails
     return {"kl_bits": kl_bits, "top1_agreement": one("agrees"), "top5_agreement": one("top5")}
 
 

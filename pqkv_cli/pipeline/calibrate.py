@@ -8,14 +8,16 @@ from pathlib import Path
 
 from pqkv_cli.calibration.collect import collect
 from pqkv_cli.calibration.formats import read_json
+from pqkv_cli.calibration.mixing import mixed_windows
+from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.calibration.ranks import current_ranks
 from pqkv_cli.calibration.recall import with_recall
 from pqkv_cli.calibration.settings import CollectSettings
-from pqkv_cli.calibration.text import load_text, token_windows
 from pqkv_cli.errors import RunError, is_out_of_memory
 from pqkv_cli.models.memory import free_memory
 from pqkv_cli.models.resolve import resolve_model
-from pqkv_cli.pipeline.content import model_fingerprint, text_identity
+from pqkv_cli.pipeline.calibration_text import named_texts, tell_written, written_texts
+from pqkv_cli.pipeline.content import model_fingerprint, texts_identity
 from pqkv_cli.pipeline.loading import open_model
 from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
 from pqkv_cli.pipeline.reporter import Reporter
@@ -33,7 +35,8 @@ def calibrate(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
         If the model or the text cannot be used; nothing is written then.
     """
     wanted = recipe.calibration
-    content = {"model": model_fingerprint(resolve_model(recipe.model).path_or_id), "data": text_identity(wanted.data)}
+    fingerprint = model_fingerprint(resolve_model(recipe.model).path_or_id)
+    content = {"model": fingerprint, "data": texts_identity(wanted.data, fingerprint, recipe.seed)}
 
     def prepare() -> "_Work":
         return _Work(run, recipe, reporter)
@@ -41,6 +44,7 @@ def calibrate(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
     inputs = stage_inputs(run, recipe, "calibrate", content)
     outcome = do_stage(run, recipe, StageWork("calibrate", inputs, run.calibration, prepare), reporter)
     if outcome.was_done:
+        tell_written(recipe, run)
         current_ranks().told(True)  # what `collect` says where it finds everything finished
     return outcome
 
@@ -51,28 +55,33 @@ def assist_calibrate(run: Run, recipe: Recipe, reporter: Reporter) -> None:
 
 
 class _Work:
-    """The model and its windows, opened and found good."""
+    """The model and its texts, opened and found good; what the model itself writes it writes at work."""
 
     def __init__(self, run: Run, recipe: Recipe, reporter: Reporter) -> None:
-        wanted = recipe.calibration
-        text = load_text(wanted.data)
-        self.model, tokenizer = open_model(recipe, reporter)
-        windows = token_windows(tokenizer, text, wanted.samples, wanted.seq_len, recipe.seed)
-        self.windows = with_recall(tokenizer, windows, wanted.recall_share, recipe.seed)
+        self.run, self.recipe, self.reporter = run, recipe, reporter
+        self.texts = named_texts(recipe)
+        self.model, self.tokenizer = open_model(recipe, reporter)
+        if len(self.texts) == len(recipe.calibration.data):
+            self._cut(list(self.texts.values()))  # too short a text is found before anything is written
+
+    def _cut(self, texts: list[str]) -> None:
+        """Cut `texts` into windows, and settle what decides the result."""
+        wanted, seed = self.recipe.calibration, self.recipe.seed
+        windows = mixed_windows(self.tokenizer, texts, wanted.samples, wanted.seq_len, seed)
+        self.windows = with_recall(self.tokenizer, windows, wanted.recall_share, seed)
         self.settings = CollectSettings(
-            data_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            data_sha256=hashlib.sha256("\n\n".join(texts).encode()).hexdigest(),
             num_samples=wanted.samples,
             seq_len=wanted.seq_len,
             batch_size=wanted.batch_size,
             reservoir_size=wanted.reservoir_size,
-            seed=recipe.seed,
+            seed=seed,
             fisher_draws=wanted.fisher,
         )
-        self.run, self.reporter = run, reporter
 
     def __call__(self) -> Facts:
         """Run the windows through the model and say what came of it."""
-        asked = self.settings.batch_size
+        asked = self.recipe.calibration.batch_size
         self.collect()
         settings = self.settings
         return {
@@ -90,6 +99,9 @@ class _Work:
         Alone, where memory does not suffice for a batch, it begins again with half as many windows in each, and ends with the
         bytes that a calibration asked for with that size ends with.
         """
+        if SELF in self.recipe.calibration.data:
+            texts = self.recipe, self.run, self.texts
+            self._cut(written_texts(*texts, self.model, self.tokenizer, self.reporter))
         self.settings = _come_down_to(self.run.calibration, self.settings)
         while True:
             try:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pqkv_cli.calibration.hub_text import HUB
+from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.calibration.text_files import files_of, named_file
 from pqkv_cli.models.gguf_header import content_key, is_gguf
 
@@ -34,6 +35,12 @@ def text_identity(source: str) -> str:
         return source  # of the hub: what its name says is all that is known without fetching it
     # The standard library is another text under every Python version.
     return f"{source} of Python {sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"
+
+
+def texts_identity(sources: Sequence[str], fingerprint: str, seed: int) -> str:
+    """Return what identifies the texts of `sources`; of ``self`` the model of `fingerprint` and its seed."""
+    own = f"{SELF} of model {fingerprint} with seed {seed}"
+    return " and ".join(own if source == SELF else text_identity(source) for source in sources)
 
 
 def _files_hash(root: Path, files: Sequence[Path]) -> str:

@@ -114,7 +114,7 @@ def _open(source: Source, reporter: Reporter, *, force: bool) -> Subject:
 def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Record]:
     records = []
     wanted = source.recipe.evaluation
-    shared = overlaps(source.recipe, subject, reporter)
+    shared = overlaps(source, subject, reporter)
     for task in wanted.tasks:
         for mode in modes_of(task, wanted.modes):
             with locked_task(source.results, task, mode):
@@ -138,7 +138,7 @@ def _measure_task(
         record = run_task(task, own, settings, advance)
     kind = "text" if reads_text(task) else f"asked by {task}" if own.asked else "rows"
     if kind not in shared:
-        shared[kind] = overlap(source.recipe, "\n".join(own.asked), reporter)
+        shared[kind] = overlap(source, "\n".join(own.asked), reporter)
     record["calibration_overlap"] = shared[kind]
     _keep(source, record)
     log.finish()  # from now on the next evaluation measures again

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pqkv_cli import __version__
 from pqkv_cli.calibration.hub_text import HUB
+from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.calibration.table_files import form_of
+from pqkv_cli.calibration.text import load_text
 from pqkv_cli.calibration.text_files import named_file
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.prompts import num_positions
@@ -98,6 +100,8 @@ def rows_path(data: str) -> Path | None:
     """
     if data.startswith(_NO_PATHS):
         return None
+    if data == SELF:
+        load_text(data)  # says why it cannot be
     path, _ = named_file(data)
     if not path.exists():
         raise DataError(

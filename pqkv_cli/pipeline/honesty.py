@@ -1,37 +1,37 @@
 """Finds out whether codebooks were learned from the very text they are judged on, and says so."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pqkv_cli.calibration.ngrams import overlap_share
-from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.rows import read_rows
 from pqkv_cli.evaluation.settings import Subject
+from pqkv_cli.pipeline.calibration_text import calibration_texts
 from pqkv_cli.pipeline.reporter import Reporter
-from pqkv_cli.recipe import Recipe
+from pqkv_cli.pipeline.start import Source
 
 NGRAM_WORDS = 13
 SUSPICIOUS_SHARE = 0.01
 Overlap = Mapping[str, Any] | None
 
 
-def overlaps(recipe: Recipe, subject: Subject, reporter: Reporter) -> dict[str, Overlap]:
+def overlaps(source: Source, subject: Subject, reporter: Reporter) -> dict[str, Overlap]:
     """Return how much of the evaluation's ``text`` and of its ``rows`` also occurs in the calibration text.
 
     Each is the ``share`` of their distinct runs of 13 normalised words, with a ``note`` where it is suspicious or could not be
     found out; None where there is nothing to compare.
     """
     texts = {"text": subject.text, "rows": _row_text(subject)}
-    return {name: overlap(recipe, text, reporter) for name, text in texts.items()}
+    return {name: overlap(source, text, reporter) for name, text in texts.items()}
 
 
-def overlap(recipe: Recipe, text: str, reporter: Reporter) -> Overlap:
+def overlap(source: Source, text: str, reporter: Reporter) -> Overlap:
     """Return how much of `text` also occurs in the calibration text, as in `overlaps`; None of an empty one."""
     if not text:
         return None
     try:
-        calibration = load_text(recipe.calibration.data)
+        calibration = calibration_texts(source.recipe, source.run)
     except DataError as error:
         return {"share": None, "ngram_words": NGRAM_WORDS, "note": f"the calibration text could not be read: {error}"}
     found = _overlap(text, calibration)
@@ -40,8 +40,8 @@ def overlap(recipe: Recipe, text: str, reporter: Reporter) -> Overlap:
     return found
 
 
-def _overlap(text: str, calibration: str) -> dict[str, Any]:
-    share = overlap_share(text, [calibration], NGRAM_WORDS)
+def _overlap(text: str, calibration: Sequence[str]) -> dict[str, Any]:
+    share = overlap_share(text, calibration, NGRAM_WORDS)
     found: dict[str, Any] = {"share": share, "ngram_words": NGRAM_WORDS}
     if share > SUSPICIOUS_SHARE:
         found["note"] = (

@@ -102,9 +102,16 @@ def _own_results(run: Run, artifact: Artifact) -> Iterable[Path]:
 
 def portable(recipe: Recipe, artifact: Artifact) -> Recipe:
     """Return `recipe` as another machine may read it: with names instead of this machine's paths, on whatever device."""
-    texts = {"calibration.data": recipe.calibration.data, "evaluation.data": recipe.evaluation.data}
-    named = {key: text if text.startswith(BUILT_IN) else Path(text).name for key, text in texts.items()}
+    named = {
+        "calibration.data": [_name(text) for text in recipe.calibration.data],
+        "evaluation.data": _name(recipe.evaluation.data),
+    }
     return override(recipe, {"model": artifact.header.model.label, "device": "auto", **named})
+
+
+def _name(text: str) -> str:
+    """Return `text` without what only this machine knows: of a path its last part, of a name all of it."""
+    return text if text.startswith(BUILT_IN) else Path(text).name
 
 
 def _failure(repository: str, error: Exception) -> RunError:

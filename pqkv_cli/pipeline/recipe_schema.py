@@ -15,7 +15,7 @@ MEANINGS: Mapping[str, str] = {
     "dtype": "Dtype of the weights; auto takes the checkpoint's, but float32 on a CPU where that is quicker.",
     "device": "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N; changes nothing that is kept.",
     "seed": "Seed of everything random.",
-    "calibration.data": "Text to calibrate on, like what will be read: a file (text or rows), stdlib:broad or hf:ORG/NAME.",
+    "calibration.data": "Text like what will be read: a file, stdlib:broad, hf:ORG/NAME, self (of the model), or a list.",
     "calibration.samples": "Text windows that go through the model.",
     "calibration.seq_len": "Tokens of a window.",
     "calibration.batch_size": "Windows that go through the model at once.",

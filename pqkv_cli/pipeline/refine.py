@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
+from pqkv_cli.calibration.mixing import mixed_windows
 from pqkv_cli.calibration.recall import with_recall
 from pqkv_cli.calibration.store import CalibrationStore
-from pqkv_cli.calibration.text import load_text, token_windows
 from pqkv_cli.errors import RunError
 from pqkv_cli.fitting.record import FitRecord
 from pqkv_cli.fitting.refine import refine
 from pqkv_cli.fitting.refine_files import forget_refinement, load_outcome, refine_request, save_refinement
 from pqkv_cli.fitting.refine_work import RefineSettings
 from pqkv_cli.fitting.run import load_fitted
+from pqkv_cli.pipeline.calibration_text import calibration_texts
 from pqkv_cli.pipeline.outcome import Facts
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
@@ -43,7 +44,7 @@ class RefineStage:
         self._settings = RefineSettings(seed=recipe.seed)
         self._model, tokenizer = opened()
         self._held_out = CalibrationStore(run.calibration).held_out()
-        self._windows = _windows(recipe, tokenizer, self._held_out)
+        self._windows = _windows(run, recipe, tokenizer, self._held_out)
 
     def __call__(self, record: FitRecord) -> Facts:
         """Refine the fit of `record`, unless that has been done, and return what it came to."""
@@ -68,16 +69,16 @@ class RefineStage:
         return _facts(outcome)
 
 
-def _windows(recipe: Recipe, tokenizer: Any, held_out: torch.Tensor) -> torch.Tensor:
+def _windows(run: Run, recipe: Recipe, tokenizer: Any, held_out: torch.Tensor) -> torch.Tensor:
     """Return all windows of the calibration text but those held out, [N, T]: first those calibrated on, then others."""
     wanted = recipe.calibration
-    everything = token_windows(tokenizer, load_text(wanted.data), None, wanted.seq_len, recipe.seed, at_most=True)
+    everything = mixed_windows(tokenizer, calibration_texts(recipe, run), None, wanted.seq_len, recipe.seed)
     everything = with_recall(tokenizer, everything, wanted.recall_share, recipe.seed)
     first = wanted.samples - len(held_out)
     if not torch.equal(everything[first : wanted.samples], held_out):
         raise RunError(
-            f"{wanted.data} is not the text that the run was calibrated on: other windows would be held out; expected the "
-            "same; run pqkv calibrate again"
+            f"{' and '.join(wanted.data)} is not the text that the run was calibrated on: other windows would be held out; "
+            "expected the same; run pqkv calibrate again"
         )
     return torch.cat((everything[:first], everything[wanted.samples :]))[:MOST_WINDOWS]
 

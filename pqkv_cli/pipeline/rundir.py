@@ -43,6 +43,11 @@ class Run:
         return self.path / ".lock"
 
     @property
+    def texts(self) -> Path:
+        """Directory of what the model wrote for its calibration."""
+        return self.path / "texts"
+
+    @property
     def calibration(self) -> Path:
         """Directory of the calibration stage."""
         return self.path / "calibration"

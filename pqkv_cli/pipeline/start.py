@@ -1,9 +1,10 @@
 """Which run and which effective recipe a verb works with. Opens no model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.files import is_temporary
 from pqkv_cli.pipeline.hub import located, results_place
@@ -116,6 +117,13 @@ def file_reference(source: str | None) -> str | None:
         return None
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
+
+
+def text_references(sources: Sequence[str] | None) -> list[str] | None:
+    """Return the texts named by `sources` as a recipe may hold them: `file_reference`, but ``self`` is never a file."""
+    if sources is None:
+        return None
+    return [source if source == SELF else file_reference(source) or source for source in sources]
 
 
 def _for_tasks(recipe: Recipe, changes: Changes) -> Recipe:

@@ -11,7 +11,6 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.evaluation.chat import chat_text, has_chat_template, template_notes
 from pqkv_cli.evaluation.kld import kld_generated
 from pqkv_cli.evaluation.lines import lines
 from pqkv_cli.evaluation.longbench import longbench
@@ -20,6 +19,7 @@ from pqkv_cli.evaluation.passkey import passkey
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.prompts import prompt_ids
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.models.chat import chat_text, has_chat_template, template_notes
 
 Maker = Callable[..., Subject]
 WORKS = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<b>"

@@ -46,7 +46,7 @@ def test_perplexity_carries_its_metrics(subject: Callable[..., Subject]) -> None
     settings = EvaluationSettings("all", context=64, limit=2)
     metrics = run_task("perplexity", subject(), settings, lambda done, total: None)["metrics"]
     assert {name: set(values) for name, values in metrics.items() if name != "by_context"} == {
-        "kl_bits": {"quantized", "p99", "ci95"},
+        "kl_bits": {"quantized", "p99", "p99_9", "ci95"},
         "top1_agreement": {"quantized", "ci95"},
         "top5_agreement": {"quantized", "ci95"},
         "perplexity": {"baseline", "quantized", "recovery", "ci95"},

@@ -5,7 +5,7 @@ does not hold the message. The model is then asked without it, and that is said.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pqkv_cli.errors import DataError
@@ -39,13 +39,32 @@ def chat_text(tokenizer: Any, message: str) -> str:
         If the template fails on this message.
     """
     form, _ = _tried(tokenizer)
+    return _checked(tokenizer, _asked(form(message)), message)
+
+
+def talk_text(tokenizer: Any, system: str, turns: Sequence[str]) -> str:
+    """Return a talk ready for the next answer: `turns` of the user and the model in turn, the user's first and last.
+
+    It is in the tokenizer's template if that works, else in plain words. Where a template knows no system, its words begin the
+    first turn; an empty `system` is left out.
+
+    Raises
+    ------
+    DataError
+        If the template fails on these turns.
+    """
+    if not has_chat_template(tokenizer):
+        speakers = ("User", "Assistant")
+        lines = [f"{speakers[i % 2]}: {turn}" for i, turn in enumerate(turns)]
+        return "\n\n".join([*([system] if system else []), *lines, "Assistant:"])
+    form, _ = _tried(tokenizer)
+    said = [{"role": ("user", "assistant")[i % 2], "content": form(turn)} for i, turn in enumerate(turns)]
+    if not system:
+        return _checked(tokenizer, said, turns[-1])
     try:
-        return _rendered(tokenizer, form(message))
-    except Exception as error:  # templates are programs, and raise what they like
-        raise DataError(
-            f"the chat template of the tokenizer fails on the message {message[:40]!r} ({_reason(error)}); expected a turn: "
-            "mend chat_template, or remove it to ask without"
-        ) from error
+        return _checked(tokenizer, [{"role": "system", "content": form(system)}, *said], system)
+    except DataError:
+        return talk_text(tokenizer, "", (f"{system}\n\n{turns[0]}", *turns[1:]))
 
 
 def _tried(tokenizer: Any) -> tuple[Callable[[str], Any], str | None]:
@@ -53,7 +72,7 @@ def _tried(tokenizer: Any) -> tuple[Callable[[str], Any], str | None]:
     fault = None
     for form in _FORMS:
         try:
-            text = _rendered(tokenizer, form(_PROBE))
+            text = _rendered(tokenizer, _asked(form(_PROBE)))
         except Exception as error:  # templates are programs, and raise what they like
             fault = fault or _reason(error)
             continue
@@ -63,8 +82,21 @@ def _tried(tokenizer: Any) -> tuple[Callable[[str], Any], str | None]:
     return _FORMS[0], fault
 
 
-def _rendered(tokenizer: Any, content: Any) -> str:
-    turns = [{"role": "user", "content": content}]
+def _asked(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+def _checked(tokenizer: Any, turns: list[dict[str, Any]], message: str) -> str:
+    try:
+        return _rendered(tokenizer, turns)
+    except Exception as error:  # templates are programs, and raise what they like
+        raise DataError(
+            f"the chat template of the tokenizer fails on the message {message[:40]!r} ({_reason(error)}); expected a turn: "
+            "mend chat_template, or remove it to ask without"
+        ) from error
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, Any]]) -> str:
     text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return text
 

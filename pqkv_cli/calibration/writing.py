@@ -1,0 +1,128 @@
+"""A model writes the text it is calibrated on: sampled at temperature 1 from many openings. Knows models; no files.
+
+A row of the batch holds one text after another. Attention masks and positions begin anew with every text, so that none reads
+those before it, and no row waits for a longer one.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pqkv_cli.calibration.drafts import Draft, begun
+from pqkv_cli.calibration.openings import dealt
+from pqkv_cli.errors import DataError
+from pqkv_cli.hf.configs import position_limit
+from pqkv_cli.hf.names import cache_argument
+from pqkv_cli.hf.uncompressed import uncompressed_cache
+
+ROWS, STEPS = 32, 384  # of a batch: wide enough for a CPU to be busy, short enough to go on with after a kill
+_LEAST_ROOM = 16  # positions without which no text is worth writing
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One text that a model wrote, and what it is like."""
+
+    text: str
+    kind: str
+
+
+@torch.no_grad()
+def write_batch(
+    model: Any, tokenizer: Any, seed: int, batch: int, on_progress: Callable[[int, int], None]
+) -> tuple[list[Written], int]:
+    """Return the texts of one batch, and how many were left out because they repeat themselves.
+
+    They depend on the model, `seed` and the number `batch`, not on batches before it. ``on_progress(done, total)`` counts
+    tokens.
+
+    Raises
+    ------
+    DataError
+        If logits are not finite, or the model has no room for a text.
+    """
+    steps = _num_steps(model)
+    desk = _Desk(tokenizer, _end_ids(model, tokenizer), seed, batch)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
+    cache, was_training = uncompressed_cache(model.config), model.training
+    model.eval()
+    try:
+        sampled = torch.zeros(ROWS, dtype=torch.int64)
+        for step in range(steps):
+            ids = desk.next_ids(sampled.tolist(), step)
+            sampled = _sampled(_logits(model, cache, ids, desk.starts, step), generator)
+            on_progress((step + 1) * ROWS, steps * ROWS)
+    finally:
+        model.train(was_training)
+    return desk.finished()
+
+
+class _Desk:
+    """All rows of a batch: whose draft is written where, and since which slot."""
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int], seed: int, batch: int) -> None:
+        self._openings, self._rng = dealt(seed, batch), random.Random(seed * 1_000_003 + batch)
+        self._tokenizer, self._ends = tokenizer, ends
+        self._drafts = [self._begin() for _ in range(ROWS)]
+        self._finished: list[Draft] = []
+        self.starts = torch.zeros(ROWS, dtype=torch.int64)
+
+    def _begin(self) -> Draft:
+        return begun(self._tokenizer, next(self._openings), self._ends, self._rng)
+
+    def next_ids(self, sampled: list[int], step: int) -> torch.Tensor:
+        """Return the tokens [ROWS, 1] int64 of slot `step`; a row whose text was at its end begins another one with it."""
+        ids = []
+        for row, token in enumerate(sampled):
+            if self._drafts[row].is_done:
+                self._finished.append(self._drafts[row])
+                self._drafts[row] = self._begin()
+                self.starts[row] = step
+            ids.append(self._drafts[row].next_id(token))
+        return torch.tensor(ids, dtype=torch.int64)[:, None]
+
+    def finished(self) -> tuple[list[Written], int]:
+        """Return all texts, those that the end of the batch cut among them, and how many were left out."""
+        drafts = [*self._finished, *(draft for draft in self._drafts if not draft.given)]
+        kept = [draft for draft in drafts if not draft.loops]
+        return [Written(draft.text(), draft.opening.kind) for draft in kept], len(drafts) - len(kept)
+
+
+def _logits(model: Any, cache: Any, ids: torch.Tensor, starts: torch.Tensor, step: int) -> torch.Tensor:
+    """Return the logits [ROWS, V] behind the tokens `ids` [ROWS, 1] in slot `step`, each row's text beginning at `starts`."""
+    mask = (torch.arange(step + 1)[None] >= starts[:, None]).long()
+    positions = (step - starts)[:, None]
+    given = {"attention_mask": mask, "position_ids": positions}
+    given = {name: tensor.to(model.device) for name, tensor in given.items()}
+    logits: torch.Tensor = model(ids.to(model.device), **given, **cache_argument(model, cache), use_cache=True).logits
+    return logits[:, -1].float().cpu()
+
+
+def _sampled(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return one token [ROWS] int64 per row of `logits` [ROWS, V], drawn at temperature 1."""
+    if not bool(torch.isfinite(logits).all()):
+        raise DataError("the model writes with logits that are not finite; expected numbers: try --dtype float32")
+    sums = logits.softmax(-1).cumsum(-1)
+    # Scaled by the last sum, which rounding keeps from being exactly 1.
+    points = torch.rand(len(logits), 1, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, points)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = [own] if isinstance(own, int) else list(own or [])
+    return frozenset(int(token) for token in (*own, tokenizer.eos_token_id) if token is not None)
+
+
+def _num_steps(model: Any) -> int:
+    limit = position_limit(model.config)
+    steps = min(STEPS, limit) if isinstance(limit, int) else STEPS
+    if steps < _LEAST_ROOM:
+        raise DataError(
+            f"the model reads at most {steps} tokens, too few to write a text of its own; expected {_LEAST_ROOM}: give text "
+            "with --data FILE or --data stdlib:broad"
+        )
+    return steps
