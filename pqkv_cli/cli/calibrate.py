@@ -46,15 +46,11 @@ class CalibrateWords:
 
     def changes(self) -> dict[str, object]:
         """Return what they say of the recipe."""
-        from pqkv_cli.pipeline.start import text_references
+        from pqkv_cli.pipeline.start import file_reference, text_references
 
         return {
-<<<<<<< HEAD
             "model": file_reference(self.model),
-            "calibration.data": file_reference(self.data),
-=======
             "calibration.data": text_references(self.data),
->>>>>>> texts
             "calibration.samples": self.samples,
             "calibration.seq_len": self.seq_len,
             "calibration.batch_size": self.batch_size,

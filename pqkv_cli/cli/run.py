@@ -43,12 +43,12 @@ class RunWords:
     def changes(self) -> dict[str, object]:
         """Return what they say of the recipe."""
         from pqkv_cli.cli.words import rate_changes
-        from pqkv_cli.pipeline.start import file_reference
+        from pqkv_cli.pipeline.start import file_reference, text_references
 
         return {
             "model": file_reference(self.model),
             **rate_changes(self.bits, self.budget),
-            "calibration.data": file_reference(self.data),
+            "calibration.data": text_references(self.data),
             "seed": self.seed,
             "device": self.device,
             "dtype": self.dtype,
@@ -67,29 +67,12 @@ def run(words: RunWords) -> None:
 
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.cli.result_table import raise_on_bad, show_records, verdict
-<<<<<<< HEAD
     from pqkv_cli.cli.words import checked, path_or_none, target_of
     from pqkv_cli.pipeline.start import start_run
 
     output, reporter = Output(words.json_target), TerminalReporter()
     target = target_of(words.target, words.run, reporter)
     started, recipe = start_run(target, path_or_none(words.out), checked(words.changes()))
-=======
-    from pqkv_cli.cli.words import checked, path_or_none, rate_changes, target_of
-    from pqkv_cli.pipeline.start import start_run, text_references
-
-    output, reporter = Output(json_target), TerminalReporter()
-    changes = checked(
-        {
-            **rate_changes(bits, budget),
-            "calibration.data": text_references(data),
-            "seed": seed,
-            "device": device,
-            "dtype": dtype,
-        }
-    )
-    started, recipe = start_run(target_of(target, run, reporter), path_or_none(out), changes)
->>>>>>> texts
 
     from pqkv_cli.pipeline.stages import run_all
 
