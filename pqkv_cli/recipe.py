@@ -59,10 +59,10 @@ class CalibrationRecipe(_Section):
     """
 
     data: Sources = ("stdlib:broad",)
-    samples: int = Field(128, ge=2)
+    samples: int = Field(32, ge=2)
     seq_len: int = Field(2048, ge=8)
     batch_size: int = Field(1, ge=1)
-    reservoir_size: int = Field(65536, ge=1)
+    reservoir_size: int = Field(24576, ge=1)
     recall_share: float = Field(0.125, ge=0, le=1)
     fisher: int = Field(0, ge=0)
 
@@ -80,7 +80,7 @@ class CodebookRecipe(_Section):
     bits: Annotated[float, PlainSerializer(_written_rate)] = 4
     prototype_bits: Literal[0, 8, 10] | None = None
     key_space: Literal["pre_rope", "post_rope", "measured"] = "pre_rope"
-    iterations: int = Field(25, ge=1)
+    iterations: int = Field(10, ge=1)
     refine: bool = False
 
     @field_validator("bits")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pqkv_cli.errors import DataError, UsageError
+from pqkv_cli.specs import ModelGeometry
 
 # A commit waits for the disk: small models would spend more time there than in their forward passes.
 PART_TOKENS = 4096
@@ -41,7 +42,7 @@ class CollectSettings:
     num_samples: int
     seq_len: int
     batch_size: int = 1
-    reservoir_size: int = 65536
+    reservoir_size: int = 24576
     seed: int = 0
     held_out_share: float = 1 / 8
     queries_per_window: int = 32
@@ -74,3 +75,16 @@ class CollectSettings:
     def windows_per_part(self) -> int:
         """Windows between two commits to disk: whole batches, at least `PART_TOKENS` tokens."""
         return self.batch_size * max(1, PART_TOKENS // (self.batch_size * self.seq_len))
+
+
+def kept_bytes(geometry: ModelGeometry, settings: CollectSettings) -> int:
+    """Return what the samples of a calibration take on disk, moments and windows left out.
+
+    Of every kept token keys and values in fp16 and the mass of attention in fp32; with Fisher draws their gradients in bf16,
+    which become one weight each.
+    """
+    tokens = min(settings.reservoir_size, settings.num_windows * settings.seq_len)
+    weights = 12 if settings.fisher_draws else 4
+    return sum(
+        tokens * layer.num_kv_heads * (4 * layer.head_dim + weights) for layer in geometry.layers if not layer.dense_reason
+    )

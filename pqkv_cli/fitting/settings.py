@@ -38,7 +38,7 @@ class FitSettings:
     """
 
     seed: int = 0
-    iterations: int = 25
+    iterations: int = 10
     key_weighting: Weighting = "sqrt"
     value_weighting: Weighting = "sqrt"
     damping: float = 0.1

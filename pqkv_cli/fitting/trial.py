@@ -21,7 +21,7 @@ from pqkv_kernels.tables import CodecTables
 
 # A trial tells rates apart; it takes a part of the vectors and of the rounds that a fit takes.
 TRIAL_VECTORS = 8192
-TRIAL_SHARE = 4
+TRIAL_SHARE = 2
 SCHEMA = "pqkv.trial/2"
 # Costs are measured where errors are at least this share of the largest: what hardly any error costs says nothing of more.
 LEAST_ERROR = 1 / 32

@@ -12,8 +12,9 @@ from pqkv_cli.calibration.mixing import mixed_windows
 from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.calibration.ranks import current_ranks
 from pqkv_cli.calibration.recall import with_recall
-from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.calibration.settings import CollectSettings, kept_bytes
 from pqkv_cli.errors import RunError, is_out_of_memory
+from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.memory import free_memory
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.calibration_text import named_texts, tell_written, written_texts
@@ -103,6 +104,7 @@ class _Work:
             texts = self.recipe, self.run, self.texts
             self._cut(written_texts(*texts, self.model, self.tokenizer, self.reporter))
         self.settings = _come_down_to(self.run.calibration, self.settings)
+        _check_room(self.run.calibration, kept_bytes(geometry(self.model.config), self.settings), self.reporter)
         while True:
             try:
                 with self.reporter.progress("calibrate") as advance:
@@ -120,6 +122,22 @@ class _Work:
         found = f"out of memory with {size} windows at once"
         self.reporter.note(f"warning: {found}; calibrating again with {half}, as --batch-size {half}")
         shutil.rmtree(self.run.calibration, ignore_errors=True)  # sums of batches of both sizes would be of neither
+
+
+def _check_room(directory: Path, num_bytes: int, reporter: Reporter) -> None:
+    """Say what a calibration takes on disk before it begins, and refuse to begin where that is not free.
+
+    Parts are kept until all layers are written, so for a moment there are both.
+    """
+    if (directory / "manifest.json").is_file() or (directory / "parts").is_dir():
+        return  # goes on, or is done
+    free = shutil.disk_usage(next(parent for parent in directory.absolute().parents if parent.exists())).free
+    if free < 2 * num_bytes:
+        raise RunError(
+            f"the calibration in {directory} needs {2 * num_bytes:,} bytes while it is written and {num_bytes:,} afterwards, "
+            f"and {free:,} are free; free some space, choose another place with -o, or keep fewer vectors (--reservoir-size)"
+        )
+    reporter.note(f"the calibration keeps {num_bytes / 1e6:,.0f} MB in {directory}")
 
 
 def _come_down_to(directory: Path, settings: CollectSettings) -> CollectSettings:
