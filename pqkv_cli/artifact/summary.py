@@ -69,6 +69,11 @@ class Summary:
     cache: CacheSpec
     layers: tuple[LayerRow, ...]
 
+    @property
+    def table_tokens(self) -> int:
+        """Tokens whose codes take as much as the tables: in shorter caches these are the larger part."""
+        return round(self.table_bytes / self.code_bytes_per_token)
+
 
 def summarize(artifact: Artifact) -> Summary:
     """Return the numbers of an opened artifact."""

@@ -123,6 +123,7 @@ def _artifact_tables(artifact: "Summary") -> "list[RenderableType]":
         ("bytes per token, uncompressed (bf16)", artifact.baseline_bytes_per_token),
         ("times smaller", artifact.baseline_bytes_per_token / cached),
         ("bytes of codebooks and transforms", artifact.table_bytes),
+        ("tokens whose codes take as much", artifact.table_tokens),
         ("kept exact", f"{artifact.cache.num_sinks} first tokens, {artifact.cache.window_tokens} most recent"),
     ]
     columns = ("layer", "keys b/ch", "error", "worst head", "values b/ch", "error", "worst head", "dense because")

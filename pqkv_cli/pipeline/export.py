@@ -13,6 +13,7 @@ from pqkv_cli.files import write_text
 from pqkv_cli.fitting.record import FitRecord, load_record
 from pqkv_cli.fitting.refine_files import final_directory
 from pqkv_cli.fitting.run import load_fitted
+from pqkv_cli.models.footprint import weights
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
@@ -40,6 +41,8 @@ def export(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
         codebooks = final_directory(run.codebooks)
         header = _header(run, recipe, load_record(codebooks))
         tables = [layer.tables or None for layer in load_fitted(codebooks)]
+        # Of two bytes, whatever a checkpoint keeps them in: what a GPU holds beside the tables.
+        weight_bytes = 2 * weights(load_config(resolve_model(recipe.model))).num_parameters
 
         def act() -> Facts:
             with reporter.progress("export"):
@@ -54,6 +57,9 @@ def export(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
                 "bits_per_channel": summary.total_bits,
                 "bytes_per_token": summary.code_bytes_per_token + summary.dense_bytes_per_token,
                 "bytes_per_token_uncompressed": summary.baseline_bytes_per_token,
+                "table_bytes": summary.table_bytes,
+                "table_share_of_weights": round(summary.table_bytes / weight_bytes, 4),
+                "table_tokens": summary.table_tokens,
             }
 
         return act
