@@ -32,7 +32,7 @@ MOST_SPEED_NBITS: Final = 4
 
 # Bits of the code of a whole vector. More entries than 1,024 would need more calibration vectors than are kept by default.
 PROTOTYPE_NBITS = (0, 8, 10)
-USUAL_PROTOTYPE_NBITS: Final = 10
+USUAL_PROTOTYPE_NBITS: Final = 8
 
 Profile = Literal["quality", "speed"]
 
