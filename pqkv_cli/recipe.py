@@ -58,9 +58,9 @@ class CalibrationRecipe(_Section):
     `fisher` is the number of backward passes per batch that measure what errors of keys and values cost; 0 leaves it out.
     """
 
-    data: Sources = ("stdlib:broad",)
+    data: Sources = ("self", "stdlib:broad")
     samples: int = Field(32, ge=2)
-    seq_len: int = Field(2048, ge=8)
+    seq_len: int = Field(1024, ge=8)
     batch_size: int = Field(1, ge=1)
     reservoir_size: int = Field(24576, ge=1)
     recall_share: float = Field(0.125, ge=0, le=1)

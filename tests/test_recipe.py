@@ -26,7 +26,7 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(name: str) -> None:
 
 def test_defaults() -> None:
     recipe = parse_recipe(GOOD, "test")
-    assert (recipe.calibration.samples, recipe.calibration.seq_len, recipe.calibration.reservoir_size) == (32, 2048, 24576)
+    assert (recipe.calibration.samples, recipe.calibration.seq_len, recipe.calibration.reservoir_size) == (32, 1024, 24576)
     assert (recipe.cache.num_sinks, recipe.cache.window_tokens, recipe.codebooks.bits) == (4, 64, 4)
 
 
