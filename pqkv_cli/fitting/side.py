@@ -18,8 +18,8 @@ from pqkv_kernels.joint import joint_layout
 from pqkv_kernels.layout import CodeLayout, RotaryLayout
 from pqkv_kernels.tables import CodecTables
 
-# Codebooks are fitted to at most so many vectors: at 4 bits per channel a quarter of them leaves a quarter more over.
-MOST_VECTORS = 65536
+# Codebooks of parts are fitted to at most so many vectors: at 4 bits per channel a quarter of them leaves a quarter more over.
+PART_VECTORS = 65536
 
 
 class SideFit:
@@ -59,8 +59,8 @@ class SideFit:
         self._seed = settings.derived_seed(index, side)
         self._prototypes: dict[tuple[int, ...], Prototypes] = {}
 
-    def fit(self, layout: CodeLayout, iterations: int, most_vectors: int = MOST_VECTORS) -> tuple[CodecTables, torch.Tensor]:
-        """Return the tables of `layout`, fitted to at most `most_vectors` vectors, and their relative error [Hkv] on others.
+    def fit(self, layout: CodeLayout, iterations: int, part_vectors: int = PART_VECTORS) -> tuple[CodecTables, torch.Tensor]:
+        """Return the tables of `layout`, its parts fitted to `part_vectors` vectors, and their relative error [Hkv] on others.
 
         In this order: codes of the whole vector (prototypes) where the layout has them, then what suits the parts of the vector
         to what those left over (an order of pairs, or a rotation), then the codes of the parts.
@@ -70,26 +70,25 @@ class SideFit:
         DataError
             If the samples are degenerate or fewer than centroids.
         """
-        stride = stride_within(self._vectors.shape[1], most_vectors)
-        vectors, weights = self._vectors[:, ::stride], None if self._weights is None else self._weights[:, ::stride]
-        prototypes = self._fit_prototypes(layout, vectors, weights)
+        prototypes, weights = self._fit_prototypes(layout), self._weights
         blank = replace(self._tables, layout=layout, codebooks=_blank(layout, len(self._vectors)))
         tables, given = _arranged(
             self._samples, self._spec, self._side, blank, prototypes, weights, self._factor, self._settings
         )
-        codebooks = fit_product(
-            _coded(vectors, tables), layout, given=given, weights=weights, iterations=iterations, seed=self._seed
-        )
+        stride = stride_within(self._vectors.shape[1], part_vectors)
+        points, weights = _coded(self._vectors[:, ::stride], tables), None if weights is None else weights[:, ::stride]
+        codebooks = fit_product(points, layout, given=given, weights=weights, iterations=iterations, seed=self._seed)
         return replace(tables, codebooks=codebooks), relative_error(_coded(self._judged, tables), layout, codebooks)
 
-    def _fit_prototypes(self, layout: CodeLayout, vectors: torch.Tensor, weights: torch.Tensor | None) -> Prototypes:
+    def _fit_prototypes(self, layout: CodeLayout) -> Prototypes:
+        # To all vectors, in a trial too: of few, a thousand prototypes would leave more over than they will in the end.
         sizes = tuple(stage[0].nbits for stage in layout.stages[: num_prototype_stages(layout)])
-        key = (vectors.shape[1], *sizes)
-        if key not in self._prototypes:
-            self._prototypes[key] = fit_prototypes(
-                _coded(vectors, self._tables), layout, weights=weights, iterations=self._settings.iterations, seed=self._seed
+        if sizes not in self._prototypes:
+            points = _coded(self._vectors, self._tables)
+            self._prototypes[sizes] = fit_prototypes(
+                points, layout, weights=self._weights, iterations=self._settings.iterations, seed=self._seed
             )
-        return self._prototypes[key]
+        return self._prototypes[sizes]
 
 
 def fit_side(

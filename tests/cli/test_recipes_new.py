@@ -33,7 +33,7 @@ def test_it_fits_the_model_and_is_a_recipe(pqkv: Callable, model: Path) -> None:
 
 def test_a_model_that_reads_far_keeps_the_default(pqkv: Callable, model: Path) -> None:
     rewrite(model, max_position_embeddings=131072)
-    assert pqkv("recipes", "new", model, "--json", "-").json["recipe"]["calibration"]["seq_len"] == 2048
+    assert pqkv("recipes", "new", model, "--json", "-").json["recipe"]["calibration"]["seq_len"] == 1024
 
 
 def test_a_file_that_run_takes(pqkv: Callable, model: Path, texts: tuple[Path, Path]) -> None:
