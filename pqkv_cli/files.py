@@ -162,6 +162,17 @@ def _locked_directory(path: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
+def free_bytes(path: Path) -> int:
+    """Return how many bytes are free where `path` lies or would be made.
+
+    Raises
+    ------
+    OSError
+        If the disk does not say.
+    """
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+
+
 @contextmanager
 def turn(path: Path) -> Iterator[None]:
     """Wait until no other process is in a block of the same `path`, a file that is made and stays empty.

@@ -4,7 +4,6 @@ Knows where conversions lie and what is refused; transformers reads the files (`
 than what is written here.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -16,7 +15,7 @@ import transformers
 from huggingface_hub import constants as hub
 
 from pqkv_cli.errors import ModelError, UnsupportedModelError
-from pqkv_cli.files import new_directory, turn
+from pqkv_cli.files import free_bytes, new_directory, turn
 from pqkv_cli.hf import gguf_files
 from pqkv_cli.models.geometry import check_quantizable, geometry
 from pqkv_cli.models.gguf_check import check_gguf
@@ -129,8 +128,7 @@ def gguf_config(path: Path) -> Any:
 
 def _check_room(directory: Path, header: GgufHeader, dtype: torch.dtype) -> None:
     needed = dtype.itemsize * sum(prod(tensor.shape) for tensor in header.tensors)
-    existing = next(parent for parent in directory.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(directory)
     if free < needed:
         raise ModelError(
             f"the conversion into {directory} needs {needed:,} bytes and {free:,} are free; free some space there, or set "

@@ -14,6 +14,7 @@ from pqkv_cli.calibration.ranks import current_ranks
 from pqkv_cli.calibration.recall import with_recall
 from pqkv_cli.calibration.settings import CollectSettings, kept_bytes
 from pqkv_cli.errors import RunError, is_out_of_memory
+from pqkv_cli.files import free_bytes
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.memory import free_memory
 from pqkv_cli.models.resolve import resolve_model
@@ -101,8 +102,7 @@ class _Work:
         bytes that a calibration asked for with that size ends with.
         """
         if SELF in self.recipe.calibration.data:
-            texts = self.recipe, self.run, self.texts
-            self._cut(written_texts(*texts, self.model, self.tokenizer, self.reporter))
+            self._cut(written_texts(self.recipe, self.run, self.texts, self.model, self.tokenizer, self.reporter))
         self.settings = _come_down_to(self.run.calibration, self.settings)
         _check_room(self.run.calibration, kept_bytes(geometry(self.model.config), self.settings), self.reporter)
         while True:
@@ -131,7 +131,7 @@ def _check_room(directory: Path, num_bytes: int, reporter: Reporter) -> None:
     """
     if (directory / "manifest.json").is_file() or (directory / "parts").is_dir():
         return  # goes on, or is done
-    free = shutil.disk_usage(next(parent for parent in directory.absolute().parents if parent.exists())).free
+    free = free_bytes(directory)
     if free < 2 * num_bytes:
         raise RunError(
             f"the calibration in {directory} needs {2 * num_bytes:,} bytes while it is written and {num_bytes:,} afterwards, "
