@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 
+from pqkv_cli.hf.bars import no_progress_bar
 from pqkv_cli.hf.own_code import NO_CODE
 
 _READER = "transformers.modeling_gguf_pytorch_utils"
@@ -116,17 +117,14 @@ def _alone(path: Path) -> Iterator[str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Let the library draw no bars while the block runs: its own, and one that asks nobody."""
-    switch: Any = logging
     reader: Any = import_module(_READER)
-    shown, bar = switch.is_progress_bar_enabled(), reader.tqdm
-    switch.disable_progress_bar()
+    bar = reader.tqdm
     reader.tqdm = _no_bar
     try:
-        yield
+        with no_progress_bar():
+            yield
     finally:
         reader.tqdm = bar
-        if shown:
-            switch.enable_progress_bar()
 
 
 def _no_bar(items: Any, **_: Any) -> Any:

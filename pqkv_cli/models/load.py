@@ -3,8 +3,6 @@
 Remote code is never run. A hub id is looked up in the local cache first, so a run without network is as fast as can be.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,10 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import constants as hub
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from pqkv_cli.errors import ModelError
+from pqkv_cli.hf.bars import no_progress_bar
 from pqkv_cli.hf.own_code import NO_CODE, foreign_tokenizer, leave_own_attention, needs_own_code
 from pqkv_cli.models.converted import Note, conversion, converted, gguf_config, nobody
 from pqkv_cli.models.geometry import check_quantizable, geometry
@@ -161,7 +160,7 @@ def _weights(
 ) -> Any:
     placement = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
     loader: Any = AutoModelForCausalLM
-    with _no_progress_bar():
+    with no_progress_bar():
         model, report = loader.from_pretrained(
             resolved.path_or_id,
             config=config,
@@ -178,19 +177,6 @@ def _weights(
             "expected all that its config asks for. Copy the whole checkpoint again."
         )
     return model
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    # What people see is decided elsewhere.
-    switch: Any = logging
-    shown = switch.is_progress_bar_enabled()
-    switch.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            switch.enable_progress_bar()
 
 
 def _own_code(resolved: ResolvedModel, found: str) -> ModelError:
