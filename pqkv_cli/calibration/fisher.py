@@ -44,7 +44,20 @@ class LayerGradients:
     value_fisher: torch.Tensor
 
 
-class GradientObserver:
+class HeldSteps:
+    """Holds what attention of some `layers` was given; a layer that reads another's keys and values has none of its own."""
+
+    def __init__(self, layers: Iterable[int]) -> None:
+        self._layers = frozenset(layers)
+        self.steps: dict[int, AttentionStep] = {}
+
+    def attention(self, layer_index: int, step: AttentionStep) -> None:
+        """Hold one layer's keys and values."""
+        if layer_index in self._layers:
+            self.steps[layer_index] = step
+
+
+class GradientObserver(HeldSteps):
     """Holds what attention was given, and turns backward passes into gradients.
 
     Parameters
@@ -56,14 +69,10 @@ class GradientObserver:
     """
 
     def __init__(self, geometry: ModelGeometry, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        coded = (i for i, layer in enumerate(geometry.layers) if geometry.kv_source(i) == i and not layer.dense_reason)
+        super().__init__(coded)
         self._geometry = geometry
         self._rows, self._positions = rows, positions
-        self._steps: dict[int, AttentionStep] = {}
-
-    def attention(self, layer_index: int, step: AttentionStep) -> None:
-        """Hold one layer's keys and values; a layer that reads another's has none of its own."""
-        if self._geometry.kv_source(layer_index) == layer_index and not self._geometry.layers[layer_index].dense_reason:
-            self._steps[layer_index] = step
 
     def finish(self, logits: torch.Tensor, directions: Iterable[torch.Tensor]) -> dict[int, LayerGradients]:
         """Return, per quantizable layer and on the CPU, the gradients of ``logits · direction`` [B, T, V] for each direction.
@@ -77,7 +86,7 @@ class GradientObserver:
         """
         draws: dict[int, list[LayerGradients]] = {}
         for direction in directions:
-            for index, (keys, values) in layer_gradients(self._geometry, self._steps, logits, direction):
+            for index, (keys, values) in layer_gradients(self._geometry, self.steps, logits, direction):
                 draws.setdefault(index, []).append(self._reduced(keys, values))
         return {index: _mean(index, found) for index, found in draws.items()}
 

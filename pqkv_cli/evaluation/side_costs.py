@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.calibration.fisher import fisher_directions, layer_gradients, plain_keys
+from pqkv_cli.calibration.fisher import HeldSteps, fisher_directions, layer_gradients, plain_keys
 from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.frozen import frozen
 from pqkv_cli.models.geometry import geometry
@@ -25,18 +25,6 @@ DRAWS = 2
 MOST_TOKENS = 1024
 
 Place = tuple[int, Side]
-
-
-class _Steps:
-    """Keeps what attention of some layers was given."""
-
-    def __init__(self, layers: set[int]) -> None:
-        self._layers = layers
-        self.steps: dict[int, AttentionStep] = {}
-
-    def attention(self, layer_index: int, step: AttentionStep) -> None:
-        if layer_index in self._layers:
-            self.steps[layer_index] = step
 
 
 def gradient_costs(
@@ -69,7 +57,7 @@ def gradient_costs(
     shape, windows = geometry(model.config), windows[:, :MOST_TOKENS]
     costs = dict.fromkeys(tables, 0.0)
     for number, window in enumerate(windows.to(model.device)):
-        observer = _Steps({index for index, _ in tables})
+        observer = HeldSteps(index for index, _ in tables)
         with frozen(model), torch.enable_grad(), tap(model, observer, differentiable=True):
             logits = model(input_ids=window[None], use_cache=False).logits
         errors = {place: _error(shape, observer.steps, place, codec) for place, codec in tables.items()}
@@ -88,10 +76,12 @@ def _error(shape: ModelGeometry, steps: Mapping[int, AttentionStep], place: Plac
     """Return what the codec leaves over of what attention was given, [B, Hkv, T, D] fp32, keys before rotary embedding."""
     index, side = place
     step, codec = steps[index], ProductCodec(tables)
-    given = (step.keys if side == "keys" else step.values).detach().float()
     if side == "values":
-        return codec.encode_decode(given) - given
-    if codec.rotary is None:  # in the space of the cache: errors turn back like vectors
-        return plain_keys(shape, index, step, codec.encode_decode(given) - given)
-    plain = plain_keys(shape, index, step, given)
-    return codec.encode_decode(plain) - plain
+        values = step.values.detach().float()
+        return codec.encode_decode(values) - values
+    keys = step.keys.detach().float()
+    if codec.rotary is not None:
+        keys = plain_keys(shape, index, step, keys)
+    error = codec.encode_decode(keys) - keys
+    # Coded in the space of the cache, errors turn back like vectors.
+    return error if codec.rotary is not None else plain_keys(shape, index, step, error)
