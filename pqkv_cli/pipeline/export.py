@@ -23,6 +23,7 @@ from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run
 from pqkv_cli.pipeline.state import stage_inputs
 from pqkv_cli.recipe import Recipe, dump_recipe, recipe_hash
+from pqkv_cli.specs import ModelGeometry
 
 
 def export(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
@@ -39,10 +40,12 @@ def export(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
 
     def prepare() -> Callable[[], Facts]:
         codebooks = final_directory(run.codebooks)
-        header = _header(run, recipe, load_record(codebooks))
+        resolved = resolve_model(recipe.model)
+        config = load_config(resolved)
+        header = _header(run, recipe, load_record(codebooks), resolved.label, geometry(config))
         tables = [layer.tables or None for layer in load_fitted(codebooks)]
         # Of two bytes, whatever a checkpoint keeps them in: what a GPU holds beside the tables.
-        weight_bytes = 2 * weights(load_config(resolve_model(recipe.model))).num_parameters
+        weight_bytes = 2 * weights(config).num_parameters
 
         def act() -> Facts:
             with reporter.progress("export"):
@@ -71,13 +74,11 @@ def export(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
     return do_stage(run, recipe, work, reporter)
 
 
-def _header(run: Run, recipe: Recipe, record: FitRecord) -> Header:
-    resolved = resolve_model(recipe.model)
-    shape = geometry(load_config(resolved))
+def _header(run: Run, recipe: Recipe, record: FitRecord, label: str, shape: ModelGeometry) -> Header:
     manifest = CalibrationStore(run.calibration).manifest
     identity, settings = manifest["model"], manifest["settings"]
     return Header(
-        model=ModelInfo(resolved.label, shape.model_type, identity["config_sha256"], identity["weights_sha256"]),
+        model=ModelInfo(label, shape.model_type, identity["config_sha256"], identity["weights_sha256"]),
         geometry=shape.layers,
         # The fit does not depend on what the cache keeps exact, so only the export decides it.
         plan=replace(record.plan, cache=cache_spec(recipe)),
