@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -141,9 +141,7 @@ def layer_specs(plan: CompressionPlan, index: int) -> dict[Side, CodecSpec]:
     return {side: spec for side, spec in specs.items() if spec is not None}
 
 
-def layer_request(
-    index: int, layer: LayerGeometry, codecs: Mapping[Any, object], settings: FitSettings, samples: LayerSamples | None
-) -> str:
+def layer_request(index: int, layer: LayerGeometry, codecs: object, settings: FitSettings, samples: LayerSamples | None) -> str:
     """Return the hash of everything that the codecs of a layer depend on; `codecs` is what is asked for, as in JSON."""
     return digest(
         {

@@ -1,9 +1,9 @@
-"""What each rate would leave over of a layer's keys and values, from a short fit. Knows samples, formats and its own files."""
+"""What each rate would leave over of a layer's keys and values, from short fits. Knows samples, formats and its own files."""
 
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import FittedLayer, checked_side
 from pqkv_cli.fitting.layer_file import load_layer, save_layer
+from pqkv_cli.fitting.record import digest
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side import SideFit
 from pqkv_cli.fitting.split import num_fitted
@@ -22,9 +23,11 @@ from pqkv_kernels.tables import CodecTables
 # A trial tells rates apart; it takes a part of the vectors and of the rounds that a fit takes.
 TRIAL_VECTORS = 8192
 TRIAL_SHARE = 2
-SCHEMA = "pqkv.trial/2"
+SCHEMA = "pqkv.trial/3"
 # Costs are measured where errors are at least this share of the largest: what hardly any error costs says nothing of more.
 LEAST_ERROR = 1 / 32
+
+Menu = Mapping[float, CodecSpec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +37,45 @@ class Trial:
     Attributes
     ----------
     errors
-        By side and rate: the relative error in code space, mean over KV heads, on vectors not fitted.
-    base
-        By side: the rate at which its cost is measured.
+        By side and digest of a codec's spec: the relative error in code space, mean over KV heads, on vectors not fitted. Those
+        of other budgets stay, so that a budget fits only what none before it has tried.
     tables
-        The codec of each side at that rate.
+        By side: the spec and the tables of the codec whose cost is measured.
     """
 
-    errors: Mapping[Side, Mapping[float, float]]
-    base: Mapping[Side, float]
-    tables: Mapping[Side, CodecTables]
+    errors: Mapping[Side, Mapping[str, float]]
+    tables: Mapping[Side, tuple[CodecSpec, CodecTables]]
+
+    def error(self, side: Side, spec: CodecSpec) -> float:
+        """Return the relative error of a codec that was tried."""
+        return self.errors[side][_name(spec)]
+
+    def answers(self, menus: Mapping[Side, Menu], bits: float) -> bool:
+        """Return whether all of `menus` was tried, and the tables are those at the `base_rate` for `bits`."""
+        return all(
+            side in self.tables
+            and self.errors[side].keys() >= {_name(spec) for spec in menu.values()}
+            and self.tables[side][0] == base_spec(menu, self.errors[side], bits)
+            for side, menu in menus.items()
+        )
+
+
+NOTHING_TRIED = Trial({side: {} for side in SIDES}, {})
 
 
 def try_layer(
     samples: LayerSamples,
     layer: LayerGeometry,
-    specs: Mapping[Side, Mapping[float, CodecSpec]],
+    menus: Mapping[Side, Menu],
     bits: float,
     *,
     index: int,
     settings: FitSettings,
+    known: Trial = NOTHING_TRIED,
 ) -> Trial:
-    """Fit a layer shortly at every rate of `specs`; keep the codecs at the `base_rate` for `bits`.
+    """Fit a layer shortly at every rate of `menus` that `known` has not; keep the codecs at the `base_rate` for `bits`.
+
+    What a rate gives depends on no other rate: the answer is the same however much of it was known.
 
     Raises
     ------
@@ -63,19 +83,25 @@ def try_layer(
         If samples are degenerate or fewer than centroids.
     """
     short = shortened(settings)
-    errors: dict[Side, dict[float, float]] = {}
-    tables: dict[Side, CodecTables] = {}
-    base: dict[Side, float] = {}
-    for side in SIDES:
-        first, errors[side] = next(iter(specs[side].values())), {}
+    errors: dict[Side, Mapping[str, float]] = {}
+    tables: dict[Side, tuple[CodecSpec, CodecTables]] = {}
+    for side, menu in menus.items():
         with checked_side(samples, index, side):
-            fit, fitted = SideFit(samples, layer, first, side, index, short), {}
-            for rate, spec in specs[side].items():
-                fitted[rate], error = fit.fit(spec.layout, short.iterations, TRIAL_VECTORS)
-                errors[side][rate] = float(error.mean())
-        base[side] = base_rate(errors[side], bits)
-        tables[side] = fitted[base[side]]
-    return Trial(errors, base, tables)
+            fit = SideFit(samples, layer, next(iter(menu.values())), side, index, short)
+            fitted, side_errors = dict([known.tables[side]] if side in known.tables else []), dict(known.errors[side])
+            for spec in (s for s in menu.values() if _name(s) not in side_errors):
+                fitted[spec], error = fit.fit(spec.layout, short.iterations, TRIAL_VECTORS)
+                side_errors[_name(spec)] = float(error.mean())
+            base = base_spec(menu, side_errors, bits)
+            if base not in fitted:
+                fitted[base], _ = fit.fit(base.layout, short.iterations, TRIAL_VECTORS)
+        errors[side], tables[side] = side_errors, (base, fitted[base])
+    return Trial(errors, tables)
+
+
+def base_spec(menu: Menu, errors: Mapping[str, float], bits: float) -> CodecSpec:
+    """Return the codec of `menu` at the `base_rate` for `bits`, from errors by digest."""
+    return menu[base_rate({rate: errors[_name(spec)] for rate, spec in menu.items()}, bits)]
 
 
 def shortened(settings: FitSettings) -> FitSettings:
@@ -102,27 +128,33 @@ def save_trial(directory: Path, index: int, trial: Trial, request_sha256: str) -
     RunError
         If it cannot be written.
     """
-    mean = {side: tuple(errors.values()) for side, errors in trial.errors.items()}
-    save_layer(_tables_path(directory, index), FittedLayer(trial.tables, mean), request_sha256)
-    errors = {side: [[bits, error] for bits, error in rates.items()] for side, rates in trial.errors.items()}
-    document = {"schema": SCHEMA, "request_sha256": request_sha256, "errors": errors, "base": dict(trial.base)}
+    error = {side: (trial.error(side, spec),) for side, (spec, _) in trial.tables.items()}
+    tables = {side: tables for side, (_, tables) in trial.tables.items()}
+    save_layer(_tables_path(directory, index), FittedLayer(tables, error), request_sha256)
+    base = {side: _name(spec) for side, (spec, _) in trial.tables.items()}
+    document = {"schema": SCHEMA, "request_sha256": request_sha256, "errors": trial.errors, "base": base}
     write_text(_errors_path(directory, index), json.dumps(document, sort_keys=True) + "\n", RunError)
 
 
-def load_trial(
-    directory: Path, index: int, specs: Mapping[Side, Mapping[float, CodecSpec]], request_sha256: str
-) -> Trial | None:
-    """Return the trial that answers this request, None where there is none or it is damaged; `specs` as for `try_layer`."""
+def load_trial(directory: Path, index: int, menus: Mapping[Side, Menu], request_sha256: str) -> Trial:
+    """Return what is known of a layer from trials with this request; tables only of codecs in `menus`.
+
+    A file that is absent, damaged or of another request tells nothing.
+    """
+    trial = NOTHING_TRIED
     with contextlib.suppress(RunError, OSError, ValueError, KeyError, TypeError):
         document = json.loads(_errors_path(directory, index).read_text(encoding="utf-8"))
-        base: dict[Side, float] = {side: document["base"][side] for side in SIDES}
-        fitted, stamp = load_layer(_tables_path(directory, index), {side: specs[side][base[side]] for side in SIDES})
-        if document["schema"] == SCHEMA and document["request_sha256"] == stamp.request_sha256 == request_sha256:
-            errors: dict[Side, dict[float, float]] = {
-                side: {rate: error for rate, error in document["errors"][side]} for side in SIDES
-            }
-            return Trial(errors, base, fitted.tables)
-    return None
+        if document["schema"] == SCHEMA and document["request_sha256"] == request_sha256:
+            trial = Trial({side: {name: float(e) for name, e in document["errors"][side].items()} for side in SIDES}, {})
+            base = {side: next(s for s in menus[side].values() if _name(s) == document["base"][side]) for side in SIDES}
+            fitted, stamp = load_layer(_tables_path(directory, index), base)
+            if stamp.request_sha256 == request_sha256:
+                trial = Trial(trial.errors, {side: (base[side], fitted.tables[side]) for side in SIDES})
+    return trial
+
+
+def _name(spec: CodecSpec) -> str:
+    return digest(asdict(spec))
 
 
 def _tables_path(directory: Path, index: int) -> Path:

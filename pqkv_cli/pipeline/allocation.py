@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -70,7 +69,7 @@ class Allocation:
         self._menus = _menus(self._geometry, self._bits, self._style, self._num_vectors, spaces)
         trials = self._trials(store, reporter)
         losses = _losses(model, store, trials, reporter)
-        bases = {(index, side): _error(trials, (index, side), trials[index].base[side]) for index, side in self._menus}
+        bases = {(index, side): trials[index].error(side, trials[index].tables[side][0]) for index, side in self._menus}
         slopes = _slopes(bases, losses)
         candidates = [self._candidates(place, trials, slopes[place]) for place in self._menus]
         channels = sum(self._heads(place) * self._geometry.layers[place[0]].head_dim for place in self._menus)
@@ -88,26 +87,25 @@ class Allocation:
                 codec_name(self._geometry, *place, rate, self._spaces.get(place[0], "pre_rope")),
                 rate,
                 self._heads(place) * spec.layout.page_bytes,
-                slope * _error(trials, place, rate),
+                slope * trials[place[0]].error(place[1], spec),
             )
             for rate, spec in self._menus[place].items()
         ]
 
     def _trials(self, store: CalibrationStore, reporter: Reporter) -> dict[int, Trial]:
-        """Return the trials of all coded layers; those found on disk are not made again."""
+        """Return the trials of all coded layers; what earlier trials tell, of other budgets too, is not tried again."""
         coded, directory = sorted({index for index, _ in self._menus}), self._run.codebooks
         trials = {}
         make_directory(directory)
         with reporter.progress("try rates") as advance:
             advance(0, len(coded))
             for done, index in enumerate(coded, 1):
-                specs = {side: self._menus[index, side] for side in SIDES}
+                menus = {side: self._menus[index, side] for side in SIDES}
                 samples, layer = store.layer(index), self._geometry.layers[index]
-                asked = {side: [[*map(asdict, specs[side].values())], self._bits] for side in SIDES}
-                request = layer_request(index, layer, asked, self._settings, samples)
-                trial = load_trial(directory, index, specs, request)
-                if trial is None:
-                    trial = try_layer(samples, layer, specs, self._bits, index=index, settings=self._settings)
+                request = layer_request(index, layer, "trial", self._settings, samples)
+                trial = load_trial(directory, index, menus, request)
+                if not trial.answers(menus, self._bits):
+                    trial = try_layer(samples, layer, menus, self._bits, index=index, settings=self._settings, known=trial)
                     save_trial(directory, index, trial, request)
                 trials[index] = trial
                 advance(done, len(coded))
@@ -150,7 +148,7 @@ def _menus(
 
 def _losses(model: Any, store: CalibrationStore, trials: Mapping[int, Trial], reporter: Reporter) -> dict[Place, float]:
     """Return the KL divergence in bits per token that one side alone would cause at its base rate, for each."""
-    tables = {(index, side): trial.tables[side] for index, trial in trials.items() for side in SIDES}
+    tables = {(index, side): trial.tables[side][1] for index, trial in trials.items() for side in SIDES}
     with reporter.progress("measure costs") as advance:
         return gradient_costs(model, store.held_out()[:MOST_WINDOWS], tables, advance)
 
@@ -169,11 +167,6 @@ def _few_entries(specs: Mapping[float, CodecSpec], most: int) -> dict[float, Cod
 
 def _entries(spec: CodecSpec) -> int:
     return max(group.num_centroids for stage in spec.layout.stages for group in stage)
-
-
-def _error(trials: Mapping[int, Trial], place: Place, rate: float) -> float:
-    index, side = place
-    return trials[index].errors[side][rate]
 
 
 def _write(run: Run, bits: float, rows: Mapping[Place, tuple[float, Candidate]]) -> None:

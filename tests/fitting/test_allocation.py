@@ -12,7 +12,7 @@ from pqkv_cli.fitting.allocation import Candidate, allocate
 from pqkv_cli.fitting.plan import rated_specs
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side import SideFit, fit_side
-from pqkv_cli.fitting.trial import base_rate, load_trial, save_trial, try_layer
+from pqkv_cli.fitting.trial import NOTHING_TRIED, Trial, base_rate, load_trial, save_trial, try_layer
 from pqkv_cli.rates import CodeStyle
 from pqkv_cli.specs import SIDES
 
@@ -60,9 +60,10 @@ def specs() -> dict:
 def test_more_bits_leave_smaller_errors() -> None:
     trial = try_layer(support.samples(0), support.LAYER, specs(), 2.2, index=0, settings=FitSettings(iterations=8))
     for side in SIDES:
-        errors = trial.errors[side]
+        errors = {bits: trial.error(side, spec) for bits, spec in specs()[side].items()}
         assert all(errors[low] > errors[high] for low, high in ((1, 2), (2, 3), (3, 4)))
-        assert trial.base[side] == trial.tables[side].layout.bits_per_channel == 2
+        spec, tables = trial.tables[side]
+        assert spec.layout == tables.layout and tables.layout.bits_per_channel == 2
 
 
 @pytest.mark.parametrize(
@@ -79,20 +80,49 @@ def test_costs_are_measured_where_there_are_errors(errors: dict[float, float], b
     assert base_rate(errors, bits) == expected
 
 
+def some(*rates: float) -> dict:
+    return {side: {bits: spec for bits, spec in menu.items() if bits in rates} for side, menu in specs().items()}
+
+
+def tried(menus: dict, bits: float, known: Trial = NOTHING_TRIED) -> Trial:
+    settings = FitSettings(iterations=4)
+    return try_layer(support.samples(0), support.LAYER, menus, bits, index=3, settings=settings, known=known)
+
+
+def assert_same(found: Trial, expected: Trial) -> None:
+    assert found.errors == expected.errors and found.tables.keys() == expected.tables.keys()
+    for side, (spec, tables) in found.tables.items():
+        assert spec == expected.tables[side][0]
+        assert all(a.equal(b) for a, b in zip(tables.codebooks[0], expected.tables[side][1].codebooks[0], strict=True))
+
+
 def test_trials_are_kept_and_belong_to_their_request(tmp_path: Path) -> None:
-    trial = try_layer(support.samples(0), support.LAYER, specs(), 2, index=3, settings=FitSettings(iterations=4))
+    trial, menus = tried(specs(), 2), specs()
     save_trial(tmp_path, 3, trial, "a" * 64)
-    formats = specs()
-    loaded = load_trial(tmp_path, 3, formats, "a" * 64)
-    assert loaded is not None and (loaded.errors, loaded.base) == (trial.errors, trial.base)
-    assert loaded.tables["values"].codebooks[0][0].equal(trial.tables["values"].codebooks[0][0])
-    assert load_trial(tmp_path, 3, formats, "b" * 64) is None
-    assert load_trial(tmp_path, 2, formats, "a" * 64) is None
+    assert_same(load_trial(tmp_path, 3, menus, "a" * 64), trial)
+    assert trial.answers(menus, 2)
+    assert load_trial(tmp_path, 3, menus, "b" * 64) == load_trial(tmp_path, 2, menus, "a" * 64) == NOTHING_TRIED
     path = tmp_path / "trial_003.json"
     path.write_text(path.read_text().replace("keys", "kings"))
-    assert load_trial(tmp_path, 3, formats, "a" * 64) is None
+    assert load_trial(tmp_path, 3, menus, "a" * 64) == NOTHING_TRIED
     path.write_text(json.dumps([]))
-    assert load_trial(tmp_path, 3, formats, "a" * 64) is None
+    assert load_trial(tmp_path, 3, menus, "a" * 64) == NOTHING_TRIED
+
+
+def test_another_budget_fits_only_what_none_before_has_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_trial(tmp_path, 3, tried(some(2, 3, 4), 3), "a" * 64)
+    known = load_trial(tmp_path, 3, some(1, 2, 3), "a" * 64)
+    assert not known.answers(some(1, 2, 3), 1) and known.answers(some(2, 3), 3) and not known.answers(some(2, 3), 2)
+    fits, fit = [], SideFit.fit
+    monkeypatch.setattr(SideFit, "fit", lambda self, layout, *a: fits.append(layout.bits_per_channel) or fit(self, layout, *a))
+    found = tried(some(1, 2, 3), 1, known)
+    assert fits == [1, 1]
+    save_trial(tmp_path, 3, found, "a" * 64)
+    assert load_trial(tmp_path, 3, some(1, 2, 3), "a" * 64).errors == tried(specs(), 1).errors  # the rate 4 is not forgotten
+    fits.clear()
+    again = tried(some(2, 3), 2, found)  # every rate is known, but not what its cost is measured with
+    assert fits == [2, 2]
+    assert_same(again, tried(specs(), 2))
 
 
 def test_faulty_samples_are_named() -> None:
