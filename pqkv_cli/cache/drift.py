@@ -20,6 +20,10 @@ Errors = Sequence[Mapping[Side, float] | None]
 """Per layer, the relative squared error of keys and of values in code space at calibration; None for dense layers."""
 
 
+class DriftWarning(UserWarning):
+    """A text quantizes far worse than the calibration text did."""
+
+
 class DriftVoice:
     """Warns for all caches of a model: of the first text that quantizes badly, then only of one that does twice as badly."""
 
@@ -40,6 +44,7 @@ class DriftVoice:
         )
         warnings.warn(
             f"{found}; answers may be worse than measured: calibrate on text like this one",
+            DriftWarning,
             stacklevel=3,
         )
 

@@ -7,7 +7,8 @@ import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
 from pqkv_cli.artifact.errors import MIN_SAMPLES_PER_CENTROID, calibration_errors
-from pqkv_cli.cache.drift import DriftMeter, DriftVoice
+from pqkv_cli.cache.drift import DriftMeter, DriftVoice, DriftWarning
+from pqkv_cli.evaluation.decode_step import filled
 from pqkv_cli.runtime import Artifact, attach, load
 
 
@@ -99,3 +100,13 @@ def test_a_worse_text_is_told_again_and_only_that() -> None:
         assert "values of this text quantize 3.0 times" in str(caught[-1].message)
         voice.say("values", 0.0, 0.0)
         assert len(caught) == 4
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_the_noise_of_a_bench_is_no_text(model: Any, coarse: Artifact, noise: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught, attach(model, coarse) as attached, torch.no_grad():
+        warnings.simplefilter("always")
+        attached._errors = [{"keys": 1e-9, "values": 1e-9}] * 2
+        cache = attached.new_cache()
+        filled(model, cache, 400) if noise else model(tokens(1, 400), past_key_values=cache)
+    assert any(w.category is DriftWarning for w in caught) is not noise
