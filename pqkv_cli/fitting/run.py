@@ -19,7 +19,7 @@ from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.specs import SIDES, CodecSpec, CompressionPlan, LayerGeometry, ModelGeometry, Side
 
 # Raised whenever the same request would give other bytes: layers fitted by older code are then fitted again.
-METHOD_VERSION = 6
+METHOD_VERSION = 7
 
 
 class SampleStore(Protocol):

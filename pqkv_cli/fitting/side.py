@@ -57,7 +57,7 @@ class SideFit:
             scaled = metric * self._factor.view(-1, *[1] * (metric.ndim - 1))
             self._tables = replace(self._tables, map=scaled, inverse=None)
         self._seed = settings.derived_seed(index, side)
-        self._prototypes: dict[tuple[int, ...], Prototypes] = {}
+        self._prototypes: dict[tuple[int, ...], tuple[Prototypes, torch.Tensor | None]] = {}
 
     def fit(self, layout: CodeLayout, iterations: int, part_vectors: int = PART_VECTORS) -> tuple[CodecTables, torch.Tensor]:
         """Return the tables of `layout`, its parts fitted to `part_vectors` vectors, and their relative error [Hkv] on others.
@@ -70,25 +70,54 @@ class SideFit:
         DataError
             If the samples are degenerate or fewer than centroids.
         """
-        prototypes, weights = self._fit_prototypes(layout), self._weights
-        blank = replace(self._tables, layout=layout, codebooks=_blank(layout, len(self._vectors)))
-        tables, given = _arranged(
-            self._samples, self._spec, self._side, blank, prototypes, weights, self._factor, self._settings
-        )
+        (prototypes, spread), weights = self._fit_prototypes(layout), self._weights
+        tables = replace(self._tables, layout=layout, codebooks=_blank(layout, len(self._vectors)))
+        tables, given = self._arranged(tables, prototypes, spread)
         stride = stride_within(self._vectors.shape[1], part_vectors)
         points, weights = _coded(self._vectors[:, ::stride], tables), None if weights is None else weights[:, ::stride]
         codebooks = fit_product(points, layout, given=given, weights=weights, iterations=iterations, seed=self._seed)
         return replace(tables, codebooks=codebooks), relative_error(_coded(self._judged, tables), layout, codebooks)
 
-    def _fit_prototypes(self, layout: CodeLayout) -> Prototypes:
+    def _fit_prototypes(self, layout: CodeLayout) -> tuple[Prototypes, torch.Tensor | None]:
         # To all vectors, in a trial too: of few, a thousand prototypes would leave more over than they will in the end.
         sizes = tuple(stage[0].nbits for stage in layout.stages[: num_prototype_stages(layout)])
         if sizes not in self._prototypes:
             points = _coded(self._vectors, self._tables)
-            self._prototypes[sizes] = fit_prototypes(
-                points, layout, weights=self._weights, iterations=self._settings.iterations, seed=self._seed
-            )
+            found = fit_prototypes(points, layout, weights=self._weights, iterations=self._settings.iterations, seed=self._seed)
+            self._prototypes[sizes] = found, self._spread(found.residual)
         return self._prototypes[sizes]
+
+    def _spread(self, residual: torch.Tensor) -> torch.Tensor | None:
+        """Return how far what prototypes leave over spreads, by which parts are arranged, None where they stay as they are.
+
+        That is the energy of pairs [Hkv, P], or the second moment [Hkv, D, D] of channels in model space; fp64.
+        """
+        if self._tables.rotary is not None:
+            return _pair_energy(residual, self._weights, self._tables.rotary)
+        stays = self._side == "values" and not self._settings.rotate_values
+        if self._spec.map != "matrix" or self._tables.map is None or stays:
+            return None
+        plain = residual.double() @ torch.linalg.inv(self._tables.map.double()).mT
+        counted = plain if self._weights is None else plain * self._weights[..., None].double()
+        moment: torch.Tensor = counted.mT @ plain / plain.shape[1]
+        return moment
+
+    def _arranged(
+        self, tables: CodecTables, prototypes: Prototypes, spread: torch.Tensor | None
+    ) -> tuple[CodecTables, Codebooks]:
+        """Return `tables` with the pairs or directions of the residual dealt to the parts, and the prototypes in that space."""
+        parts = joint_layout(CodeLayout(tables.layout.stages[len(prototypes.centroids) :])).layout
+        if spread is None:
+            return tables, tuple((c,) for c in prototypes.centroids)
+        if tables.rotary is not None:
+            order = balanced_pairs(spread, tables.rotary, parts)
+            places = order.long()[:, None, None]
+            moved = tuple(c.gather(-1, places.expand(c.shape)) for c in prototypes.centroids)
+            return replace(tables, permutation=order), tuple((c,) for c in moved)
+        assert tables.map is not None  # or there is no spread
+        turned = metric_rotation(_gram(self._samples, self._side), spread, parts) * self._factor.view(-1, 1, 1)
+        turn = (turned.double() @ torch.linalg.inv(tables.map.double())).mT[:, None]
+        return replace(tables, map=turned, inverse=None), tuple(((c.double() @ turn).float(),) for c in prototypes.centroids)
 
 
 def fit_side(
@@ -132,33 +161,6 @@ def _gram(samples: LayerSamples, side: Side) -> torch.Tensor:
     return samples.query_moment if side == "keys" else samples.output_gram
 
 
-def _arranged(
-    samples: LayerSamples,
-    spec: CodecSpec,
-    side: Side,
-    tables: CodecTables,
-    prototypes: Prototypes,
-    weights: torch.Tensor | None,
-    factor: torch.Tensor,
-    settings: FitSettings,
-) -> tuple[CodecTables, Codebooks]:
-    """Return `tables` with the pairs or directions of the residual dealt to the parts, and the prototypes in that space."""
-    parts = joint_layout(CodeLayout(tables.layout.stages[len(prototypes.centroids) :])).layout
-    if tables.rotary is not None:
-        order = balanced_pairs(_pair_energy(prototypes.residual, weights, tables.rotary), tables.rotary, parts)
-        places = order.long()[:, None, None]
-        moved = tuple(c.gather(-1, places.expand(c.shape)) for c in prototypes.centroids)
-        return replace(tables, permutation=order), tuple((c,) for c in moved)
-    if spec.map != "matrix" or tables.map is None or (side == "values" and not settings.rotate_values):
-        return tables, tuple((c,) for c in prototypes.centroids)
-    back = torch.linalg.inv(tables.map.double())
-    residual = prototypes.residual.double() @ back.mT
-    counted = residual if weights is None else residual * weights[..., None].double()
-    turned = metric_rotation(_gram(samples, side), counted.mT @ residual / residual.shape[1], parts) * factor.view(-1, 1, 1)
-    turn = (turned.double() @ back).mT[:, None]
-    return replace(tables, map=turned, inverse=None), tuple(((c.double() @ turn).float(),) for c in prototypes.centroids)
-
-
 def _coded(vectors: torch.Tensor, tables: CodecTables) -> torch.Tensor:
     # Sampled keys are those before rotary embedding already.
     return to_code_space(vectors[None], tables, rotated=False)[0]
@@ -179,12 +181,8 @@ def _pair_energy(mapped: torch.Tensor, weights: torch.Tensor | None, rotary: Rot
     The distortion of a pair's codes goes with the area over which its vectors spread: a constant offset costs nothing, nor
     does the second axis of a pair that spreads along one.
     """
-    first, second = torch.tensor(rotary.pairs()).unbind(1)
-    pairs = torch.stack((mapped[..., first], mapped[..., second]), dim=-1).double()  # [Hkv, N, P, 2]
+    x, y = (mapped[..., channels].double() for channels in torch.tensor(rotary.pairs()).unbind(1))  # [Hkv, N, P]
     counted = torch.ones(mapped.shape[:2], dtype=torch.float64) if weights is None else weights.double()
-    shares = counted / counted.sum(dim=1, keepdim=True)
-    mean = torch.einsum("hn,hnpi->hpi", shares, pairs)
-    square = torch.einsum("hn,hnpi,hnpj->hpij", shares, pairs, pairs)
-    covariance = square - mean[..., :, None] * mean[..., None, :]
-    determinant: torch.Tensor = torch.linalg.det(covariance)
-    return determinant.clamp(min=0).sqrt()
+    shares = (counted / counted.sum(dim=1, keepdim=True))[:, None]  # [Hkv, 1, N]
+    x, y = x - shares @ x, y - shares @ y
+    return ((shares @ (x * x)) * (shares @ (y * y)) - (shares @ (x * y)).square())[:, 0].clamp(min=0).sqrt()
