@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from pqkv_cli.fitting.fit import FittedLayer, fit_layer
 from pqkv_cli.fitting.layer_file import LayerStamp, layer_path, load_layer, make_directory, save_layer, tensors_sha256
 from pqkv_cli.fitting.record import RECORD_NAME, FitRecord, digest, load_record
 from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.fitting.side_by_side import side_by_side
 from pqkv_cli.specs import SIDES, CodecSpec, CompressionPlan, LayerGeometry, ModelGeometry, Side
 
 # Raised whenever the same request would give other bytes: layers fitted by older code are then fitted again.
@@ -75,13 +77,8 @@ def fit_codebooks(
             f"the plan has {num_layers} layers, the model {len(geometry.layers)}; expected as many; plan again for this model"
         )
     make_directory(directory)
-    results: list[tuple[FittedLayer, LayerStamp]] = []
-    for index in range(num_layers):
-        if on_progress is not None and index == 0:
-            on_progress(0, num_layers)
-        results.append(_layer(store, geometry, plan, directory, settings, index))
-        if on_progress is not None:
-            on_progress(index + 1, num_layers)
+    fit = partial(_layer, store, geometry, plan, directory, settings)
+    results = side_by_side(fit, range(num_layers), geometry, on_progress)
     record = FitRecord(
         digest([stamp.request_sha256 for _, stamp in results]),
         plan,
@@ -108,8 +105,8 @@ def fit_share(
     if ranks.size == 1:
         return
     make_directory(directory)
-    for index in range(ranks.rank, len(plan.layers), ranks.size):
-        _layer(store, geometry, plan, directory, settings, index)
+    fit = partial(_layer, store, geometry, plan, directory, settings)
+    side_by_side(fit, range(ranks.rank, len(plan.layers), ranks.size), geometry)
     ranks.wait()
 
 

@@ -7,6 +7,7 @@ import torch
 from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.fitting.sensitivity import as_gradients_see
 from pqkv_cli.fitting.settings import FitSettings, Weighting
+from pqkv_cli.fitting.side_by_side import stop_point
 from pqkv_cli.fitting.split import split_samples, stride_within
 from pqkv_cli.quantizers.grouping import balanced_pairs
 from pqkv_cli.quantizers.maps import metric_rotation, pair_metric, pair_scale, range_factor
@@ -70,9 +71,11 @@ class SideFit:
         DataError
             If the samples are degenerate or fewer than centroids.
         """
+        stop_point()
         (prototypes, spread), weights = self._fit_prototypes(layout), self._weights
         tables = replace(self._tables, layout=layout, codebooks=_blank(layout, len(self._vectors)))
         tables, given = self._arranged(tables, prototypes, spread)
+        stop_point()
         stride = stride_within(self._vectors.shape[1], part_vectors)
         points, weights = _coded(self._vectors[:, ::stride], tables), None if weights is None else weights[:, ::stride]
         codebooks = fit_product(points, layout, given=given, weights=weights, iterations=iterations, seed=self._seed)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -14,6 +15,7 @@ from pqkv_cli.fitting.layer_file import make_directory
 from pqkv_cli.fitting.plan import KeySpaces, check_codable, codec_name, rated_plan, rated_specs
 from pqkv_cli.fitting.run import layer_request
 from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.fitting.side_by_side import side_by_side
 from pqkv_cli.fitting.trial import Trial, load_trial, num_trial_vectors, save_trial, try_layer
 from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
@@ -94,22 +96,21 @@ class Allocation:
 
     def _trials(self, store: CalibrationStore, reporter: Reporter) -> dict[int, Trial]:
         """Return the trials of all coded layers; what earlier trials tell, of other budgets too, is not tried again."""
-        coded, directory = sorted({index for index, _ in self._menus}), self._run.codebooks
-        trials = {}
-        make_directory(directory)
+        coded = sorted({index for index, _ in self._menus})
+        make_directory(self._run.codebooks)
         with reporter.progress("try rates") as advance:
-            advance(0, len(coded))
-            for done, index in enumerate(coded, 1):
-                menus = {side: self._menus[index, side] for side in SIDES}
-                samples, layer = store.layer(index), self._geometry.layers[index]
-                request = layer_request(index, layer, "trial", self._settings, samples)
-                trial = load_trial(directory, index, menus, request)
-                if not trial.answers(menus, self._bits):
-                    trial = try_layer(samples, layer, menus, self._bits, index=index, settings=self._settings, known=trial)
-                    save_trial(directory, index, trial, request)
-                trials[index] = trial
-                advance(done, len(coded))
-        return trials
+            trials = side_by_side(partial(self._trial, store), coded, self._geometry, advance)
+        return dict(zip(coded, trials, strict=True))
+
+    def _trial(self, store: CalibrationStore, index: int) -> Trial:
+        menus = {side: self._menus[index, side] for side in SIDES}
+        samples, layer = store.layer(index), self._geometry.layers[index]
+        request = layer_request(index, layer, "trial", self._settings, samples)
+        trial = load_trial(self._run.codebooks, index, menus, request)
+        if not trial.answers(menus, self._bits):
+            trial = try_layer(samples, layer, menus, self._bits, index=index, settings=self._settings, known=trial)
+            save_trial(self._run.codebooks, index, trial, request)
+        return trial
 
 
 def _menus(
