@@ -12,9 +12,12 @@ PROMPT_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
 def prompt_lengths(longest: int) -> list[int]:
-    """Return the prompt lengths up to `longest` tokens: powers of two from 512 on, or `longest` alone where it is shorter."""
+    """Return the prompt lengths up to `longest` tokens: powers of two from 512 on, and `longest` if it is well beyond the last.
+
+    So `longest` of 8,176, all that 8,192 positions leave room for, is asked at 8,176 and not only at 4,096.
+    """
     lengths = [length for length in PROMPT_LENGTHS if length <= longest]
-    return lengths or [longest]
+    return lengths if lengths and 2 * longest < 3 * lengths[-1] else [*lengths, longest]
 
 
 def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:

@@ -48,7 +48,16 @@ def test_a_prompt_starts_as_the_model_expects(subject: Maker, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("longest", "expected"), [(300, [300]), (512, [512]), (1100, [512, 1024]), (4096, [512, 1024, 2048, 4096])]
+    ("longest", "expected"),
+    [
+        (300, [300]),
+        (512, [512]),
+        (767, [512]),
+        (768, [512, 768]),
+        (1100, [512, 1024]),
+        (4096, [512, 1024, 2048, 4096]),
+        (8176, [512, 1024, 2048, 4096, 8176]),
+    ],
 )
 def test_lengths(longest: int, expected: list[int]) -> None:
     assert prompt_lengths(longest) == expected
@@ -80,7 +89,7 @@ def test_right_and_wrong_answers_are_told_apart(subject: Maker, monkeypatch: pyt
         return torch.cat((ids, torch.tensor(rows)), dim=1)
 
     monkeypatch.setattr(made.model, "generate", generate)
-    outcome = passkey(made, EvaluationSettings("all", context=1000, limit=2), lambda done, total: None)
+    outcome = passkey(made, EvaluationSettings("all", context=512, limit=2), lambda done, total: None)
     metrics = outcome.metrics
     right = {cell["depth"]: cell["quantized"] for cell in metrics["grid"]}
     assert right == {0.0: 0, 0.25: 0, 0.5: 1, 0.75: 1, 1.0: 1}
