@@ -150,7 +150,7 @@ def _locked_directory(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         if sys.platform == "win32":
             break
-        with suppress(OSError):  # as in `_locked_temporary`: taken for a dead one's before it was locked
+        with suppress(FileNotFoundError):  # as in `_locked_temporary`: taken for a dead one's before it was locked
             descriptor = os.open(temporary, os.O_RDONLY)
             if _lock(descriptor) and temporary.exists():
                 break

@@ -172,6 +172,16 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="directories cannot be opened on Windows")
+def test_a_directory_that_cannot_be_opened_is_no_endless_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Any, *_: Any, **__: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(RunError, match=r"cannot be written: .*Permission denied"), new_directory(tmp_path / "made", RunError):
+        pass
+
+
 def test_turns_are_taken_one_by_one(tmp_path: Path) -> None:
     with turn(tmp_path / "a" / ".lock"):
         pass
