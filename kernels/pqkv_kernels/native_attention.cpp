@@ -28,7 +28,7 @@ int run(const Job& job, int64_t begin, int64_t end) {
     weights.resize(N * place.tokens());
     scores.run(place, job.query + block * N * dim, weights.data());
     float total[N];
-    for (int n = 0; n < N; n++) total[n] = to_weights(weights.data() + n * place.tokens(), place.tokens(), job.lse + unit * N + n);
+    for (int n = 0; n < N; n++) total[n] = to_weights(weights.data() + n * kTokens, count, N * kTokens, job.lse + unit * N + n);
     sums.run(place, weights.data(), total, job.out + unit * N * dim);
   }
   return 0;
@@ -47,6 +47,7 @@ extern "C" const int pqkv_byte_tables = kByteTables;
 extern "C" int pqkv_attend(const Job* job, int64_t begin, int64_t end) {
   if (job->block == 1) return run<1>(*job, begin, end);
   if (job->block == 2) return run<2>(*job, begin, end);
+  if (job->block == 3) return run<3>(*job, begin, end);
   if (job->block == 4) return run<4>(*job, begin, end);
   return 1;
 }
