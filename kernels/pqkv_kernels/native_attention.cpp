@@ -20,7 +20,7 @@ int run(const Job& job, int64_t begin, int64_t end) {
   const int64_t dim = job.planes * 2;
   Scores<N, TURN> scores(job);
   Sums<N> sums(job);
-  std::vector<float> weights;
+  Aligned weights;
   for (int64_t unit = begin; unit < end; unit++) {
     const int64_t block = unit / job.chunks, head = block / job.query_blocks % job.heads;
     const int64_t first = unit % job.chunks * job.chunk_pages, count = std::min(job.chunk_pages, job.num_pages - first);

@@ -57,7 +57,7 @@ class Scores {
       const float* base = base_of(place_.first + start + p);
       for (int n = 0; n < N; n++) {
         const float* query = query_ + n * d2_ * 2;
-        float* to = &turned_[(p * N + n) * 2 * d2_];
+        float* to = turned_.data() + (p * N + n) * 2 * d2_;
         for (int64_t i = 0; i < d2_; i++) {
           to[i] = query[2 * i] * base[i] + query[2 * i + 1] * base[d2_ + i];
           to[d2_ + i] = query[2 * i + 1] * base[i] - query[2 * i] * base[d2_ + i];
@@ -84,21 +84,24 @@ class Scores {
     PageCodes codes[kBlockPages];
     place_.read(job_, job_.keys, group, start, count, m, codes);
     with_width(group.nbits, [&](auto width) {
-      for (int64_t k = 0; k < group.planes; k++) {
-        const int64_t plane = group.first_plane + m * group.planes + k;
-        const void* table = place_.table(group, m, k);
-        for (int64_t p = 0; p < count; p += kPagesTogether) {
-          Points keys[kPagesTogether];
-          look_up<width>(table, codes + p, keys);
-          for (int i = 0; i < kPagesTogether && p + i < count; i++) add_scores(keys[i], plane, start, p + i);
-        }
-      }
+      for (int64_t k = 0; k < group.planes; k++)
+        score_plane<width>(place_.table(group, m, k), codes, group.first_plane + m * group.planes + k, start, count);
     });
+  }
+
+  // A function of its own, so that its loop has all registers.
+  template <int BITS>
+  __attribute__((noinline)) void score_plane(const void* table, const PageCodes* codes, int64_t plane, int64_t start, int64_t count) {
+    for (int64_t p = 0; p < count; p += kPagesTogether) {
+      Points keys[kPagesTogether];
+      look_up<BITS>(table, codes + p, keys);
+      for (int i = 0; i < kPagesTogether && p + i < count; i++) add_scores(keys[i], plane, start, p + i);
+    }
   }
 
   void add_scores(const Points& keys, int64_t plane, int64_t start, int64_t p) {
     const int64_t at = (place_.head * d2_ + plane) * kTokens;
-    const float *cos = job_.step_cos + at, *sin = job_.step_sin + at, *query = &turned_[p * N * 2 * d2_ + plane];
+    const float *cos = job_.step_cos + at, *sin = job_.step_sin + at, *query = turned_.data() + p * N * 2 * d2_ + plane;
     float *to = scores_of(start + p), x[N], y[N];
     for (int n = 0; n < N; n++) x[n] = query[n * 2 * d2_], y[n] = query[(n * 2 + 1) * d2_];
     for (int j = 0; j < kTokens; j += kLanes) {
@@ -145,7 +148,7 @@ class Scores {
     const float* row[kRowsTogether];
     for (int i = 0; i < kRowsTogether; i++) row[i] = rows.table + index[i] * rows.planes * 2;
     const int64_t at = (place_.head * kTokens + t) * d2_ + rows.first_plane;
-    const float *cos = job_.row_cos + at, *sin = job_.row_sin + at, *query = &turned_[p * N * 2 * d2_ + rows.first_plane];
+    const float *cos = job_.row_cos + at, *sin = job_.row_sin + at, *query = turned_.data() + p * N * 2 * d2_ + rows.first_plane;
     for (int64_t j = 0; j < rows.planes; j += kLanes) {
       Point key[kRowsTogether];
       for (int i = 0; i < kRowsTogether; i++) {
@@ -179,7 +182,8 @@ class Scores {
   Place place_;
   const float* query_;
   float* scores_;
-  std::vector<float> turned_, base_;
+  Aligned turned_;
+  std::vector<float> base_;
 };
 
 }  // namespace

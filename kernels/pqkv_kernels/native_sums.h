@@ -66,19 +66,22 @@ class Sums {
     PageCodes codes[kBlockPages];
     place_.read(job_, job_.values, group, start, count, m, codes);
     with_width(group.nbits, [&](auto width) {
-      for (int64_t k = 0; k < group.planes; k++) {
-        const int64_t plane = group.first_plane + m * group.planes + k;
-        const void* table = place_.table(group, m, k);
-        Floats *to = &sums_[plane * N * 2], total[2 * N];
-        for (int i = 0; i < 2 * N; i++) total[i] = to[i];
-        for (int64_t p = 0; p < count; p += kPagesTogether) {
-          Points values[kPagesTogether];
-          look_up<width>(table, codes + p, values);
-          for (int i = 0; i < kPagesTogether && p + i < count; i++) add(values[i], start + p + i, total);
-        }
-        for (int i = 0; i < 2 * N; i++) to[i] = total[i];
-      }
+      for (int64_t k = 0; k < group.planes; k++)
+        collect_plane<width>(place_.table(group, m, k), codes, group.first_plane + m * group.planes + k, start, count);
     });
+  }
+
+  // A function of its own, so that its loop has all registers.
+  template <int BITS>
+  __attribute__((noinline)) void collect_plane(const void* table, const PageCodes* codes, int64_t plane, int64_t start, int64_t count) {
+    Floats *to = &sums_[plane * N * 2], total[2 * N];
+    for (int i = 0; i < 2 * N; i++) total[i] = to[i];
+    for (int64_t p = 0; p < count; p += kPagesTogether) {
+      Points values[kPagesTogether];
+      look_up<BITS>(table, codes + p, values);
+      for (int i = 0; i < kPagesTogether && p + i < count; i++) add(values[i], start + p + i, total);
+    }
+    for (int i = 0; i < 2 * N; i++) to[i] = total[i];
   }
 
   void add(const Points& values, int64_t page, Floats* total) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "native_lanes.h"
 
@@ -61,6 +62,22 @@ inline Point gathered(const float* table, const uint16_t* index) {
 }
 
 #endif
+
+// Numbers that begin where a line of the cache does: no vector of a row of 64 lies in two.
+class Aligned {
+ public:
+  void resize(int64_t count) { lines_.resize((count + kLine - 1) / kLine); }
+  float* data() { return lines_.data()->number; }
+
+ private:
+  static constexpr int64_t kLine = 16;
+
+  struct alignas(4 * kLine) Line {
+    float number[kLine];
+  };
+
+  std::vector<Line> lines_;
+};
 
 inline float sum(Floats x) {
   float found[kLanes];
