@@ -1,6 +1,7 @@
 // Attention over codes on a CPU, for up to four queries at a time: the meaning of pqkv_kernels.attention.code_attention.
-// A vector holds one coordinate of sixteen tokens where codes of few planes are looked up (`native_lookup.h`), one coordinate
-// of sixteen planes of a token where one code stands for many. Knows addresses and numbers only; `native_attention.py` lays out the arguments.
+// A vector, as wide as the machine's, holds one coordinate of so many tokens where codes of few planes are looked up
+// (`native_lookup.h`), one coordinate of so many planes of a token where one code stands for many. Knows addresses and numbers only;
+// `native_attention.py` lays out the arguments.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
