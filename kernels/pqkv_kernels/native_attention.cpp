@@ -1,6 +1,7 @@
 // Attention over codes on a CPU, for up to four queries at a time: the meaning of pqkv_kernels.attention.code_attention.
-// A vector holds one coordinate of sixteen tokens where codes of few planes are looked up (`native_lookup.h`), one coordinate
-// of sixteen planes of a token where one code stands for many. Knows addresses and numbers only; `native_attention.py` lays out the arguments.
+// A vector, as wide as the machine's, holds one coordinate of so many tokens where codes of few planes are looked up
+// (`native_lookup.h`), one coordinate of so many planes of a token where one code stands for many. Knows addresses and numbers only;
+// `native_attention.py` lays out the arguments.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -20,7 +21,7 @@ int run(const Job& job, int64_t begin, int64_t end) {
   const int64_t dim = job.planes * 2;
   Scores<N, TURN> scores(job);
   Sums<N> sums(job);
-  std::vector<float> weights;
+  Aligned weights;
   for (int64_t unit = begin; unit < end; unit++) {
     const int64_t block = unit / job.chunks, head = block / job.query_blocks % job.heads;
     const int64_t first = unit % job.chunks * job.chunk_pages, count = std::min(job.chunk_pages, job.num_pages - first);
@@ -28,7 +29,7 @@ int run(const Job& job, int64_t begin, int64_t end) {
     weights.resize(N * place.tokens());
     scores.run(place, job.query + block * N * dim, weights.data());
     float total[N];
-    for (int n = 0; n < N; n++) total[n] = to_weights(weights.data() + n * place.tokens(), place.tokens(), job.lse + unit * N + n);
+    for (int n = 0; n < N; n++) total[n] = to_weights(weights.data() + n * kTokens, count, N * kTokens, job.lse + unit * N + n);
     sums.run(place, weights.data(), total, job.out + unit * N * dim);
   }
   return 0;
@@ -47,6 +48,7 @@ extern "C" const int pqkv_byte_tables = kByteTables;
 extern "C" int pqkv_attend(const Job* job, int64_t begin, int64_t end) {
   if (job->block == 1) return run<1>(*job, begin, end);
   if (job->block == 2) return run<2>(*job, begin, end);
+  if (job->block == 3) return run<3>(*job, begin, end);
   if (job->block == 4) return run<4>(*job, begin, end);
   return 1;
 }

@@ -21,6 +21,7 @@ from pqkv_kernels.planes import Planes
 
 MOST_QUERIES = 16  # per key/value head; more are served better by matrix products
 _CHUNK_PAGES = 64
+_MOST_BLOCK = 4  # queries that share what is looked up
 _READ_BEYOND = 15  # numbers behind a row that may be loaded with it
 _THREAD_PAGES = 64  # less work than this is not worth waking another thread
 
@@ -99,16 +100,18 @@ def native_attention(
 
 
 def _blocks(query: torch.Tensor, keys: Planes, scaling: float) -> torch.Tensor:
-    """Return scaled queries [B, Hkv, Q, N, D] fp32 in the planes' order: N of 1, 2 or 4, filled up with zeros."""
+    """Return scaled queries [B, Hkv, Q, N, D] fp32 in the planes' order.
+
+    Blocks are as few as serve them and as small as these can be, N of 1 to 4; zeros fill up the last.
+    """
     batch, heads, group, num_queries, dim = query.shape
     channels = keys.channels[None, :, None].flatten(3).expand(batch, -1, group * num_queries, -1)
     rows = query.flatten(2, 3).gather(3, channels) * scaling
     count = rows.shape[2]
-    block = count if count <= 2 else 4
+    block = -(-count // -(-count // _MOST_BLOCK))
     if missing := -count % block:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
-    blocks: torch.Tensor = rows.unflatten(2, (-1, block)).contiguous()
-    return blocks
+    return rows.reshape(batch, heads, -1, block, dim)
 
 
 def _chunk_pages(num_pages: int, num_rows: int) -> int:
@@ -133,9 +136,10 @@ def _turning(keys: Planes, angles: PageAngles) -> dict[str, torch.Tensor]:
 
 def _unblocked(blocks: torch.Tensor, group: int, num_queries: int) -> torch.Tensor:
     """Return [B, Hkv, G, Tq, ...] of the first parts of `blocks` [B, Hkv, Q, C, N, ...]."""
-    rows = blocks[:, :, :, 0].flatten(2, 3)[:, :, : group * num_queries]
-    first: torch.Tensor = rows.unflatten(2, (group, num_queries))
-    return first
+    first, count = blocks[:, :, :, 0], group * num_queries
+    if first.shape[2] * first.shape[3] > count:
+        first = first.flatten(2, 3)[:, :, :count]
+    return first.reshape(*first.shape[:2], group, num_queries, *blocks.shape[5:])
 
 
 assert PAGE_TOKENS == 64  # the C++ source says so, too

@@ -15,18 +15,21 @@
 
 namespace {
 
-constexpr int kVectors = kTokens / 16;  // of one coordinate of a page
-constexpr int kPagesTogether = 2;       // that share what is loaded of a table
-constexpr int kMostBits = 5;            // of a code, from the eighth on
-
-struct Points {
-  V x[kVectors], y[kVectors];
-};
+constexpr int kVectors = kTokens / kLanes;  // of one coordinate of a page
+constexpr int kPagesTogether = 2;           // that share what is loaded of a table
 
 #ifdef __AVX512VBMI__
 
 constexpr int kByteTables = 1;
 constexpr int kFewestBits = 7;  // a table of fewer entries is filled up
+constexpr int kMostBits = 5;    // of a code, from the eighth on
+
+// The points of one page.
+struct Points {
+  Floats x[kVectors], y[kVectors];
+
+  Point at(int first) const { return {x[first / kLanes], y[first / kLanes]}; }
+};
 
 // In this order bytes become floats of the tokens one after the other: place 16 l + 4 j + i is token 16 j + 4 l + i's.
 struct alignas(64) Order {
@@ -71,18 +74,18 @@ __attribute__((always_inline)) inline Bytes find(const uint8_t* table, const Pag
 }
 
 // Floats of their upper three bytes.
-__attribute__((always_inline)) inline void join(__m512i low, __m512i middle, __m512i top, V* found) {
+__attribute__((always_inline)) inline void join(__m512i low, __m512i middle, __m512i top, Floats* found) {
   const __m512i zero = _mm512_setzero_si512();
   const __m512i lower[2] = {_mm512_unpacklo_epi8(zero, low), _mm512_unpackhi_epi8(zero, low)};
   const __m512i upper[2] = {_mm512_unpacklo_epi8(middle, top), _mm512_unpackhi_epi8(middle, top)};
   for (int half = 0; half < 2; half++) {
-    found[2 * half] = (V)_mm512_unpacklo_epi16(lower[half], upper[half]);
-    found[2 * half + 1] = (V)_mm512_unpackhi_epi16(lower[half], upper[half]);
+    found[2 * half] = (Floats)_mm512_unpacklo_epi16(lower[half], upper[half]);
+    found[2 * half + 1] = (Floats)_mm512_unpackhi_epi16(lower[half], upper[half]);
   }
 }
 
 // One coordinate of every code's entry, for some pages.
-template <int BITS, V (Points::*COORDINATE)[kVectors]>
+template <int BITS, Floats (Points::*COORDINATE)[kVectors]>
 __attribute__((always_inline)) inline void look_up(const uint8_t* table, const PageCodes* codes, Points* found) {
   constexpr int entries = 1 << BITS;
   const Bytes low = find<BITS>(table, codes), middle = find<BITS>(table + entries, codes);
@@ -114,36 +117,23 @@ inline void with_width(int64_t nbits, const Work& work) {
 
 constexpr int kByteTables = 0;
 
-#ifdef __AVX512F__
-
-inline void look_up(const float* table, const uint16_t* index, Points& found) {
-  for (int j = 0; j < kVectors; j++) {
-    const V a = gather(table, index + 16 * j), b = gather(table, index + 16 * j + 8);
-    found.x[j] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    found.y[j] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  }
-}
-
-#else
-
-inline void look_up(const float* table, const uint16_t* index, Points& found) {
-  for (int t = 0; t < kTokens; t++) {
-    ((float*)found.x)[t] = table[2 * index[t]];
-    ((float*)found.y)[t] = table[2 * index[t] + 1];
-  }
-}
-
-#endif
-
 struct PageCodes {
   uint16_t index[kTokens];
 
   void read(const uint8_t* bytes, int nbits) { unpack(bytes, nbits, index); }
 };
 
+// The points of one page, looked up when they are needed, so that they stay in registers.
+struct Points {
+  const float* table;
+  const uint16_t* index;
+
+  Point at(int first) const { return gathered(table, index + first); }
+};
+
 template <int BITS>
 inline void look_up(const void* table, const PageCodes* codes, Points* found) {
-  for (int p = 0; p < kPagesTogether; p++) look_up((const float*)table, codes[p].index, found[p]);
+  for (int p = 0; p < kPagesTogether; p++) found[p] = {(const float*)table, codes[p].index};
 }
 
 template <typename Work>

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <limits>
 
+#include "native_codes.h"
+
 namespace {
 
 // exp(x) of x <= 0 to 2e-7; minus infinity gives zero.
@@ -24,18 +26,19 @@ inline float exp_negative(float x) {
   return x <= -87.0f ? 0.0f : p * power;
 }
 
-// Make `x` [count], a multiple of 16, the exponentials of its distances to its largest; their sum, and with it `lse`.
-inline float to_weights(float* x, int64_t count, float* lse) {
-  float high = -1e30f, total = 0, partial[16];
-  std::fill(partial, partial + 16, high);
-  for (int64_t t = 0; t < count; t += 16)
-    for (int i = 0; i < 16; i++) partial[i] = x[t + i] > partial[i] ? x[t + i] : partial[i];
+// Make `x` [pages] of 64 each, which lie `step` apart, the exponentials of their distances to the largest; their sum, and with it
+// `lse`.
+inline float to_weights(float* x, int64_t pages, int64_t step, float* lse) {
+  float high = -1e30f, total = 0, partial[kTokens];
+  std::fill(partial, partial + kTokens, high);
+  for (int64_t p = 0; p < pages; p++)
+    for (int t = 0; t < kTokens; t++) partial[t] = x[p * step + t] > partial[t] ? x[p * step + t] : partial[t];
   for (float part : partial) high = std::max(high, part);
-  std::fill(partial, partial + 16, 0.0f);
-  for (int64_t t = 0; t < count; t += 16)
-    for (int i = 0; i < 16; i++) {
-      x[t + i] = exp_negative(x[t + i] - high);
-      partial[i] += x[t + i];
+  std::fill(partial, partial + kTokens, 0.0f);
+  for (int64_t p = 0; p < pages; p++)
+    for (int t = 0; t < kTokens; t++) {
+      x[p * step + t] = exp_negative(x[p * step + t] - high);
+      partial[t] += x[p * step + t];
     }
   for (float part : partial) total += part;
   *lse = total > 0 ? high + std::log(total) : -std::numeric_limits<float>::infinity();

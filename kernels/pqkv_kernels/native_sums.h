@@ -19,10 +19,10 @@ class Sums {
  public:
   explicit Sums(const Job& job) : job_(job), d2_(job.planes) {}
 
-  // Fill `out` [N][D2][2] with the sums of the place's values with `weights` [N][tokens], divided by `total` [N].
+  // Fill `out` [N][D2][2] with the sums of the place's values with `weights` [pages][N][64], divided by `total` [N].
   void run(const Place& place, const float* weights, const float* total, float* out) {
     place_ = place, weights_ = weights;
-    sums_.assign(d2_ * N * 2, V{});
+    sums_.assign(d2_ * N * 2, Floats{});
     rows_.assign(N * d2_ * 2, 0.0f);
     clear_bins();
     for (int64_t start = 0; start < place.count; start += kBlockPages)
@@ -59,35 +59,41 @@ class Sums {
     }
   }
 
-  const float* weights_of(int n, int64_t page) const { return weights_ + n * place_.tokens() + page * kTokens; }
+  const float* weights_of(int64_t page) const { return weights_ + page * N * kTokens; }
 
   // Subspace m of a block of pages, plane by plane.
   void collect_planes(const Group& group, int64_t m, int64_t start, int64_t count) {
     PageCodes codes[kBlockPages];
     place_.read(job_, job_.values, group, start, count, m, codes);
     with_width(group.nbits, [&](auto width) {
-      for (int64_t k = 0; k < group.planes; k++) {
-        const int64_t plane = group.first_plane + m * group.planes + k;
-        const void* table = place_.table(group, m, k);
-        V *to = &sums_[plane * N * 2], total[2 * N];
-        for (int i = 0; i < 2 * N; i++) total[i] = to[i];
-        for (int64_t p = 0; p < count; p += kPagesTogether) {
-          Points values[kPagesTogether];
-          look_up<width>(table, codes + p, values);
-          for (int i = 0; i < kPagesTogether && p + i < count; i++) add(values[i], start + p + i, total);
-        }
-        for (int i = 0; i < 2 * N; i++) to[i] = total[i];
-      }
+      for (int64_t k = 0; k < group.planes; k++)
+        collect_plane<width>(place_.table(group, m, k), codes, group.first_plane + m * group.planes + k, start, count);
     });
   }
 
-  void add(const Points& values, int64_t page, V* total) {
-    for (int j = 0; j < kVectors; j++)
+  // A function of its own, so that its loop has all registers.
+  template <int BITS>
+  __attribute__((noinline)) void collect_plane(const void* table, const PageCodes* codes, int64_t plane, int64_t start, int64_t count) {
+    Floats *to = &sums_[plane * N * 2], total[2 * N];
+    for (int i = 0; i < 2 * N; i++) total[i] = to[i];
+    for (int64_t p = 0; p < count; p += kPagesTogether) {
+      Points values[kPagesTogether];
+      look_up<BITS>(table, codes + p, values);
+      for (int i = 0; i < kPagesTogether && p + i < count; i++) add(values[i], start + p + i, total);
+    }
+    for (int i = 0; i < 2 * N; i++) to[i] = total[i];
+  }
+
+  void add(const Points& values, int64_t page, Floats* total) {
+    const float* weights = weights_of(page);
+    for (int t = 0; t < kTokens; t += kLanes) {
+      const Point value = values.at(t);
       for (int n = 0; n < N; n++) {
-        const V weight = loaded(weights_of(n, page) + 16 * j);
-        total[2 * n] += values.x[j] * weight;
-        total[2 * n + 1] += values.y[j] * weight;
+        const Floats weight = loaded(weights + n * kTokens + t);
+        total[2 * n] += value.x * weight;
+        total[2 * n + 1] += value.y * weight;
       }
+    }
   }
 
   // Codes of many planes: weights are added up per entry, [entry][N].
@@ -95,8 +101,9 @@ class Sums {
     uint16_t index[kTokens];
     for (int64_t p = 0; p < count; p++) {
       unpack(place_.codes(job_, job_.values, group, start + p, m), group.nbits, index);
+      const float* weights = weights_of(start + p);
       for (int t = 0; t < kTokens; t++)
-        for (int n = 0; n < N; n++) bins[index[t] * N + n] += weights_of(n, start + p)[t];
+        for (int n = 0; n < N; n++) bins[index[t] * N + n] += weights[n * kTokens + t];
     }
   }
 
@@ -113,17 +120,17 @@ class Sums {
   void add_bins(const Group& group, int64_t m, const float* bins) {
     const int64_t planes = padded(group.planes), entries = (int64_t)1 << group.nbits;
     const auto* table = (const float*)place_.table(group, m);
-    row_.assign(N * 2 * planes / 16, V{});
+    row_.assign(N * 2 * planes / kLanes, Floats{});
     for (int64_t k = 0; k < entries; k++)
-      for (int64_t i = 0; i < 2 * planes / 16; i++) {
-        const V entry = loaded(table + k * 2 * planes + 16 * i);
+      for (int64_t i = 0; i < 2 * planes / kLanes; i++) {
+        const Floats entry = loaded(table + k * 2 * planes + kLanes * i);
         for (int n = 0; n < N; n++) row_[i * N + n] += entry * bins[k * N + n];
       }
     for (int n = 0; n < N; n++)
       for (int c = 0; c < 2; c++)
         for (int64_t j = 0; j < group.planes; j++) {
           const int64_t at = c * planes + j, plane = group.first_plane + m * group.planes + j;
-          rows_[(n * d2_ + plane) * 2 + c] += ((const float*)&row_[at / 16 * N + n])[at % 16];
+          rows_[(n * d2_ + plane) * 2 + c] += row_[at / kLanes * N + n][at % kLanes];
         }
   }
 
@@ -132,7 +139,7 @@ class Sums {
   Place place_;
   const float* weights_;
   std::vector<float> bins_, rows_;
-  std::vector<V> sums_, row_;
+  std::vector<Floats> sums_, row_;
 };
 
 }  // namespace
