@@ -49,7 +49,7 @@ demo: $(VENV)/.installed
 smollm2: $(VENV)/.installed-gguf
 	@test -f $(SMOLLM2)/config.json || $(BIN)/python .ci/smollm2.py $(SMOLLM2)
 	$(BIN)/pqkv run smollm2-135m --model $(SMOLLM2)
-	$(BIN)/pqkv eval runs/smollm2-135m --task perplexity --mode all --limit 4 --peers kivi:4,kvquant:4,kvarn:4,higgs:4
+	$(BIN)/pqkv eval runs/smollm2-135m --task perplexity --mode all --limit 2 --peers kivi:4,kvquant:4,kvarn:4,higgs:4
 	$(BIN)/pqkv report runs/smollm2-135m
 
 test: check
