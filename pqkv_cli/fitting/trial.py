@@ -142,7 +142,7 @@ def load_trial(directory: Path, index: int, menus: Mapping[Side, Menu], request_
     A file that is absent, damaged or of another request tells nothing.
     """
     trial = NOTHING_TRIED
-    with contextlib.suppress(RunError, OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(RunError, OSError, ValueError, KeyError, TypeError, StopIteration):
         document = json.loads(_errors_path(directory, index).read_text(encoding="utf-8"))
         if document["schema"] == SCHEMA and document["request_sha256"] == request_sha256:
             trial = Trial({side: {name: float(e) for name, e in document["errors"][side].items()} for side in SIDES}, {})

@@ -95,7 +95,7 @@ class Allocation:
         ]
 
     def _trials(self, store: CalibrationStore, reporter: Reporter) -> dict[int, Trial]:
-        """Return the trials of all coded layers; what earlier trials tell, of other budgets too, is not tried again."""
+        """Return the trials of all coded layers; what earlier trials tell is not tried again."""
         coded = sorted({index for index, _ in self._menus})
         make_directory(self._run.codebooks)
         with reporter.progress("try rates") as advance:

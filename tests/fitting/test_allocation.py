@@ -119,6 +119,8 @@ def test_another_budget_fits_only_what_none_before_has_tried(tmp_path: Path, mon
     assert fits == [1, 1]
     save_trial(tmp_path, 3, found, "a" * 64)
     assert load_trial(tmp_path, 3, some(1, 2, 3), "a" * 64).errors == tried(specs(), 1).errors  # the rate 4 is not forgotten
+    other = load_trial(tmp_path, 3, some(2, 3), "a" * 64)  # its tables are of a rate that nobody asks for now
+    assert other.errors == found.errors and not other.tables
     fits.clear()
     again = tried(some(2, 3), 2, found)  # every rate is known, but not what its cost is measured with
     assert fits == [2, 2]
