@@ -98,6 +98,7 @@ class Allocation:
         """Return the trials of all coded layers; what earlier trials tell is not tried again."""
         coded = sorted({index for index, _ in self._menus})
         make_directory(self._run.codebooks)
+        make_directory(self._run.trials)
         with reporter.progress("try rates") as advance:
             trials = side_by_side(partial(self._trial, store), coded, self._geometry, advance)
         return dict(zip(coded, trials, strict=True))
@@ -106,10 +107,10 @@ class Allocation:
         menus = {side: self._menus[index, side] for side in SIDES}
         samples, layer = store.layer(index), self._geometry.layers[index]
         request = layer_request(index, layer, "trial", self._settings, samples)
-        trial = load_trial(self._run.codebooks, index, menus, request)
+        trial = load_trial(self._run.trials, index, menus, request)
         if not trial.answers(menus, self._bits):
             trial = try_layer(samples, layer, menus, self._bits, index=index, settings=self._settings, known=trial)
-            save_trial(self._run.codebooks, index, trial, request)
+            save_trial(self._run.trials, index, trial, request)
         return trial
 
 

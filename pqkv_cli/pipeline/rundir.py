@@ -53,6 +53,11 @@ class Run:
         return self.path / "calibration"
 
     @property
+    def trials(self) -> Path:
+        """Directory of what short fits told about rates; kept when another budget makes the codebooks anew."""
+        return self.path / "trials"
+
+    @property
     def codebooks(self) -> Path:
         """Directory of the fitting stage."""
         return self.path / "codebooks"

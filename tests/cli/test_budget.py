@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,15 +51,41 @@ def test_killed_after_the_trials_and_resumed_gives_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(allocation, "gradient_costs", killed)
         assert pqkv(*words).code == 130
-    kept = {path.name: path.stat().st_mtime_ns for path in (run / "codebooks").iterdir()}
+    kept = {path.name: path.stat().st_mtime_ns for path in (run / "trials").iterdir()}
     assert set(kept) == {f"trial_00{i}.{ending}" for i in range(2) for ending in ("json", "safetensors")}
     assert pqkv(*words).code == 0
-    assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in (run / "codebooks").iterdir()}.items()
-    shutil.copytree(run, tmp_path / "second", ignore=shutil.ignore_patterns("codebooks"))
+    assert kept.items() == {path.name: path.stat().st_mtime_ns for path in (run / "trials").iterdir()}.items()
     (run / "codebooks" / "fit.json").rename(tmp_path / "first.json")
     shutil.rmtree(run / "codebooks")
+    shutil.rmtree(run / "trials")
     assert pqkv(*words).code == 0
     assert (run / "codebooks" / "fit.json").read_bytes() == (tmp_path / "first.json").read_bytes()
+
+
+def test_another_budget_tries_only_rates_that_none_before_has(
+    pqkv: Callable, run: Path, quickly: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pqkv_cli.fitting.side import SideFit
+    from pqkv_cli.fitting.trial import TRIAL_VECTORS
+
+    fitted: list[object] = []
+    fit = SideFit.fit
+
+    def counted(self: SideFit, layout: Any, iterations: int, *part: int) -> Any:
+        fitted.extend([layout] if part == (TRIAL_VECTORS,) else [])
+        return fit(self, layout, iterations, *part)
+
+    monkeypatch.setattr(SideFit, "fit", counted)
+    assert pqkv("fit-codebooks", run, "--budget", 2.5, *QUICK).code == 0
+    first = len(fitted)
+    fitted.clear()
+    assert pqkv("fit-codebooks", run, "--budget", 2.2, *QUICK).code == 0
+    assert len(fitted) < first / 2
+    same = (run / "codebooks" / "fit.json").read_bytes()
+    shutil.rmtree(run / "trials")
+    shutil.rmtree(run / "codebooks")
+    assert pqkv("fit-codebooks", run, "--budget", 2.2, *QUICK).code == 0
+    assert (run / "codebooks" / "fit.json").read_bytes() == same
 
 
 @pytest.mark.parametrize(
