@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from pqkv_cli.errors import UsageError
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import MOST_JOINT_NBITS, CodeGroup, CodeLayout
+from pqkv_kernels.format.layout import MOST_JOINT_NBITS, CodeGroup, CodeLayout
 
 # --bits N: channels per subspace. Tables of 64 to 1,024 entries where that can be: more need more calibration vectors than
 # are kept, fewer leave out what the channels of a wider subspace have in common.
@@ -15,7 +15,7 @@ RATES: Mapping[float, int] = {5: 2, 4.5: 2, 4: 2, 3.5: 2, 3: 2, 2.5: 4, 2: 4, 1.
 MOST_NBITS: Final = 10
 
 # Profile speed, --bits N: channels per subspace, and bits of each additive stage of its codes. Tables of up to 16 entries can
-# be read without bank conflicts; what one cannot follow, sums of two or three of them can (`pqkv_kernels.joint`).
+# be read without bank conflicts; what one cannot follow, sums of two or three of them can (`reference.merged_stages`).
 SPEED_RATES: Mapping[float, tuple[int, tuple[int, ...]]] = {
     5: (2, (4, 4, 2)),
     4: (2, (4, 4)),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pqkv_kernels.layout import CodeLayout, RotaryLayout
+from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
 
 KeySpace = Literal["pre_rope", "post_rope"]
 MapKind = Literal["identity", "scale", "blocks", "matrix"]

@@ -11,7 +11,7 @@ from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.recipe import named_recipe, recipe_names
 from pqkv_cli.specs import CacheSpec
-from pqkv_kernels.layout import RotaryLayout
+from pqkv_kernels.format.layout import RotaryLayout
 
 
 def test_every_recipe_has_a_row() -> None:

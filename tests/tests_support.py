@@ -2,8 +2,8 @@
 
 import torch
 
-from pqkv_kernels.layout import CodeGroup, CodeLayout, RotaryLayout
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import CodeGroup, CodeLayout, RotaryLayout
+from pqkv_kernels.format.tables import CodecTables
 
 HEADS, DIM = 2, 16
 

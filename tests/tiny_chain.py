@@ -11,13 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pqkv_cli.artifact.schema import CalibrationInfo, Header, LayerError, ModelInfo
 from pqkv_cli.artifact.store import save_artifact
-from pqkv_cli.calibration.collect import collect
-from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.calibration.collect import CollectSettings, collect
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.fitting.plan import uniform_plan
 from pqkv_cli.fitting.run import fit_codebooks, load_fitted
 from pqkv_cli.fitting.settings import FitSettings
-from pqkv_cli.hf.uncompressed import InPlaceLayer
+from pqkv_cli.hf.cache_layers import InPlaceLayer
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.identity import model_identity
 from pqkv_cli.specs import CacheSpec

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from pqkv_kernels.angles import Angles, PageAngles
-from pqkv_kernels.attention import code_attention, code_queries, leave_code_space
 from pqkv_kernels.dispatch import Backend, attend_codes
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.kernel_config import DecodeConfig, config_of
-from pqkv_kernels.layout import PAGE_TOKENS
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.format.rotary import Angles, PageAngles
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.gpu.config import DecodeConfig, config_of
+from pqkv_kernels.reference.attention import code_attention, code_queries, leave_code_space
 
 GATE_TOKENS = 5 * PAGE_TOKENS
 GATE_ERROR = 0.01  # relative root mean square: tables in half precision and tf32 products are well below

@@ -14,20 +14,17 @@ from typing import Literal, get_args
 
 import torch
 
-from pqkv_kernels.angles import Angles, PageAngles, page_range
-from pqkv_kernels.attention import Part, code_attention, code_queries, leave_code_space, merge
-from pqkv_kernels.channel_tables import channel_tables
-from pqkv_kernels.checks import check_attention
-from pqkv_kernels.codec import encode
+from pqkv_kernels.cpu.attention import can_add, can_attend, native_add_exact, native_attention
+from pqkv_kernels.cpu.build import native_obstacle
+from pqkv_kernels.cpu.torch_attention import plane_attention
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.exact_tokens import ExactTokens, add_exact
-from pqkv_kernels.layout import PAGE_TOKENS
-from pqkv_kernels.native_attention import can_attend, native_attention
-from pqkv_kernels.native_build import native_obstacle
-from pqkv_kernels.native_exact import can_add, native_add_exact
-from pqkv_kernels.planes import planes_of
-from pqkv_kernels.tables import CodecTables
-from pqkv_kernels.torch_attention import plane_attention
+from pqkv_kernels.format.checks import check_attention
+from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.format.pairs import planes_of
+from pqkv_kernels.format.rotary import Angles, PageAngles, page_range
+from pqkv_kernels.format.tables import CodecTables, channel_tables
+from pqkv_kernels.reference.attention import ExactTokens, Part, add_exact, code_attention, code_queries, leave_code_space, merge
+from pqkv_kernels.reference.encode import encode
 
 Backend = Literal["torch", "native", "triton"]
 BackendRequest = Literal["auto", "torch", "native", "triton"]
@@ -96,7 +93,7 @@ def _cut_pairs(codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
 
 def _triton_attention() -> ModuleType:
     # Imported when it is first needed: Triton is optional, and nobody on a CPU should wait for it.
-    return import_module("pqkv_kernels.triton_attention")
+    return import_module("pqkv_kernels.gpu.attention")
 
 
 def prepare_tables(backend: Backend, tables: CodecTables) -> None:
@@ -133,7 +130,7 @@ def attend_codes(
     key_pages, value_pages
         Slabs of pages in order, each [B, P, Hkv, page_bytes] uint8.
     spans, scaling, angles, softcap
-        As `pqkv_kernels.attention.code_attention` takes them.
+        As `pqkv_kernels.reference.attention.code_attention` takes them.
 
     Returns
     -------
@@ -171,14 +168,14 @@ def attend_codes(
 def attend_exact(
     backend: Backend, coded: Part, query: torch.Tensor, exact: ExactTokens, scaling: float, softcap: float | None = None
 ) -> Part:
-    """Add exact tokens to what `attend_codes` returned, as `pqkv_kernels.exact_tokens.add_exact` does."""
+    """Add exact tokens to what `attend_codes` returned, as `pqkv_kernels.reference.attention.add_exact` does."""
     if backend == "native" and can_add(query, exact):
         return native_add_exact(coded, query, exact, scaling, softcap)
     return add_exact(coded, query, exact, scaling, softcap)
 
 
 def encode_pages(backend: Backend, x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:
-    """Encode whole pages of vectors, as `pqkv_kernels.codec.encode` does.
+    """Encode whole pages of vectors, as `pqkv_kernels.reference.encode.encode` does.
 
     Raises
     ------
@@ -187,7 +184,7 @@ def encode_pages(backend: Backend, x: torch.Tensor, tables: CodecTables, angles:
     """
     if backend != "triton":
         return encode(x, tables, angles)
-    module = import_module("pqkv_kernels.triton_encode")
+    module = import_module("pqkv_kernels.gpu.encode")
     module.check_encode(x, tables, angles)
     pages: torch.Tensor = module.triton_encode(x, tables, angles)
     return pages

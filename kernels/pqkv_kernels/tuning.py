@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from pqkv_kernels.attention import code_attention, code_queries
 from pqkv_kernels.bench import GATE_TOKENS, bench_inputs, gate_error, measure
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.kernel_config import DecodeConfig, KeyScores, TableKind
-from pqkv_kernels.layout import CodeLayout
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import CodeLayout
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.gpu.config import DecodeConfig, KeyScores, TableKind
+from pqkv_kernels.reference.attention import code_attention, code_queries
 
 Measured = tuple[float, float]
 """Error against the reference, relative to the answer, and milliseconds."""
@@ -106,7 +106,7 @@ def measurer(
     keys: CodecTables, values: CodecTables, group_size: int, batch: int, context: int, dtype: torch.dtype, repeats: int
 ) -> Callable[[DecodeConfig], Measured]:
     """Return what measures a configuration of the Triton kernels on the device of the tables."""
-    from pqkv_kernels.triton_attention import triton_attention
+    from pqkv_kernels.gpu.attention import triton_attention
 
     scaling = keys.layout.head_dim**-0.5
 

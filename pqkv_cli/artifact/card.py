@@ -1,10 +1,14 @@
 """The model card of an artifact as Markdown text. Knows no files; tables of results are given as rows."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from pqkv_cli.artifact.schema import Header, map_word
+from pqkv_cli.artifact.schema import Header, header_document, map_word
 from pqkv_cli.artifact.summary import Summary, summarize_header
+from pqkv_cli.errors import ArtifactError
+from pqkv_cli.files import write_text
 from pqkv_cli.specs import CodecSpec
 
 _USES = {None: "values", "pre_rope": "keys before RoPE", "post_rope": "keys after RoPE"}
@@ -113,3 +117,31 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _escaped(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+HEADER_FILE = "pqkv.json"
+CARD_FILE = "README.md"
+
+
+def write_derived(directory: Path | str, header: Header, rows: Sequence[Mapping[str, object]] = ()) -> tuple[Path, ...]:
+    """Write ``pqkv.json`` and ``README.md`` for the artifact with this `header` (its hash filled in); return their paths.
+
+    Raises
+    ------
+    ArtifactError
+        If one cannot be written.
+    """
+    texts = {
+        HEADER_FILE: header_text(header),
+        CARD_FILE: model_card(header, rows),
+    }
+    paths = []
+    for name, text in texts.items():
+        paths.append(Path(directory) / name)
+        write_text(paths[-1], text, ArtifactError)
+    return tuple(paths)
+
+
+def header_text(header: Header) -> str:
+    """Return the text of ``pqkv.json``."""
+    return json.dumps(header_document(header), indent=1, sort_keys=True) + "\n"

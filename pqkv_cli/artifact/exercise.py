@@ -11,10 +11,10 @@ import torch
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.artifact.tensors import coded_sides
 from pqkv_cli.specs import SIDES, Side
-from pqkv_kernels.codec import decode, decode_codes, encode, round_trip, to_code_space
-from pqkv_kernels.layout import PAGE_TOKENS
-from pqkv_kernels.nearest import nearest_centroids
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.encode import decode, decode_codes, encode, round_trip, to_code_space
+from pqkv_kernels.reference.nearest import nearest_centroids
 
 TOLERANCE = 0.01  # of the root mean square of what went in; sound fp32 arithmetic stays a thousand times below
 _NUM_PAGES = 2

@@ -1,6 +1,6 @@
 """The header of an artifact as frozen data, and its canonical JSON. Knows no files and no tensors.
 
-Parsing lives in `pqkv_cli.artifact.parse`, the laws between fields in `pqkv_cli.artifact.laws`.
+Parsing lives in `pqkv_cli.artifact.header`, the laws between fields in `pqkv_cli.artifact.header`.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pqkv_cli.specs import CodecSpec, CompressionPlan, LayerGeometry, LayerPlan
-from pqkv_kernels.layout import CodeGroup
+from pqkv_kernels.format.layout import CodeGroup
 
 FORMAT = "pqkv"
 VERSION = 1

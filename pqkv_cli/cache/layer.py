@@ -1,5 +1,7 @@
 """One layer of the quantized cache: sinks | codes | window. Computes no attention."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -7,23 +9,38 @@ import torch
 
 from pqkv_cli.cache.checks import check_crop, check_gradients, check_states
 from pqkv_cli.cache.drift import LayerDrift
-from pqkv_cli.cache.encoder import EncoderQueue
-from pqkv_cli.cache.handle import LazyStates, StepView
-from pqkv_cli.cache.notices import DECODED
-from pqkv_cli.cache.page_cut import cut_pages
-from pqkv_cli.cache.page_job import PageJob
-from pqkv_cli.cache.pages import PageStore
+from pqkv_cli.cache.encoder import EncoderQueue, PageJob
+from pqkv_cli.cache.lazy_states import LazyStates, StepView
+from pqkv_cli.cache.positions import DECODED, AngleSource, Timeline
 from pqkv_cli.cache.schedule import first_exact, most_exact, num_pages
-from pqkv_cli.cache.sinks import sinks_among, with_sinks
 from pqkv_cli.cache.static_step import StaticStep
-from pqkv_cli.cache.timeline import AngleSource, Timeline
-from pqkv_cli.cache.window import coded_then_exact, with_room
+from pqkv_cli.cache.storage import PageStore, coded_then_exact, sinks_among, with_room, with_sinks
 from pqkv_cli.hf.cache_layers import CacheLayerMixin
 from pqkv_cli.specs import SIDES, CacheSpec, Side
-from pqkv_kernels.codec import decode
 from pqkv_kernels.dispatch import Backend, prepare_tables
-from pqkv_kernels.layout import PAGE_TOKENS
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.encode import decode
+
+
+def cut_pages(layer: QuantizedLayer, kept: int) -> None:
+    """Drop the pages of `layer` that lack slots where `kept` are kept; the window gets what the first of them decodes to.
+
+    Where a row still reads a slot exact (``timeline.stops()``), it goes on doing so. The caller counts the window's tokens.
+    """
+    if kept >= layer.num_coded:
+        return
+    page = kept // PAGE_TOKENS
+    start = page * PAGE_TOKENS
+    for side in SIDES:
+        cut = layer.pages[side].page(page).to(layer.device)
+        coded = layer.decoded(side, cut, start, start + PAGE_TOKENS, layer.sinks[side])[:, :, : kept - start]
+        if layer.first_exact <= start:
+            exact = layer.window[side][:, :, : kept - layer.first_exact]
+            coded = coded_then_exact(coded, start, exact, layer.first_exact, layer.timeline.stops())
+        layer.window[side] = coded
+        layer.pages[side].truncate(page)
+    layer.first_exact = min(layer.first_exact, start)
 
 
 class QuantizedLayer(CacheLayerMixin):

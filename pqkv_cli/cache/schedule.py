@@ -8,7 +8,7 @@ codes and those behind it exact, whatever the pages hold.
 
 import torch
 
-from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.format.layout import PAGE_TOKENS
 
 
 def num_pages(num_slots: int, window_tokens: int) -> int:

@@ -10,10 +10,10 @@ import torch
 from transformers import DynamicLayer
 
 from pqkv_cli.cache.checks import check_gradients
-from pqkv_cli.cache.timeline import AngleSource, Timeline
+from pqkv_cli.cache.positions import AngleSource, Timeline
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import Side
-from pqkv_kernels.rope import rotate, unrotate
+from pqkv_kernels.format.rotary import rotate, unrotate
 
 
 class SimulatedLayer(DynamicLayer):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pqkv_cli.cache.handle import LazyStates, StepView
-from pqkv_cli.cache.window import with_room
+from pqkv_cli.cache.lazy_states import LazyStates, StepView
+from pqkv_cli.cache.storage import with_room
 from pqkv_cli.specs import SIDES, Side
 
 if TYPE_CHECKING:

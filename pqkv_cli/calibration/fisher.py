@@ -18,8 +18,8 @@ from pqkv_cli.errors import DataError, UnsupportedModelError
 from pqkv_cli.hf.taps import AttentionStep
 from pqkv_cli.quantizers.maps import metric_matrix
 from pqkv_cli.specs import ModelGeometry
-from pqkv_kernels.layout import RotaryLayout
-from pqkv_kernels.rope import unit_angles, unrotate
+from pqkv_kernels.format.layout import RotaryLayout
+from pqkv_kernels.format.rotary import unit_angles, unrotate
 
 # Tokens whose directions are made at once: they are as wide as the vocabulary.
 _CHUNK_TOKENS = 256

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from pqkv_cli.calibration.formats import read_json, write_json, write_tensors
 from pqkv_cli.calibration.observer import LayerBatch
 from pqkv_cli.calibration.ranks import Ranks
+from pqkv_cli.calibration.store import read_json, write_json, write_tensors
 from pqkv_cli.errors import RunError
 
 # The last two of each are there only if gradients were asked for.

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from pqkv_cli.calibration.store import CalibrationStore, LayerSamples
-from pqkv_kernels.layout import RotaryLayout
-from pqkv_kernels.rope import rotate
+from pqkv_kernels.format.layout import RotaryLayout
+from pqkv_kernels.format.rotary import rotate
 
 # From positions [B, T] to (cos, sin), each [B, T, rotary_dim / 2] fp32 (`pqkv_cli.models.rotary.rotary_angles`).
 AngleSource = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

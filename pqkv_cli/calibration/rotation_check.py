@@ -12,9 +12,9 @@ import torch
 from pqkv_cli.calibration.observer import given_angles
 from pqkv_cli.errors import UnsupportedModelError
 from pqkv_cli.hf.taps import AttentionStep, tap
-from pqkv_cli.models.first_step import check_shapes
+from pqkv_cli.models.structure import check_shapes
 from pqkv_cli.specs import ModelGeometry
-from pqkv_kernels.rope import unit_angles, unrotate
+from pqkv_kernels.format.rotary import unit_angles, unrotate
 
 _NUM_TOKENS = 32
 _OFFSET = 1021  # far enough to turn all but the slowest pairs, and near enough for factors that grow with the position

@@ -1,21 +1,33 @@
-"""English and Python text that every Python installation carries, cut into disjoint splits.
-
-Knows the language reference (``pydoc_data.topics``) and the standard library's sources. Does not know tokens or models.
-
-A document belongs to one split for ever: the split is a hash of its name, so it is the same under every Python version.
-From the calibration and evaluation splits every paragraph is dropped that shares a run of 13 words with an earlier split
-(the usual decontamination rule of Brown et al. 2020, appendix C), so shared licence headers and boilerplate do not leak.
-
-The reference model was trained on the split of that name. For any other model it is as good a text as the others.
-"""
+"""Hashed runs of normalised words: how two texts are found to overlap. Knows nothing of where texts come from."""
 
 import hashlib
 import pydoc_data.topics
+import re
 import sysconfig
+import zlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from pqkv_cli.calibration.ngrams import ngram_hashes
+_WORD = re.compile(r"\w+")
+
+
+def ngram_hashes(text: str, length: int = 13) -> set[int]:
+    """Return a 32-bit hash of every run of `length` consecutive lower-cased words of `text`."""
+    words = [word.encode() for word in _WORD.findall(text.lower())]
+    return {zlib.crc32(b" ".join(words[i : i + length])) for i in range(len(words) - length + 1)}
+
+
+def overlap_share(text: str, seen: Iterable[str], length: int = 13) -> float:
+    """Return the share of the distinct `length`-word runs of `text` that also occur in the texts `seen`, 0 to 1."""
+    own = ngram_hashes(text, length)
+    if not own:
+        return 0.0
+    found: set[int] = set()
+    for other in seen:
+        found |= own & ngram_hashes(other, length)
+    return len(found) / len(own)
+
 
 # Earlier splits win: a paragraph that calibration shares with training is dropped from calibration.
 SPLITS = ("train", "calibration", "evaluation")

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pqkv_cli.calibration.row_text import joined_rows
-from pqkv_cli.calibration.table_files import ROW_FORMS, form_of, rows_in
-from pqkv_cli.calibration.unpacking import unpacked
+from pqkv_cli.calibration.table_files import ROW_FORMS, form_of, rows_in, unpacked
 from pqkv_cli.errors import DataError
 
 _COLUMN = "?column="

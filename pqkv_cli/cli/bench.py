@@ -20,9 +20,9 @@ from pqkv_cli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from pqkv_cli.benchmarks.decode_speed import TokenTimes
+    from pqkv_cli.benchmarks.run import BenchReport
     from pqkv_cli.cli.output import Output, TerminalReporter
-    from pqkv_cli.evaluation.decode_speed import TokenTimes
-    from pqkv_cli.pipeline.bench import BenchReport
     from pqkv_cli.pipeline.target import Target
     from pqkv_kernels.bench import AttentionTimes, Quantiles
 
@@ -83,8 +83,8 @@ def bench(
     if kmeans:
         return _show_kmeans(target_of(target, run, reporter), output, reporter)
 
-    from pqkv_cli.pipeline.bench import BenchSettings
-    from pqkv_cli.pipeline.bench import bench as measure
+    from pqkv_cli.benchmarks.run import BenchSettings
+    from pqkv_cli.benchmarks.run import bench as measure
     from pqkv_cli.pipeline.start import artifact_source
 
     source = artifact_source(target_of(target, run, reporter), model, checked({"device": device, "dtype": dtype}))
@@ -94,8 +94,8 @@ def bench(
 
 
 def _show_kmeans(target: "Target", output: "Output", reporter: "TerminalReporter") -> None:
+    from pqkv_cli.benchmarks.kmeans import bench_kmeans
     from pqkv_cli.cli.output import table
-    from pqkv_cli.pipeline.bench_kmeans import bench_kmeans
     from pqkv_cli.pipeline.start import continue_run
 
     found, recipe = continue_run(target, {})

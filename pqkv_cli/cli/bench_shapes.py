@@ -24,10 +24,10 @@ def show_shapes(
     reporter: "TerminalReporter",
 ) -> None:
     """Measure the shapes `names`, show tables, and write the picture where it is asked for."""
+    from pqkv_cli.benchmarks.bench_shapes import ShapeSettings, bench_shapes
+    from pqkv_cli.benchmarks.shapes import SHAPES
     from pqkv_cli.evaluation.shape_picture import shape_picture
-    from pqkv_cli.evaluation.shapes import SHAPES
     from pqkv_cli.files import write_text
-    from pqkv_cli.pipeline.bench_shapes import ShapeSettings, bench_shapes
     from pqkv_cli.pipeline.capacity import parse_device_bytes
 
     unknown = [name for name in names if name not in SHAPES]

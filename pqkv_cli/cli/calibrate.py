@@ -70,7 +70,7 @@ def calibrate(words: CalibrateWords) -> None:
     Example: pqkv calibrate path/to/model --data text.txt --samples 32 --seq-len 512 -o my-run
     """
     from pqkv_cli.cli.output import Output, TerminalReporter
-    from pqkv_cli.cli.stage_table import show_stage
+    from pqkv_cli.cli.tables import show_stage
     from pqkv_cli.cli.words import checked, path_or_none, target_of
     from pqkv_cli.pipeline.start import start_run
 

@@ -70,7 +70,7 @@ def evaluate(words: EvaluateWords) -> None:
     """
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.cli.peers import is_comparison, run_comparison
-    from pqkv_cli.cli.result_table import raise_on_bad, show_contexts, show_records, verdict
+    from pqkv_cli.cli.tables import raise_on_bad, show_contexts, show_records, verdict
     from pqkv_cli.cli.words import checked, gate_texts, target_of, task_words
     from pqkv_cli.pipeline.start import artifact_source, file_reference
 

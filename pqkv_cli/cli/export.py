@@ -61,7 +61,7 @@ def export(
     Example: pqkv export my-run
     """
     from pqkv_cli.cli.output import Output, TerminalReporter
-    from pqkv_cli.cli.stage_table import show_stage
+    from pqkv_cli.cli.tables import show_stage
     from pqkv_cli.cli.words import checked, target_of
     from pqkv_cli.pipeline.start import continue_run
 
@@ -90,7 +90,7 @@ def _check_tuning(tune: bool, byte_tables: bool, push_to_hub: str | None) -> Non
     if byte_tables and not tune:
         raise UsageError("--byte-tables says what --tune tries; expected both: pqkv export RUN --tune --byte-tables")
     if tune:
-        from pqkv_cli.pipeline.tune import require_gpu
+        from pqkv_cli.benchmarks.tune import require_gpu
 
         if push_to_hub is not None:
             raise UsageError("--tune and --push-to-hub are two steps; expected one: tune first, then push")
@@ -100,9 +100,9 @@ def _check_tuning(tune: bool, byte_tables: bool, push_to_hub: str | None) -> Non
 def _show_tuned(
     outcome: "StageOutcome", directory: "Path", output: "Output", reporter: "TerminalReporter", *, in_bytes: bool
 ) -> None:
+    from pqkv_cli.benchmarks.tune import tune_artifact
     from pqkv_cli.cli.output import table
-    from pqkv_cli.cli.stage_table import stage_document
-    from pqkv_cli.pipeline.tune import tune_artifact
+    from pqkv_cli.cli.tables import stage_document
     from pqkv_kernels.tuning import config_document
 
     tuned = tune_artifact(directory, reporter, in_bytes=in_bytes)
@@ -123,7 +123,7 @@ def _show(outcome: "StageOutcome", pushed: "Pushed", output: "Output") -> None:
     from dataclasses import asdict
 
     from pqkv_cli.cli.output import table
-    from pqkv_cli.cli.stage_table import stage_document
+    from pqkv_cli.cli.tables import stage_document
 
     rows = [("repository", pushed.url), ("commit", pushed.commit), ("files", ", ".join(pushed.files))]
     output.result(

@@ -37,7 +37,7 @@ def fit_codebooks(
     Example: pqkv fit-codebooks my-run --budget 2.5
     """
     from pqkv_cli.cli.output import Output, TerminalReporter
-    from pqkv_cli.cli.stage_table import show_stage
+    from pqkv_cli.cli.tables import show_stage
     from pqkv_cli.cli.words import checked, rate_changes, target_of
     from pqkv_cli.pipeline.start import continue_run
 

@@ -16,7 +16,7 @@ from pqkv_cli.errors import UsageError
 from pqkv_cli.files import write_text
 
 if TYPE_CHECKING:
-    from pqkv_cli.pipeline.reporter import Advance
+    from pqkv_cli.reporter import Advance
 
 _WIDTH_WITHOUT_TERMINAL = 128
 

@@ -99,9 +99,9 @@ def run_comparison(words: PeerWords, source: "Source", output: "Output", reporte
     PqkvError
         If a rival that was asked for by name has no result.
     """
+    from pqkv_cli.baselines.outlier_comparison import document, outlier_test
+    from pqkv_cli.baselines.run import compare_peers
     from pqkv_cli.cli.words import target_of
-    from pqkv_cli.pipeline.outlier_test import document, outlier_test
-    from pqkv_cli.pipeline.peers import compare_peers
     from pqkv_cli.pipeline.start import artifact_source
 
     if source.recipe.evaluation.gates:

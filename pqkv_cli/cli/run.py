@@ -66,7 +66,7 @@ def run(words: RunWords) -> None:
     from dataclasses import asdict
 
     from pqkv_cli.cli.output import Output, TerminalReporter
-    from pqkv_cli.cli.result_table import raise_on_bad, show_records, verdict
+    from pqkv_cli.cli.tables import raise_on_bad, show_records, verdict
     from pqkv_cli.cli.words import checked, path_or_none, target_of
     from pqkv_cli.pipeline.start import start_run
 

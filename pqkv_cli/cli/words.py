@@ -8,8 +8,8 @@ from pqkv_cli.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pqkv_cli.pipeline.reporter import Reporter
     from pqkv_cli.pipeline.target import Target
+    from pqkv_cli.reporter import Reporter
 
 
 def target_of(target: str | None, run: str | None, reporter: "Reporter") -> "Target":

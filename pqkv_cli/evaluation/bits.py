@@ -7,9 +7,9 @@ from typing import Any
 
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.cache.cache import QuantizedCache
-from pqkv_cli.evaluation.outcome import BitsPerChannel
+from pqkv_cli.evaluation.record import BitsPerChannel
 from pqkv_cli.specs import SIDES
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.tables import CodecTables
 
 
 def codec_bits(artifact: Artifact) -> BitsPerChannel:

@@ -17,15 +17,14 @@ from lm_eval.models.huggingface import HFLM
 
 from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.evaluation.bits import cache_bits
-from pqkv_cli.evaluation.contender import CacheFactory, contender
-from pqkv_cli.evaluation.generation_watch import GenerationWatch, watching
-from pqkv_cli.evaluation.memory import peak_memory
+from pqkv_cli.evaluation.costs import GenerationWatch, peak_memory, watching
 from pqkv_cli.evaluation.prompts import num_positions
 from pqkv_cli.evaluation.samples import Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
+from pqkv_cli.evaluation.windows import CacheFactory, contender
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.prefix import end_ids
-from pqkv_cli.runtime.decoding import own_settings
+from pqkv_cli.runtime.generate import own_settings
 
 _REQUESTS_AT_ONCE = 16
 _DEFAULT_POSITIONS = 2048

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.evaluation.divergence import diverge
+from pqkv_cli.evaluation.windows import diverge
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec, VectorCodec
 from pqkv_cli.runtime.attach import simulate
 from pqkv_cli.specs import SIDES, Side
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.tables import CodecTables
 
 Codecs = Sequence[dict[Side, VectorCodec] | None]
 

@@ -13,24 +13,26 @@ import torch
 from pqkv_cli.calibration.text import token_windows
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.bits import fullest_bits
-from pqkv_cli.evaluation.contender import CacheFactory, contender
-from pqkv_cli.evaluation.divergence import diverge, joined
-from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.prompts import num_positions, shorter
+from pqkv_cli.evaluation.record import TaskOutcome
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.windows import (
+    CacheFactory,
     Compared,
     by_context,
+    contender,
     cost,
+    diverge,
     divergence_metrics,
     failures,
+    joined,
     measured,
     table,
     timed,
 )
+from pqkv_cli.hf.cache_layers import uncompressed_cache
 from pqkv_cli.hf.names import cache_argument
-from pqkv_cli.hf.uncompressed import uncompressed_cache
 from pqkv_cli.models.prefix import prefix_ids
 
 DEFAULT_NEW_TOKENS = 1024

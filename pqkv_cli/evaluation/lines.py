@@ -1,9 +1,4 @@
-"""LongEval's line retrieval: many named numbers in a list, one of them asked for.
-
-The lists are made to fit a prompt length, or read from LongEval's own files (rows of ``prompt`` and ``expected_number``). A
-model with a chat template is asked, any other completes the sentence that holds the answer. An answer is right if its first
-number is the one asked for.
-"""
+"""Names of the lines in a list to be remembered: an adjective and a noun. Knows no prompts."""
 
 import re
 from collections.abc import Callable
@@ -14,15 +9,44 @@ import numpy as np
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.asking import ask
-from pqkv_cli.evaluation.names import line_names, longest_name
-from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.prompts import num_positions, prompt_ids, prompt_lengths, require_room
+from pqkv_cli.evaluation.record import TaskOutcome
 from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.rows import Row, checked_text, read_rows, shown
 from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.models.chat import chat_text, has_chat_template, template_notes
 from pqkv_cli.models.prefix import plain_ids
+
+_ADJECTIVES = (
+    "able amber ancient ashen bald bitter blank bold brave brisk broad calm civil clean clever cold crisp curly daring dear "
+    "dry dusty eager early elder empty even exact faint fair false fancy fast fierce final firm flat fluffy fond free fresh "
+    "frosty gentle giant glad golden grand great green happy harsh hasty heavy hollow honest hot huge humble hungry icy idle"
+).split()
+_NOUNS = (
+    "acorn anchor apple arrow badge barn basin beach bell bench berry blade boat bonnet book boot bottle bowl brick bridge "
+    "brush bucket button cabin camel candle canoe carpet castle cave chain chair cherry circle cliff cloud coat coin comb "
+    "coral cottage crane dagger desk diamond dish dock door dragon drum eagle engine falcon feather fence ferry field"
+).split()
+
+
+def line_names(count: int, rng: np.random.Generator) -> list[str]:
+    """Return `count` different names in random order; beyond the pairs that there are, numbered ones."""
+    size = len(_ADJECTIVES) * len(_NOUNS)
+    chosen = np.concatenate([rng.permutation(size) + turn * size for turn in range(count // size + 1)])[:count]
+    return [_name(int(index), size) for index in chosen]
+
+
+def _name(index: int, size: int) -> str:
+    turn, index = divmod(index, size)
+    name = f"{_ADJECTIVES[index // len(_NOUNS)]}-{_NOUNS[index % len(_NOUNS)]}"
+    return f"{name}-{turn + 1}" if turn else name
+
+
+def longest_name(length: Callable[[str], int]) -> str:
+    """Return the name whose words are the longest, by `length`."""
+    return f"{max(_ADJECTIVES, key=length)}-{max(_NOUNS, key=length)}"
+
 
 ANSWER_TOKENS = 16
 DEFAULT_PROMPTS_PER_LENGTH = 10

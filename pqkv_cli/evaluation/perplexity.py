@@ -7,16 +7,16 @@ import numpy as np
 import torch
 
 from pqkv_cli.evaluation.bits import fullest_bits
-from pqkv_cli.evaluation.bootstrap import Floats, interval95
-from pqkv_cli.evaluation.contender import contender
-from pqkv_cli.evaluation.divergence import diverge
-from pqkv_cli.evaluation.outcome import TaskOutcome
+from pqkv_cli.evaluation.record import TaskOutcome
+from pqkv_cli.evaluation.scores import Floats, interval95
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.windows import (
     Compared,
     by_context,
     check_context,
+    contender,
     cost,
+    diverge,
     divergence_metrics,
     failures,
     logits_of,

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.evaluation.generation_watch import watching
+from pqkv_cli.evaluation.costs import watching
+from pqkv_cli.hf.cache_layers import uncompressed_cache
 from pqkv_cli.hf.names import cache_argument
-from pqkv_cli.hf.uncompressed import uncompressed_cache
-from pqkv_cli.runtime.decoding import own_settings
-from pqkv_cli.runtime.texts import added_text
+from pqkv_cli.runtime.generate import added_text, own_settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pqkv_cli.cache.schedule import first_exact, num_pages
 from pqkv_cli.evaluation.report_svg import Axis, heat_map, line_chart
 from pqkv_cli.evaluation.report_tables import size
 from pqkv_cli.specs import SIDES
-from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.format.layout import PAGE_TOKENS
 
 Record = Mapping[str, Any]
 _CONTEXTS = tuple(2**n for n in range(9, 18))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pqkv_cli.evaluation.captured_steps import OURS
+from pqkv_cli.benchmarks.decode_speed import OURS
 from pqkv_cli.evaluation.report_style import STYLE
 from pqkv_cli.evaluation.report_svg import Axis, line_chart
 

@@ -11,10 +11,9 @@ from pqkv_cli.evaluation.lines import check_line_rows, lines
 from pqkv_cli.evaluation.longbench import longbench
 from pqkv_cli.evaluation.longbench_data import load_longbench, tasks_in
 from pqkv_cli.evaluation.needle import needle
-from pqkv_cli.evaluation.outcome import TaskOutcome
 from pqkv_cli.evaluation.passkey import passkey
 from pqkv_cli.evaluation.perplexity import perplexity
-from pqkv_cli.evaluation.record import SCHEMA, circumstances, model_facts
+from pqkv_cli.evaluation.record import SCHEMA, TaskOutcome, circumstances, model_facts
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 
 Task = Callable[[Subject, EvaluationSettings, Callable[[int, int], None]], TaskOutcome]

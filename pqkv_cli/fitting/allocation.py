@@ -1,17 +1,35 @@
-"""Which rate every layer's keys and values get, from what each would cost at each. Knows numbers alone: no tensors, no files.
+"""Which rate every layer's keys and values get: short fits at the rates around a budget, what errors cost, the best choice.
 
 The choice is an integer program: one candidate per side of a layer, the least total loss, bytes within the budget, and few
 different codecs, because every codec is a kernel of its own. Losses of different layers are taken to add up, as they do while
 they are small.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.errors import RunError, UsageError
+from pqkv_cli.files import write_text
+from pqkv_cli.fitting.gradient_costs import Place, gradient_costs
+from pqkv_cli.fitting.layer_file import make_directory
+from pqkv_cli.fitting.plan import KeySpaces, check_codable, codec_name, rated_plan, rated_specs
+from pqkv_cli.fitting.run import layer_request
+from pqkv_cli.fitting.settings import FitSettings
+from pqkv_cli.fitting.side_by_side import side_by_side
+from pqkv_cli.fitting.trial import Trial, load_trial, save_trial, try_layer
+from pqkv_cli.rates import CodeStyle
+from pqkv_cli.reporter import Reporter
+from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry
+from pqkv_kernels.format.layout import PAGE_TOKENS
 
 MAX_CODECS = 6
 # The gap to the optimum at which the solver stops: far below what losses are known to.
@@ -103,3 +121,194 @@ def _chosen(sides: Sequence[Sequence[Candidate]], values: np.ndarray) -> tuple[C
         chosen.append(side[int(values[start : start + len(side)].argmax())])
         start += len(side)
     return tuple(chosen)
+
+
+SCHEMA = "pqkv.allocation/1"
+ALLOCATION_FILE = "allocation.json"
+
+# Rates worth trying: no side does with less than half the budget's mean or gains much from this many bits more.
+LEAST_SHARE = 2
+MOST_MORE = 1.5
+# Held-out windows that tell what errors cost: the ratios between layers, which is all that counts, are steady after a few.
+MOST_WINDOWS = 8
+
+
+class Allocation:
+    """Finds the plan of the least loss whose codes take `bits` per channel and token on average.
+
+    Each side of each layer is fitted shortly at the rates around it. What its errors cost is estimated once, as the KL
+    divergence on the calibration's held-out windows (`gradient_costs`), at the rate nearest to `bits` that leaves errors to
+    speak of; at other rates it is taken to grow with the squared error, as it does in the metric space. Trials of finished
+    layers are kept.
+
+    Parameters
+    ----------
+    geometry
+        The model's layers.
+    bits
+        Mean bits of code per channel and token.
+    style
+        What codes are made of.
+    settings
+        How the codebooks will be fitted; trials take a share of its rounds.
+    num_vectors
+        How many vectors a trial is fitted to (`num_trial_vectors`).
+    trials
+        Directory in which finished trials are kept.
+    record
+        File that says how the plan came about.
+
+    Raises
+    ------
+    UsageError
+        If no choice of rates has this mean; with the range that can be had.
+    """
+
+    def __init__(
+        self,
+        geometry: ModelGeometry,
+        bits: float,
+        style: CodeStyle,
+        settings: FitSettings,
+        *,
+        num_vectors: int,
+        trials: Path,
+        record: Path,
+    ) -> None:
+        check_codable(geometry)
+        self._geometry, self._settings = geometry, settings
+        self._directory, self._record = trials, record
+        self._bits, self._style = bits, style
+        self._num_vectors = num_vectors
+        self._spaces: KeySpaces = {}
+        self._menus = _menus(geometry, bits, style, self._num_vectors, self._spaces)
+
+    def plan(
+        self, model: Any, store: CalibrationStore, spaces: KeySpaces, cache: CacheSpec, reporter: Reporter
+    ) -> CompressionPlan:
+        """Return the plan, and write down how it came about; `store` has the keys in the `spaces` in which they are coded.
+
+        Raises
+        ------
+        DataError
+            If samples cannot be fitted.
+        RunError
+            If files cannot be written.
+        """
+        self._spaces = spaces
+        self._menus = _menus(self._geometry, self._bits, self._style, self._num_vectors, spaces)
+        trials = self._trials(store, reporter)
+        losses = _losses(model, store, trials, reporter)
+        bases = {(index, side): trials[index].error(side, trials[index].tables[side][0]) for index, side in self._menus}
+        slopes = _slopes(bases, losses)
+        candidates = [self._candidates(place, trials, slopes[place]) for place in self._menus]
+        channels = sum(self._heads(place) * self._geometry.layers[place[0]].head_dim for place in self._menus)
+        found = allocate(candidates, self._bits * channels * PAGE_TOKENS / 8)
+        chosen = dict(zip(self._menus, found, strict=True))
+        _write(self._record, self._bits, {place: (losses[place], chosen[place]) for place in self._menus})
+        return rated_plan(self._geometry, lambda *place: chosen[place].bits, cache, self._style, spaces)
+
+    def _heads(self, place: Place) -> int:
+        return self._geometry.layers[place[0]].num_kv_heads
+
+    def _candidates(self, place: Place, trials: Mapping[int, Trial], slope: float) -> list[Candidate]:
+        return [
+            Candidate(
+                codec_name(self._geometry, *place, rate, self._spaces.get(place[0], "pre_rope")),
+                rate,
+                self._heads(place) * spec.layout.page_bytes,
+                slope * trials[place[0]].error(place[1], spec),
+            )
+            for rate, spec in self._menus[place].items()
+        ]
+
+    def _trials(self, store: CalibrationStore, reporter: Reporter) -> dict[int, Trial]:
+        """Return the trials of all coded layers; what earlier trials tell is not tried again."""
+        coded = sorted({index for index, _ in self._menus})
+        make_directory(self._directory)
+        with reporter.progress("try rates") as advance:
+            trials = side_by_side(partial(self._trial, store), coded, self._geometry, advance)
+        return dict(zip(coded, trials, strict=True))
+
+    def _trial(self, store: CalibrationStore, index: int) -> Trial:
+        menus = {side: self._menus[index, side] for side in SIDES}
+        samples, layer = store.layer(index), self._geometry.layers[index]
+        request = layer_request(index, layer, "trial", self._settings, samples)
+        trial = load_trial(self._directory, index, menus, request)
+        if not trial.answers(menus, self._bits):
+            trial = try_layer(samples, layer, menus, self._bits, index=index, settings=self._settings, known=trial)
+            save_trial(self._directory, index, trial, request)
+        return trial
+
+
+def _menus(
+    geometry: ModelGeometry, bits: float, style: CodeStyle, num_vectors: int, spaces: KeySpaces
+) -> dict[Place, Mapping[float, CodecSpec]]:
+    """Return the formats of every side that is coded, by rate around `bits`; no tables with more entries than vectors.
+
+    Raises
+    ------
+    UsageError
+        If `bits` is out of their range.
+    """
+    menus: dict[Place, Mapping[float, CodecSpec]] = {
+        (index, side): _few_entries(rated_specs(layer, side, style, spaces.get(index, "pre_rope")), num_vectors)
+        for index, layer in enumerate(geometry.layers)
+        if not layer.dense_reason
+        for side in SIDES
+    }
+    if not all(menus.values()):
+        widths = sorted({layer.head_dim for layer in geometry.layers if not layer.dense_reason})
+        raise UsageError(
+            f"no rate fits heads of {widths} channels and {num_vectors} calibration vectors; expected an even number, and at "
+            "least a vector per table entry; calibrate on more text, or choose another model"
+        )
+    least, most = max(min(menu) for menu in menus.values()), min(max(menu) for menu in menus.values())
+    if not least <= bits <= most:
+        raise UsageError(
+            f"--budget is {bits:g}; expected {least:g} to {most:g} bits per channel, what this model's heads and {num_vectors} "
+            "calibration vectors allow; choose another budget, or calibrate on more text"
+        )
+    return {
+        place: {rate: spec for rate, spec in menu.items() if bits / LEAST_SHARE <= rate <= bits + MOST_MORE}
+        for place, menu in menus.items()
+    }
+
+
+def _losses(model: Any, store: CalibrationStore, trials: Mapping[int, Trial], reporter: Reporter) -> dict[Place, float]:
+    """Return the KL divergence in bits per token that one side alone would cause at its base rate, for each."""
+    tables = {(index, side): trial.tables[side][1] for index, trial in trials.items() for side in SIDES}
+    with reporter.progress("measure costs") as advance:
+        return gradient_costs(model, store.held_out()[:MOST_WINDOWS], tables, advance)
+
+
+def _slopes(errors: Mapping[Place, float], losses: Mapping[Place, float]) -> dict[Place, float]:
+    """Return what a relative error of one would cost each side; the usual price where a side was coded without any error."""
+    known = {place: losses[place] / error for place, error in errors.items() if error > 0}
+    usual = median(known.values()) if known else 1.0
+    return {place: known.get(place, usual) for place in errors}
+
+
+def _few_entries(specs: Mapping[float, CodecSpec], most: int) -> dict[float, CodecSpec]:
+    """Return those of `specs` no table of which has more than `most` entries."""
+    return {rate: spec for rate, spec in specs.items() if _entries(spec) <= most}
+
+
+def _entries(spec: CodecSpec) -> int:
+    return max(group.num_centroids for stage in spec.layout.stages for group in stage)
+
+
+def _write(path: Path, bits: float, rows: Mapping[Place, tuple[float, Candidate]]) -> None:
+    places = [
+        {
+            "layer": index,
+            "side": side,
+            "kl_bits_alone": loss,
+            "codec": chosen.codec,
+            "bits": chosen.bits,
+            "predicted_kl_bits": chosen.loss,
+        }
+        for (index, side), (loss, chosen) in rows.items()
+    ]
+    document = {"schema": SCHEMA, "budget": bits, "places": places}
+    write_text(path, json.dumps(document, indent=1) + "\n")

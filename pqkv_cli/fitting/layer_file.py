@@ -15,8 +15,8 @@ from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_bytes
 from pqkv_cli.fitting.fit import FittedLayer
 from pqkv_cli.specs import SIDES, CodecSpec, Side
-from pqkv_kernels.layout import RotaryLayout
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import RotaryLayout
+from pqkv_kernels.format.tables import CodecTables
 
 METADATA_KEY = "pqkv_fit"
 

@@ -10,7 +10,7 @@ from typing import Any
 from pqkv_cli.errors import PqkvError, RunError
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, LayerPlan, Side
-from pqkv_kernels.layout import CodeGroup, CodeLayout
+from pqkv_kernels.format.layout import CodeGroup, CodeLayout
 
 SCHEMA = "pqkv.fit/1"
 RECORD_NAME = "fit.json"

@@ -17,12 +17,10 @@ import torch
 
 from pqkv_cli.errors import UsageError
 from pqkv_cli.fitting.fit import FittedLayer
-from pqkv_cli.fitting.refine_codec import WatchedCodec
-from pqkv_cli.fitting.refine_sums import Weighting
-from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork, Simulation
+from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork, Simulation, WatchedCodec, Weighting
 from pqkv_cli.models.frozen import frozen
 from pqkv_cli.specs import SIDES, Side
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.tables import CodecTables
 
 LayerCodecs = dict[Side, WatchedCodec]
 

@@ -1,18 +1,190 @@
-"""Text through a model, quantized and not, and how codebooks should follow. Knows a model and codecs; no files."""
+"""A product codec that can be watched: what it was given, what it made of it, and what that matters. Knows no model.
+
+Codes are chosen as always; gradients take the decoded vector for the vector itself (straight-through, Bengio et al. 2013), so
+that what later layers make of an error reaches the layers before.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.fitting.refine_codec import Mode, WatchedCodec
-from pqkv_cli.fitting.refine_sums import CodecSums, Weighting, moved
 from pqkv_cli.hf.names import cache_argument
-from pqkv_kernels.tables import CodecTables
+from pqkv_cli.quantizers.product import stored
+from pqkv_kernels.format.layout import CodeGroup, RotaryLayout
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.encode import dequantize, from_code_space, quantize, to_code_space
+
+Mode = Literal["coded", "exact", "traced"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One call of a codec.
+
+    Attributes
+    ----------
+    codes
+        As `quantize` returns them: [B, Hkv, M, T] int64 of every group in storage order.
+    decoded
+        What they stand for in code space, [B, Hkv, T, D] fp32.
+    shift
+        Zeros of that shape that were added to the decoded vectors; their gradient is that of the vectors.
+    """
+
+    codes: list[torch.Tensor]
+    decoded: torch.Tensor
+    shift: torch.Tensor
+
+
+class WatchedCodec:
+    """Product quantization by `tables`, which may be replaced.
+
+    In the mode ``exact`` it leaves vectors as they are and keeps them, in code space, as `exact`; in the mode ``traced`` it
+    keeps its last call as `trace`.
+    """
+
+    def __init__(self, tables: CodecTables) -> None:
+        self.tables = tables
+        self.mode: Mode = "coded"
+        self.exact: torch.Tensor | None = None
+        self.trace: Trace | None = None
+        self.forget_errors()
+
+    def forget_errors(self) -> None:
+        """Begin to measure the relative error anew."""
+        self._squares = torch.zeros(2, self.tables.num_heads, dtype=torch.float64)
+
+    @property
+    def relative_error(self) -> tuple[float, ...]:
+        """``||x - x'||^2 / ||x||^2`` in code space over all vectors since errors were last forgotten, per KV head."""
+        error, energy = self._squares
+        return tuple(torch.where(energy > 0, error / energy.clamp(min=torch.finfo(torch.float64).tiny), 0.0).tolist())
+
+    @property
+    def rotary(self) -> RotaryLayout | None:
+        """Rotary layout of keys coded before rotary embedding, else None."""
+        return self.tables.rotary
+
+    @property
+    def bits_per_channel(self) -> float:
+        """Bits of code per channel."""
+        return self.tables.layout.bits_per_channel
+
+    def encode_decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the decoded codes of `x` [B, Hkv, T, D], fp32, or in the mode ``exact`` `x` itself."""
+        self.tables = self.tables.to(x.device)
+        layout, codebooks = self.tables.layout, self.tables.codebooks
+        coded = to_code_space(x, self.tables, rotated=False)
+        if self.mode == "exact":
+            self.exact = coded.detach()
+            return x.float()
+        codes = quantize(coded.detach(), layout, codebooks)
+        decoded = dequantize(codes, layout, codebooks)
+        squares = torch.stack(((coded.detach() - decoded).square(), coded.detach().square()))
+        self._squares += squares.sum(dim=(1, 3, 4), dtype=torch.float64).cpu()
+        if self.mode == "traced":
+            self.trace = Trace(codes, decoded, torch.zeros_like(decoded, requires_grad=True))
+            decoded = coded + (decoded - coded.detach()) + self.trace.shift
+        return from_code_space(decoded, self.tables, rotated=False)
+
+
+# What a part of a vector counts for: all the same, its Fisher information (what a small error of it costs), or the root of
+# that, which is less at the mercy of the few tokens that are drawn.
+Weighting = Literal["equal", "root", "fisher"]
+# Weight added to every cell, in means over the cells of a group.
+DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+class CodecSums:
+    """Sums over the vectors of every cell of one codec."""
+
+    def __init__(self, tables: CodecTables, weighting: Weighting) -> None:
+        self._tables, self._weighting = tables, weighting
+        self._groups = [_GroupSums(group, tables.num_heads) for stage in tables.layout.stages for group in stage]
+
+    def add(self, half: int, codes: Sequence[torch.Tensor], error: torch.Tensor, score: torch.Tensor) -> None:
+        """Count vectors into half 0 or 1.
+
+        Parameters
+        ----------
+        half
+            Which.
+        codes
+            [B, Hkv, M, T] of every group in storage order.
+        error
+            What the decoded vectors lack in code space, [B, Hkv, T, D].
+        score
+            Gradient of the log-likelihood of tokens drawn from the model with respect to the decoded vectors, [B, Hkv, T, D];
+            the mean of its square is the Fisher information.
+        """
+        for sums, found, (_, _, group, _, start) in zip(self._groups, codes, self._tables.layout.spans(), strict=True):
+            channels = slice(start, start + group.num_channels)
+            sums.add(half, found, error[..., channels], _weight(score[..., channels], group.num_subspaces, self._weighting))
+
+    def steps(self) -> list[torch.Tensor]:
+        """Return the step [Hkv, M, ksub, dsub] fp32 of every group."""
+        return [sums.step() for sums in self._groups]
+
+
+def moved(tables: CodecTables, steps: Sequence[torch.Tensor]) -> CodecTables:
+    """Return `tables` with `steps` added to their codebooks, as an artifact stores them.
+
+    Raises
+    ------
+    DataError
+        If centroids leave the range of fp16.
+    """
+    left = iter(steps)
+    codebooks = tuple(
+        tuple(stored(table.float() + next(left).to(table.device)) for table in stage) for stage in tables.codebooks
+    )
+    return replace(tables, codebooks=codebooks)
+
+
+class _GroupSums:
+    """Of the ``R = Hkv * M * ksub`` cells of one group, by half: weighted errors [2, R, dsub] and weights [2, R]."""
+
+    def __init__(self, group: CodeGroup, num_heads: int) -> None:
+        self._shape = (num_heads, group.num_subspaces, group.num_centroids, group.subspace_dim)
+        rows = num_heads * group.num_subspaces * group.num_centroids
+        self._errors, self._weights = torch.zeros(2, rows, group.subspace_dim), torch.zeros(2, rows)
+
+    def add(self, half: int, codes: torch.Tensor, error: torch.Tensor, weight: torch.Tensor) -> None:
+        num_heads, num_subspaces, num_centroids, dim = self._shape
+        first = torch.arange(num_heads * num_subspaces, device=codes.device).view(num_heads, num_subspaces, 1)
+        rows = (codes + first * num_centroids).flatten().cpu()
+        parts = error.unflatten(-1, (num_subspaces, dim)).transpose(2, 3)  # [B, Hkv, M, T, dsub]
+        self._errors[half].index_add_(0, rows, (parts * weight[..., None]).reshape(-1, dim).cpu())
+        self._weights[half].index_add_(0, rows, weight.flatten().cpu())
+
+    def step(self) -> torch.Tensor:
+        mean = self._weights.mean()
+        gains = [sum(self._gain(half, damping * mean) for half in (0, 1)) for damping in DAMPINGS]
+        best = max(range(len(gains)), key=gains.__getitem__)
+        if not gains[best] > 0:
+            return torch.zeros(self._shape)
+        step: torch.Tensor = self._errors.sum(0) / (self._weights.sum(0) + DAMPINGS[best] * mean)[:, None]
+        return step.view(self._shape)
+
+    def _gain(self, half: int, added: torch.Tensor) -> float:
+        """Return what the step of the other half would take off the weighted squared error of this one; NaN without weight."""
+        step = self._errors[1 - half] / (self._weights[1 - half] + added)[:, None]
+        change = 2 * self._errors[half] * step - self._weights[half, :, None] * step.square()
+        return float(change.sum(dtype=torch.float64))
+
+
+def _weight(score: torch.Tensor, num_subspaces: int, weighting: Weighting) -> torch.Tensor:
+    """Return the weight [B, Hkv, M, T] of every part of the vectors that `score` [B, Hkv, T, M * dsub] belongs to."""
+    information: torch.Tensor = score.float().unflatten(-1, (num_subspaces, -1)).square().mean(dim=-1).transpose(2, 3)
+    if weighting == "equal":
+        return torch.ones_like(information)
+    return information.sqrt() if weighting == "root" else information
+
 
 _LN2 = 0.6931471805599453
 

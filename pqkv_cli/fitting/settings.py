@@ -25,7 +25,7 @@ class FitSettings:
         What a vector counts for: all the same, the attention mass it received (relative to the head's mean), or its root.
         For values the mass (a sum of squared probabilities) is the factor of a value's error in the output's. For keys it
         is a proxy: a logit's error moves the output by about p (1 - p). ``fisher`` takes what gradients say of either
-        (`pqkv_cli.fitting.sensitivity`) where calibration measured them.
+        (`pqkv_cli.fitting.fit`) where calibration measured them.
     damping
         Added to the relative mass, so that vectors which calibration queries passed over are still coded.
     rotate_values

@@ -11,14 +11,12 @@ import torch
 from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
-from pqkv_cli.fitting.fit import FittedLayer, checked_side
+from pqkv_cli.fitting.fit import FittedLayer, SideFit, checked_side, num_fitted
 from pqkv_cli.fitting.layer_file import load_layer, save_layer
 from pqkv_cli.fitting.record import digest
 from pqkv_cli.fitting.settings import FitSettings
-from pqkv_cli.fitting.side import SideFit
-from pqkv_cli.fitting.split import num_fitted
 from pqkv_cli.specs import SIDES, CodecSpec, LayerGeometry, Side
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.tables import CodecTables
 
 # A trial tells rates apart; it takes a part of the vectors and of the rounds that a fit takes.
 TRIAL_VECTORS = 8192

@@ -42,3 +42,53 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [t for item in items for t in _tensors(item)]
+
+
+_ROOM = 256  # tokens for which there is room behind those held; more are copied at once when it is full
+
+
+def uncompressed_cache(config: Any) -> DynamicCache:
+    """Return the cache that `generate` makes for a model of `config`, whose full-attention layers append in place."""
+    cache = DynamicCache(config=config)
+    cache.layers = [InPlaceLayer() if grows(layer) else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
+    return cache
+
+
+class InPlaceLayer(DynamicLayer):
+    """A DynamicLayer with room behind its keys and values, [B, Hkv, T, D] views of which are what it holds and returns."""
+
+    _room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append `key_states` and `value_states`, each [B, Hkv, T, D], and return all keys and values."""
+        if not self.get_seq_length():
+            held: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return held
+        assert self.keys is not None and self.values is not None  # there are tokens
+        begin = self.keys.shape[-2]
+        end = begin + key_states.shape[-2]
+        room = self._room_for(self.keys, self.values, end)
+        for tensor, new in zip(room, (key_states, value_states), strict=True):
+            tensor[..., begin:end, :] = new
+        self.keys, self.values = (tensor[..., :end, :] for tensor in room)
+        return self.keys, self.values
+
+    def _room_for(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tensors that begin with `keys` and `values` and reach to `end`, new ones if need be."""
+        held = (keys, values)
+        if self._room is not None and self._room[0].shape[-2] >= end and _begins_with(self._room, held):
+            return self._room
+        self._room = (_grown(keys, end + _ROOM), _grown(values, end + _ROOM))
+        return self._room
+
+
+def _begins_with(room: tuple[torch.Tensor, ...], held: tuple[torch.Tensor, ...]) -> bool:
+    return all(a.data_ptr() == b.data_ptr() and len(a) == len(b) for a, b in zip(room, held, strict=True))
+
+
+def _grown(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    grown = tensor.new_empty(*tensor.shape[:-2], length, tensor.shape[-1])
+    grown[..., : tensor.shape[-2], :] = tensor
+    return grown

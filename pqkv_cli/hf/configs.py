@@ -1,6 +1,8 @@
 """What every config of transformers says in the same words: where its text decoder is, which classes models have."""
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -24,3 +26,93 @@ def is_encoder(text: Any) -> bool:
 def position_limit(config: PretrainedConfig) -> Any:
     """Return how many positions the text decoder names as its limit, as it stands there; None where it names none."""
     return getattr(text_config(config), "max_position_embeddings", None)
+
+
+# What one more token adds: keys and values; the same until a window is full; nothing to a state of one size; no cache at all.
+Growth = Literal["tokens", "window", "constant", "nothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """One kind of layer.
+
+    Attributes
+    ----------
+    growth
+        What its cache does while the text grows.
+    reason
+        Why its cache is left as it is; empty where it can be quantized.
+    unsupported
+        Why a model with a layer of this kind cannot be quantized at all; empty where its other layers can.
+    """
+
+    growth: Growth
+    reason: str = ""
+    unsupported: str = ""
+
+
+_RECURRENT = LayerKind("constant", "it keeps a recurrent state of constant size instead of keys and values")
+_NO_CACHE = LayerKind("nothing", "it has no attention and keeps no cache")
+_SELECTS = "they keep keys and values of all tokens, and {how} which of them to attend to; this is not handled"
+
+
+def _selecting(how: str) -> LayerKind:
+    return LayerKind("tokens", unsupported=_SELECTS.format(how=how))
+
+
+KINDS: Mapping[str, LayerKind] = {
+    "full_attention": LayerKind("tokens"),
+    "sliding_attention": LayerKind("window", "sliding window of {sliding_window} tokens"),
+    "chunked_attention": LayerKind("window", "attention in chunks of {attention_chunk_size} tokens"),
+    "linear_attention": _RECURRENT,
+    "conv": LayerKind("constant", "it keeps the last inputs of a convolution, of constant size, instead of keys and values"),
+    "moe": _NO_CACHE,
+    "mlp": _NO_CACHE,
+    "sparse": _NO_CACHE,
+    "dense": _NO_CACHE,
+    "dummy": _NO_CACHE,
+    "window_attention": LayerKind("nothing", unsupported="they attend within separate windows, as image encoders do"),
+    "indexed_attention": _selecting("an indexer with a cache of its own chooses"),
+    "minimax_m3_sparse": _selecting("an index over blocks of tokens chooses"),
+    "compressed_sparse_attention": LayerKind(
+        "tokens", unsupported="they keep compressed keys and values of all tokens and choose among them; this is not handled"
+    ),
+    "heavily_compressed_attention": LayerKind(
+        "tokens", unsupported="they keep compressed keys and values of all tokens; coding these again is not handled"
+    ),
+    "hybrid": LayerKind(
+        "tokens",
+        "it keeps keys and values of all tokens and a recurrent state in one cache, which is not handled",
+    ),
+    "hybrid_sliding": LayerKind(
+        "window", "it keeps a sliding window of {sliding_window} tokens and a recurrent state in one cache"
+    ),
+    "reference_sliding_attention": LayerKind(
+        "tokens",
+        unsupported="they keep the whole prompt, and of what is generated a window of {sliding_window} tokens; "
+        "this is not handled",
+    ),
+}
+# Older names that checkpoints and earlier versions of transformers use.
+_FORMER_NAMES = {
+    "attention": "full_attention",
+    "mamba": "linear_attention",
+    "deepseek_sparse_attention": "indexed_attention",
+    "qwen_sparse_attention": "indexed_attention",
+}
+
+
+def present_name(name: str) -> str:
+    """Return what the newest transformers calls the kind `name`."""
+    return _FORMER_NAMES.get(name, name)
+
+
+def layer_kind(name: str) -> LayerKind:
+    """Return what is known of the kind `name`, under its present or a former name.
+
+    Of a kind without a row nothing is known, and `unsupported` says so.
+    """
+    kind = KINDS.get(present_name(name))
+    if kind is None:
+        return LayerKind("tokens", unsupported="what they keep in their cache is not known to this version of pqkv")
+    return kind

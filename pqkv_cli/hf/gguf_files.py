@@ -15,8 +15,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 
-from pqkv_cli.hf.bars import no_progress_bar
-from pqkv_cli.hf.own_code import NO_CODE
+from pqkv_cli.hf.loading import NO_CODE, no_progress_bar
 
 _READER = "transformers.modeling_gguf_pytorch_utils"
 _NAME = "model.gguf"

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from pqkv_cli.errors import UnsupportedModelError
-from pqkv_cli.hf.attention_arguments import AttentionArguments, read_arguments
+from pqkv_cli.hf.attention import AttentionArguments, read_arguments
 from pqkv_cli.hf.modules import attention_modules, forward_globals, uses_interface
 
 _SERIAL = itertools.count()

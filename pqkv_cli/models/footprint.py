@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pqkv_cli.errors import ModelError
-from pqkv_cli.hf.configs import text_config
-from pqkv_cli.hf.layer_kinds import layer_kind
+from pqkv_cli.hf.configs import layer_kind, text_config
 from pqkv_cli.models.config_reader import layer_config
 from pqkv_cli.models.geometry import geometry, layer_types
 

@@ -13,13 +13,11 @@ from huggingface_hub import constants as hub
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from pqkv_cli.errors import ModelError
-from pqkv_cli.hf.bars import no_progress_bar
-from pqkv_cli.hf.own_code import NO_CODE, foreign_tokenizer, leave_own_attention, needs_own_code
+from pqkv_cli.hf.loading import NO_CODE, foreign_tokenizer, leave_own_attention, needs_own_code, no_progress_bar
 from pqkv_cli.models.converted import Note, conversion, converted, gguf_config, nobody
 from pqkv_cli.models.geometry import check_quantizable, geometry
-from pqkv_cli.models.gguf_header import is_gguf
-from pqkv_cli.models.model_files import ADAPTER, MERGE, check_weights
-from pqkv_cli.models.resolve import ResolvedModel, check_model_directory
+from pqkv_cli.models.gguf import is_gguf
+from pqkv_cli.models.resolve import ADAPTER, MERGE, ResolvedModel, check_model_directory, check_weights
 from pqkv_cli.models.structure import check_structure
 
 _PROBE_TIMEOUT_S = 10.0

@@ -11,7 +11,7 @@ from pqkv_cli.errors import UnsupportedModelError
 from pqkv_cli.hf.configs import text_config
 from pqkv_cli.hf.modules import attention_modules
 from pqkv_cli.models.geometry import geometry, layer_types
-from pqkv_kernels.rope import unit_angles
+from pqkv_kernels.format.rotary import unit_angles
 
 Angles = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 

@@ -6,13 +6,11 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pqkv_cli.calibration.collect import collect
-from pqkv_cli.calibration.formats import read_json
-from pqkv_cli.calibration.mixing import mixed_windows
+from pqkv_cli.calibration.collect import CollectSettings, collect, kept_bytes
 from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.calibration.ranks import current_ranks
-from pqkv_cli.calibration.recall import with_recall
-from pqkv_cli.calibration.settings import CollectSettings, kept_bytes
+from pqkv_cli.calibration.store import read_json
+from pqkv_cli.calibration.windows import mixed_windows, with_recall
 from pqkv_cli.errors import RunError, is_out_of_memory
 from pqkv_cli.files import free_bytes
 from pqkv_cli.models.geometry import geometry
@@ -22,10 +20,10 @@ from pqkv_cli.pipeline.calibration_text import named_texts, tell_written, writte
 from pqkv_cli.pipeline.content import model_fingerprint, texts_identity
 from pqkv_cli.pipeline.loading import open_model
 from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.state import stage_inputs
 from pqkv_cli.recipe import Recipe
+from pqkv_cli.reporter import Reporter
 
 
 def calibrate(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:

@@ -17,7 +17,7 @@ from pqkv_cli.models.footprint import LayerFootprint, layer_footprints, weights
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.rates import key_layout, rate_layout
 from pqkv_cli.specs import CacheSpec, LayerGeometry
-from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout
+from pqkv_kernels.format.layout import PAGE_TOKENS, CodeLayout
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 SHOWN_RATES = (4, 3.5, 3, 2.5, 2, 1.5, 1)

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pqkv_cli.calibration.hub_text import HUB
 from pqkv_cli.calibration.openings import SELF
+from pqkv_cli.calibration.text import HUB
 from pqkv_cli.calibration.text_files import files_of, named_file
-from pqkv_cli.models.gguf_header import content_key, is_gguf
+from pqkv_cli.models.gguf import content_key, is_gguf
 
 _NUM_BLOCKS = 16
 _BLOCK_BYTES = 4096

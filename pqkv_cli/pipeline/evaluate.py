@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pqkv_cli.artifact.derived import write_derived
+from pqkv_cli.artifact.card import write_derived
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
@@ -22,11 +22,11 @@ from pqkv_cli.pipeline.honesty import Overlap, overlap, overlaps
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.lock import locked_task
 from pqkv_cli.pipeline.outcome import Facts, StageWork, do_stage
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.pipeline.state import stage_inputs
 from pqkv_cli.recipe import Recipe
+from pqkv_cli.reporter import Reporter
 
 Record = dict[str, Any]
 

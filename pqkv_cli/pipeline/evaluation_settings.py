@@ -5,10 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pqkv_cli import __version__
-from pqkv_cli.calibration.hub_text import HUB
 from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.calibration.table_files import form_of
-from pqkv_cli.calibration.text import load_text
+from pqkv_cli.calibration.text import HUB, load_text
 from pqkv_cli.calibration.text_files import named_file
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.prompts import num_positions

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pqkv_cli import __version__
-from pqkv_cli.artifact.derived import write_derived
+from pqkv_cli.artifact.card import write_derived
 from pqkv_cli.artifact.schema import CalibrationInfo, Header, LayerError, ModelInfo
 from pqkv_cli.artifact.store import open_artifact, save_artifact
 from pqkv_cli.artifact.summary import summarize_header
@@ -19,10 +19,10 @@ from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.fit import cache_spec
 from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run
 from pqkv_cli.pipeline.state import stage_inputs
 from pqkv_cli.recipe import Recipe, dump_recipe, recipe_hash
+from pqkv_cli.reporter import Reporter
 from pqkv_cli.specs import ModelGeometry
 
 

@@ -6,23 +6,24 @@ from statistics import fmean
 
 from pqkv_cli.calibration.ranks import current_ranks
 from pqkv_cli.calibration.store import CalibrationStore
+from pqkv_cli.fitting.allocation import ALLOCATION_FILE, Allocation
 from pqkv_cli.fitting.plan import KeySpaces, mean_bits, uniform_plan
 from pqkv_cli.fitting.refine_files import final_directory
 from pqkv_cli.fitting.run import fit_codebooks, fit_share, load_fitted
 from pqkv_cli.fitting.settings import FitSettings, Weighting
+from pqkv_cli.fitting.trial import num_trial_vectors
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
-from pqkv_cli.pipeline.allocation import Allocation
 from pqkv_cli.pipeline.key_space import KeySpaceChoice, planned_spaces, rotary_layers, sample_store
 from pqkv_cli.pipeline.loading import open_model
 from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
 from pqkv_cli.pipeline.refine import OpenModel, RefineStage
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.state import stage_inputs
 from pqkv_cli.rates import CodeStyle
 from pqkv_cli.recipe import Recipe
+from pqkv_cli.reporter import Reporter
 from pqkv_cli.specs import CacheSpec, CompressionPlan, ModelGeometry, Side
 
 
@@ -93,7 +94,15 @@ def _planned(
     if wanted.allocation == "uniform":
         uniform_plan(shape, wanted.bits, exact, style)
         return lambda: uniform_plan(shape, wanted.bits, exact, style, key_spaces())
-    allocation = Allocation(run, shape, wanted.bits, style, settings)
+    allocation = Allocation(
+        shape,
+        wanted.bits,
+        style,
+        settings,
+        num_vectors=num_trial_vectors(CalibrationStore(run.calibration).positions()),
+        trials=run.trials,
+        record=run.codebooks / ALLOCATION_FILE,
+    )
     model, _ = opened()
 
     def plan() -> CompressionPlan:

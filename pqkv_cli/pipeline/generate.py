@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from pqkv_cli.artifact.store import open_artifact
 from pqkv_cli.pipeline.loading import device_of, open_model
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.start import Source
+from pqkv_cli.reporter import Reporter
 from pqkv_cli.runtime.attach import attach
 from pqkv_cli.runtime.generate import GenerateSettings, Generation, generate
 from pqkv_cli.runtime.step_graph import GraphRequest

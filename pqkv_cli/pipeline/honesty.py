@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pqkv_cli.calibration.ngrams import overlap_share
+from pqkv_cli.calibration.stdlib_text import overlap_share
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.rows import read_rows
 from pqkv_cli.evaluation.settings import Subject
 from pqkv_cli.pipeline.calibration_text import calibration_texts
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.start import Source
+from pqkv_cli.reporter import Reporter
 
 NGRAM_WORDS = 13
 SUSPICIOUS_SHARE = 0.01

@@ -17,9 +17,8 @@ from huggingface_hub.errors import (
 )
 
 from pqkv_cli.errors import ArtifactError
-from pqkv_cli.pipeline.hub_name import HubName
 from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, MODEL_FILE, RECIPE_FILE, kind_of
-from pqkv_cli.pipeline.target import Target
+from pqkv_cli.pipeline.target import HubName, Target
 
 _TIMEOUT_S = 10.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")

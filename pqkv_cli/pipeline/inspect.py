@@ -18,7 +18,7 @@ from pqkv_cli.pipeline.rundir import Run, kind_of
 from pqkv_cli.pipeline.state import STAGES, read_records, require_done
 from pqkv_cli.pipeline.target import Target
 from pqkv_cli.recipe import Recipe
-from pqkv_cli.runtime.backend import backend_for
+from pqkv_cli.runtime.attach import backend_for
 from pqkv_cli.specs import CacheSpec, ModelGeometry
 from pqkv_kernels.dispatch import Choice
 

@@ -14,19 +14,18 @@ import torch
 from pqkv_cli.calibration.rotated import RotatedStore
 from pqkv_cli.evaluation.held_out import held_out_losses, one_side_alone
 from pqkv_cli.files import write_text
-from pqkv_cli.fitting.fit import checked_side
+from pqkv_cli.fitting.fit import checked_side, fit_side
 from pqkv_cli.fitting.layer_file import make_directory
 from pqkv_cli.fitting.plan import KeySpaces, rated_specs
 from pqkv_cli.fitting.run import layer_request
 from pqkv_cli.fitting.settings import FitSettings
-from pqkv_cli.fitting.side import fit_side
 from pqkv_cli.fitting.trial import shortened
 from pqkv_cli.models.rotary import rotary_angles
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.rates import CodeStyle
+from pqkv_cli.reporter import Reporter
 from pqkv_cli.specs import CodecSpec, CompressionPlan, KeySpace, ModelGeometry
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.tables import CodecTables
 
 SCHEMA = "pqkv.key-spaces/1"
 KEY_SPACE_FILE = "key_spaces.json"

@@ -8,8 +8,8 @@ from pqkv_cli.errors import UsageError
 from pqkv_cli.models.load import load_config, load_model, settled
 from pqkv_cli.models.precision import Precision, automatic_precision, is_quantized, stored_format
 from pqkv_cli.models.resolve import ResolvedModel, resolve_model
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.recipe import Recipe
+from pqkv_cli.reporter import Reporter
 
 
 def open_model(recipe: Recipe, reporter: Reporter) -> tuple[Any, Any]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pqkv_cli.errors import PqkvError
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.state import Stage, begin, finish, is_done, read_records, reopen
 from pqkv_cli.recipe import Recipe
+from pqkv_cli.reporter import Reporter
 
 Facts = Mapping[str, Any]
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.calibration.mixing import mixed_windows
-from pqkv_cli.calibration.recall import with_recall
 from pqkv_cli.calibration.store import CalibrationStore
+from pqkv_cli.calibration.windows import mixed_windows, with_recall
 from pqkv_cli.errors import RunError
 from pqkv_cli.fitting.record import FitRecord
 from pqkv_cli.fitting.refine import refine
@@ -17,9 +16,9 @@ from pqkv_cli.fitting.refine_work import RefineSettings
 from pqkv_cli.fitting.run import load_fitted
 from pqkv_cli.pipeline.calibration_text import calibration_texts
 from pqkv_cli.pipeline.outcome import Facts
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.recipe import Recipe
+from pqkv_cli.reporter import Reporter
 from pqkv_cli.runtime.attach import simulate
 
 # More text than was calibrated on, if there is more; so many windows at most.

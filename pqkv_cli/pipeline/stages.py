@@ -13,11 +13,11 @@ from pqkv_cli.pipeline.fit import fit
 from pqkv_cli.pipeline.generate import generate_from
 from pqkv_cli.pipeline.lock import locked
 from pqkv_cli.pipeline.outcome import StageOutcome
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.pipeline.state import Stage
 from pqkv_cli.recipe import Recipe
+from pqkv_cli.reporter import Reporter
 from pqkv_cli.runtime.generate import Generation
 
 _STAGES: Mapping[Stage, Callable[[Run, Recipe, Reporter], StageOutcome]] = {

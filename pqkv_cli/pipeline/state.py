@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
-from pqkv_cli.pipeline.reporter import Reporter
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.recipe import Recipe
+from pqkv_cli.reporter import Reporter
 
 Stage = Literal["calibrate", "fit-codebooks", "export", "eval"]
 STAGES: tuple[Stage, ...] = ("calibrate", "fit-codebooks", "export", "eval")

@@ -1,15 +1,35 @@
-"""What the word behind a verb means: an existing path, a recipe name or a hub id, in this order. Opens no model."""
+"""How something on the hub is named. Knows words only."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from pqkv_cli.errors import ModelError, RunError, UsageError, did_you_mean
-from pqkv_cli.models.gguf_check import only_gguf
-from pqkv_cli.models.model_files import check_no_adapter
-from pqkv_cli.pipeline.hub_name import HubName, parse_hub_name
+from pqkv_cli.models.gguf import only_gguf
+from pqkv_cli.models.resolve import check_no_adapter
 from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, MODEL_FILE, RECIPE_FILE, PathKind, Run, kind_of, runs_under
 from pqkv_cli.recipe import Recipe, load_recipe, named_recipe, recipe_names
+
+_PART = r"[A-Za-z0-9][\w.-]*"
+_NAME = re.compile(rf"(?P<repository>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class HubName:
+    """A repository ``org/name`` and, where one is asked for, its revision: a branch, a tag or a full commit."""
+
+    repository: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+
+def parse_hub_name(text: str) -> HubName | None:
+    """Return what ``org/name`` or ``org/name@revision`` names, None where `text` is neither."""
+    found = _NAME.fullmatch(text)
+    return None if found is None else HubName(found["repository"], found["revision"])
+
 
 RUNS = Path("runs")
 _EXPECTED = f"a model ({MODEL_FILE}), a run ({RECIPE_FILE}) or an artifact ({ARTIFACT_FILE})"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pqkv_kernels.layout import CodeLayout, RotaryLayout
+from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
 
 # Energies below this share of a head's largest one count as this share: they cost nothing to code.
 ENERGY_FLOOR = 1e-6

@@ -9,7 +9,7 @@ import torch
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.grouping import deal, subspace_bits, subspace_dims
-from pqkv_kernels.layout import CodeLayout, RotaryLayout
+from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
 
 # A channel without any second moment gets this share of its head's mean root mean square, so that the map stays invertible.
 DEAD_SHARE = 1e-2

@@ -1,15 +1,15 @@
 """Product quantizer codebooks: one k-means per stage and group over all heads and subspaces. Knows points in code space."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.additive import fit_sums
 from pqkv_cli.quantizers.kmeans import kmeans
-from pqkv_kernels.joint import Share, joint_layout
-from pqkv_kernels.layout import CodeGroup, CodeLayout
-from pqkv_kernels.quantize import dequantize, quantize
+from pqkv_kernels.format.layout import CodeGroup, CodeLayout
+from pqkv_kernels.reference.encode import dequantize, quantize
+from pqkv_kernels.reference.merged_stages import Share, joint_layout
 
 Codebooks = tuple[tuple[torch.Tensor, ...], ...]
 
@@ -25,8 +25,8 @@ def fit_product(
 ) -> Codebooks:
     """Fit the codebooks of `layout` to points in code space.
 
-    Stages that an encoder takes together (`pqkv_kernels.joint`) are fitted together; others, each to what the stages before it,
-    with their codebooks as stored, leave over.
+    Stages that an encoder takes together (`reference.merged_stages`) are fitted together; others, each to what the stages
+    before it, with their codebooks as stored, leave over.
 
     Parameters
     ----------
@@ -161,3 +161,61 @@ def _stage_tables(
             if share.stage == stage:
                 found.setdefault(share.group, []).append(table)
     return tuple(torch.cat(parts, dim=1) for _, parts in sorted(found.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Prototypes:
+    """`centroids`: one [Hkv, 1, C, D] fp32 for each whole-vector stage; `residual` [Hkv, N, D] fp32: what they leave over."""
+
+    centroids: tuple[torch.Tensor, ...]
+    residual: torch.Tensor
+
+
+def num_prototype_stages(layout: CodeLayout) -> int:
+    """Return how many stages code the whole vector at once before the last one, which never counts as such.
+
+    Nor do stages that an encoder takes together: their tables are fitted together, too.
+    """
+    joint, count = joint_layout(layout), 0
+    for stage, shares in zip(joint.layout.stages[:-1], joint.shares, strict=False):
+        if len(stage) != 1 or stage[0].num_subspaces != 1 or len(shares[0]) > 1:
+            break
+        count += 1
+    return count
+
+
+def fit_prototypes(
+    points: torch.Tensor,
+    layout: CodeLayout,
+    *,
+    weights: torch.Tensor | None = None,
+    iterations: int = 25,
+    seed: int = 0,
+) -> Prototypes:
+    """Fit the whole-vector stages of `layout`, each to what those before it left over.
+
+    They are fitted before channels are permuted or rotated: both are distances to them, so neither changes a code.
+
+    Parameters
+    ----------
+    points
+        [Hkv, N, D] fp32 in the space where L2 is the error that matters.
+    layout
+        Its leading stages of one subspace are fitted; there may be none.
+    weights
+        [Hkv, N], not negative, or None for equal weights.
+    iterations, seed
+        As for `fit_product`.
+
+    Raises
+    ------
+    DataError
+        If there are fewer points than prototypes, points are not finite, or prototypes leave the range of fp16.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual, centroids = points.float(), []
+    for stage in layout.stages[: num_prototype_stages(layout)]:
+        found = kmeans(residual, stage[0].num_centroids, weights=weights, iterations=iterations, generator=generator)
+        centroids.append(found.centroids[:, None])
+        residual = residual - reconstruct(residual, CodeLayout((stage,)), ((stored(centroids[-1]),),))
+    return Prototypes(tuple(centroids), residual)

@@ -10,12 +10,11 @@ from weakref import WeakSet
 import torch
 
 from pqkv_cli.artifact.check import check_model
-from pqkv_cli.artifact.errors import calibration_errors
 from pqkv_cli.artifact.store import Artifact
-from pqkv_cli.cache.build import quantized_cache, simulated_cache
-from pqkv_cli.cache.cache import QuantizedCache, TimedCache
+from pqkv_cli.artifact.summary import calibration_errors
+from pqkv_cli.cache.cache import QuantizedCache, TimedCache, quantized_cache, simulated_cache
 from pqkv_cli.cache.drift import DriftVoice, Errors
-from pqkv_cli.cache.timeline import AngleSource
+from pqkv_cli.cache.positions import AngleSource
 from pqkv_cli.errors import CacheError, UnsupportedModelError, UsageError
 from pqkv_cli.hf.attention import attention_of
 from pqkv_cli.hf.steps import install_step_hook
@@ -25,13 +24,27 @@ from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.rotary import rotary_angles, rotary_key
 from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
 from pqkv_cli.runtime.attention import ATTENTION_NAME, register_attention
-from pqkv_cli.runtime.backend import backend_for
-from pqkv_cli.runtime.check_step import check_step
-from pqkv_cli.runtime.self_test import self_test
+from pqkv_cli.runtime.self_test import check_step, self_test
 from pqkv_cli.runtime.tuned import use_tuned
 from pqkv_cli.specs import SIDES, CacheSpec, Side
-from pqkv_kernels.dispatch import BackendRequest
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.dispatch import BackendRequest, Choice, choose_backend
+from pqkv_kernels.errors import KernelError
+from pqkv_kernels.format.tables import CodecTables
+
+
+def backend_for(requested: BackendRequest, device: torch.device, tables: Sequence[Mapping[Side, CodecTables] | None]) -> Choice:
+    """Return what attends to the codes of the layers that have `tables`, on `device`.
+
+    Raises
+    ------
+    CacheError
+        If the backend is unknown, or was asked for by name and cannot run.
+    """
+    try:
+        return choose_backend(requested, device, [(t[SIDES[0]], t[SIDES[1]]) for t in tables if t is not None])
+    except KernelError as error:
+        raise CacheError(str(error)) from error
+
 
 _attached: WeakSet[torch.nn.Module] = WeakSet()
 

@@ -5,17 +5,15 @@ from weakref import ref
 
 import torch
 
-from pqkv_cli.cache.handle import LazyStates, StepView
 from pqkv_cli.cache.layer import QuantizedLayer
+from pqkv_cli.cache.lazy_states import LazyStates, StepView
 from pqkv_cli.errors import CacheError, UnsupportedModelError
-from pqkv_cli.hf.attention import register
-from pqkv_cli.hf.attention_arguments import read_arguments
-from pqkv_cli.hf.dense_attention import dense_attention, sink_share
+from pqkv_cli.hf.attention import dense_attention, read_arguments, register, sink_share
 from pqkv_cli.hf.steps import require
-from pqkv_kernels.angles import Angles, PageAngles
-from pqkv_kernels.attention import Part
 from pqkv_kernels.dispatch import attend_codes, attend_exact
-from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.format.rotary import Angles, PageAngles
+from pqkv_kernels.reference.attention import Part
 
 ATTENTION_NAME = "pqkv"
 

@@ -1,9 +1,13 @@
-"""Generates text over a quantized cache. Knows tokens and caches, prints nothing."""
+"""Generates text over a quantized cache: settings that count, tokens, the text they add. Prints nothing."""
 
+import copy
+import re
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, get_args
 
 import torch
@@ -14,9 +18,143 @@ from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.prefix import whole_ids
 from pqkv_cli.runtime.attach import Attached
-from pqkv_cli.runtime.decoding import SPECIAL_TOKENS, TEXT_SETTINGS, own_settings
 from pqkv_cli.runtime.step_graph import GraphChoice, GraphRequest, choose_graph, step_graph
-from pqkv_cli.runtime.texts import TextPieces, added_text
+
+SPECIAL_TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"})
+# What its makers found good for the model's texts. Steps stay steps: one row, one token, one forward pass.
+TEXT_SETTINGS = frozenset(
+    {
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "encoder_no_repeat_ngram_size",
+        "encoder_repetition_penalty",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "exponential_decay_length_penalty",
+        "min_p",
+        "no_repeat_ngram_size",
+        "renormalize_logits",
+        "repetition_penalty",
+        "sequence_bias",
+        "suppress_tokens",
+        "top_h",
+        "top_k",
+        "top_p",
+        "typical_p",
+    }
+)
+
+
+@contextmanager
+def own_settings(model: Any, kept: frozenset[str] = SPECIAL_TOKENS) -> Iterator[None]:
+    """Let only the settings `kept` of the checkpoint's own count in ``model.generate`` inside the block."""
+    before = model.generation_config
+    settings = copy.deepcopy(before)
+    for name in set(vars(settings)) - kept - {"transformers_version"}:
+        setattr(settings, name, None)
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+_UNFINISHED = "\ufffd"  # what decoders write for bytes that are no whole character
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token for one byte, of which decoders join a run: all of it is text, or nothing is
+_ANCHOR = 64  # tokens before a piece that are decoded with it
+
+
+def added_text(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """Return the text that the tokens `new` add behind the tokens `prompt`; special tokens have none.
+
+    A character that the prompt begins and the new tokens complete belongs to their text. Where the text of the prompt reads
+    otherwise once more follows (spaces before punctuation, for one, which some tokenizers take away), it is what comes behind
+    the last character that stays.
+    """
+    return _behind(_text(tokenizer, prompt), _text(tokenizer, [*prompt, *new]))
+
+
+class TextPieces:
+    """Takes the tokens that ``generate`` hands over, the prompt's first, and gives on the text that is certain.
+
+    All pieces together are the `added_text` of all tokens. The last word is held back until another one begins, because some
+    tokenizers still change the space before it; in scripts without spaces, characters are given as they come.
+
+    Parameters
+    ----------
+    tokenizer
+        What decodes.
+    on_text
+        Receives the pieces.
+    """
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._prompt: list[int] | None = None
+        self._new: list[int] = []
+        self._given = ""  # all that was handed over
+        self._anchor = 0  # tokens of prompt and new text before it are not decoded for a piece
+        self._settled, self._before = 0, 0  # new tokens, and characters given, when the anchor was set
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt [1, T] or [T], then the new tokens [1] one by one."""
+        tokens = value.reshape(-1).tolist()
+        if self._prompt is None:
+            self._prompt = tokens
+            self._anchor = self._anchor_before(len(tokens))
+            return
+        self._new += tokens
+        if _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(self._new[-1]))):
+            return
+        text = self._text_since_anchor()
+        certain = text[: _num_certain(text)]
+        given = self._given[self._before :]
+        if certain.startswith(given) and len(certain) > len(given):
+            self._give(certain[len(given) :])
+        if certain == text and len(self._new) - self._settled > 4 * _ANCHOR:
+            self._settled, self._before = len(self._new), len(self._given)
+            self._anchor = self._anchor_before(len(self._prompt) + len(self._new))
+
+    def end(self) -> None:
+        """Give what was held back."""
+        whole = added_text(self._tokenizer, self._prompt or [], self._new)
+        self._give(_behind(self._given, whole))
+
+    def _give(self, piece: str) -> None:
+        self._given += piece
+        if piece:
+            self._on_text(piece)
+
+    def _anchor_before(self, end: int) -> int:
+        """Return where to begin to decode what follows the first `end` tokens: some text must stand before it."""
+        first = max(end - _ANCHOR, 0)
+        known = [*(self._prompt or ()), *self._new][first:end]
+        return first if _text(self._tokenizer, known) else 0
+
+    def _text_since_anchor(self) -> str:
+        tokens = [*(self._prompt or ()), *self._new]
+        known = len(self._prompt or ()) + self._settled
+        return added_text(self._tokenizer, tokens[self._anchor : known], tokens[known:])
+
+
+def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return text
+
+
+def _behind(before: str, whole: str) -> str:
+    """Return `whole` without `before`, or what they begin with alike."""
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return whole[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))) :]
+
+
+def _num_certain(text: str) -> int:
+    """Return how many characters of `text` no further token can change."""
+    whole = text.rstrip(_UNFINISHED)
+    if whole == text and text and unicodedata.category(text[-1]) == "Lo":  # letters of scripts without capitals
+        return len(text)
+    return max(whole.rfind(" "), whole.rfind("\n") + 1, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,21 +4,25 @@ The probe's codes are drawn by a fixed generator, so its decoded vectors are kno
 attention over the codes must give what plain softmax in double precision gives over what the codes stand for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.cache.layer import QuantizedLayer
-from pqkv_cli.cache.timeline import AngleSource, Timeline
-from pqkv_cli.errors import CacheError
+from pqkv_cli.cache.positions import AngleSource, Timeline
+from pqkv_cli.errors import CacheError, PqkvError, UnsupportedModelError
+from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.runtime.attention import pqkv_attention
 from pqkv_cli.specs import SIDES, CacheSpec, Side
-from pqkv_kernels.codec import decode
 from pqkv_kernels.dispatch import Backend
-from pqkv_kernels.layout import PAGE_TOKENS
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.encode import decode
 
 TOLERANCE = 0.02  # of the answer's root mean square; kernels may round to half precision
 _STAGES_TOLERANCE = 0.5
@@ -118,3 +122,58 @@ def _compare(what: str, found: torch.Tensor, expected: torch.Tensor, at_most: fl
             "This device or backend computes wrong answers: use another one, and report this with the output of "
             "`python -m torch.utils.collect_env`"
         )
+
+
+@torch.no_grad()
+def check_step(model: Any, cache: QuantizedCache) -> None:
+    """Let `model` read one token into `cache`, which is new; one on the device ``meta``, which computes nothing, is left out.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the step fails, or the cache was not told of it, or a quantized layer was not given its keys and values.
+    """
+    device = torch.device(model.device)
+    if device.type == "meta":
+        return
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    name = type(model).__name__
+    try:
+        with _evaluating(model):
+            model(input_ids=token, **cache_argument(model, cache), use_cache=True)
+    except (PqkvError, torch.OutOfMemoryError) as error:
+        if cache.timeline.num_slots or not isinstance(error, PqkvError):
+            raise
+        raise UnsupportedModelError(_unannounced(name)) from error
+    except Exception as error:  # a model's own code can raise anything, and all of it means that the model cannot be used
+        raise UnsupportedModelError(
+            f"{name} cannot take a step of one token over a quantized cache: {type(error).__name__}: {error}; "
+            "expected a causal language model that reads input_ids alone. Use this model without pqkv"
+        ) from error
+    if not cache.timeline.num_slots:
+        raise UnsupportedModelError(_unannounced(name))
+    if empty := [i for i, layer in enumerate(cache.layers) if layer in cache.quantized_layers and layer.get_seq_length() != 1]:
+        raise UnsupportedModelError(
+            f"{name} gave no keys and values to its cache in layers {', '.join(map(str, empty))}; expected those of every "
+            "quantized layer at every step. Use this model without pqkv"
+        )
+
+
+def _unannounced(name: str) -> str:
+    return (
+        f"{name} passes by its own base model when it is called, so that no step's positions are known; expected a model "
+        "whose forward calls model.base_model, as most of transformers do. Use this model without pqkv"
+    )
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Let no part of `model` draw random numbers while the context lasts: what the caller draws next stays the same."""
+    training: list[nn.Module] = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

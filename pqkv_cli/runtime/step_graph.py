@@ -19,7 +19,7 @@ from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_argument, given_cache
 from pqkv_cli.hf.steps import step_positions
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.attention import angles_of_pages
-from pqkv_kernels.angles import PageAngles
+from pqkv_kernels.format.rotary import PageAngles
 
 GraphRequest = Literal["auto", "on", "off"]
 _INPUTS = ("input_ids", "position_ids", "attention_mask", *CACHE_KEYWORDS)

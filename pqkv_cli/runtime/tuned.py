@@ -15,8 +15,8 @@ import torch
 from pqkv_cli.errors import ArtifactError
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.kernel_config import DecodeConfig, use_config
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.gpu.config import DecodeConfig, use_config
 from pqkv_kernels.tuning import format_name, read_config
 
 SCHEMA = "pqkv.kernels/1"

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from pqkv_cli.artifact.container import content_sha256, read_data, read_head
 from pqkv_cli.artifact.schema import CalibrationInfo, Header, LayerError, ModelInfo, canonical_json
+from pqkv_cli.artifact.store import content_sha256, read_data, read_head
 from pqkv_cli.artifact.tensors import LayerTables
 from pqkv_cli.specs import CacheSpec, CodecSpec, CompressionPlan, LayerGeometry, LayerPlan, Side
-from pqkv_kernels.layout import CodeGroup, CodeLayout, RotaryLayout
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import CodeGroup, CodeLayout, RotaryLayout
+from pqkv_kernels.format.tables import CodecTables
 
 HEADS, DIM = 2, 8
 ROTARY = RotaryLayout(DIM)

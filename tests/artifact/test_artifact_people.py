@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 from artifact_maker import make_header, make_tables
 
-from pqkv_cli.artifact.card import model_card
+from pqkv_cli.artifact.card import model_card, write_derived
 from pqkv_cli.artifact.check import check_model
-from pqkv_cli.artifact.derived import write_derived
 from pqkv_cli.artifact.schema import Header
 from pqkv_cli.artifact.store import open_artifact, save_artifact
 from pqkv_cli.artifact.summary import summarize
 from pqkv_cli.errors import ArtifactError
 from pqkv_cli.specs import ModelGeometry
-from pqkv_kernels.layout import RotaryLayout
+from pqkv_kernels.format.layout import RotaryLayout
 
 
 @dataclass
@@ -136,7 +135,7 @@ def test_the_hash_as_the_specification_says(saved: Path) -> None:
 
 def test_reading_needs_no_tool_of_the_pipeline() -> None:
     code = (
-        "import sys, pqkv_cli.artifact.store, pqkv_cli.artifact.check, pqkv_cli.artifact.summary, pqkv_cli.artifact.derived;"
+        "import sys, pqkv_cli.artifact.store, pqkv_cli.artifact.check, pqkv_cli.artifact.summary, pqkv_cli.artifact.card;"
         "print(sorted({'pydantic', 'yaml', 'typer', 'rich', 'datasets', 'transformers'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": _path()})

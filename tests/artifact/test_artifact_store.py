@@ -16,8 +16,8 @@ from pqkv_cli.artifact.store import open_artifact, save_artifact
 from pqkv_cli.artifact.tensors import LayerTables
 from pqkv_cli.errors import ArtifactError
 from pqkv_cli.specs import CacheSpec, CodecSpec, CompressionPlan, LayerGeometry, LayerPlan
-from pqkv_kernels.layout import CodeLayout, RotaryLayout
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
+from pqkv_kernels.format.tables import CodecTables
 
 Tables = list[LayerTables | None]
 

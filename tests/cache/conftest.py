@@ -6,7 +6,7 @@ import torch
 from tests_support import key_tables, value_tables
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pqkv_cli.cache.build import quantized_cache
+from pqkv_cli.cache.cache import quantized_cache
 from pqkv_cli.hf.steps import install_step_hook
 from pqkv_cli.runtime.attention import register_attention
 

@@ -4,8 +4,8 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pqkv_cli.cache.cache import TimedCache
-from pqkv_cli.cache.timeline import Timeline
-from pqkv_kernels.codec import round_trip
+from pqkv_cli.cache.positions import Timeline
+from pqkv_kernels.reference.encode import round_trip
 
 PAGE = 64
 

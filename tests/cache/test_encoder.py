@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pqkv_cli.cache import encoder
-from pqkv_cli.cache.build import quantized_cache
+from pqkv_cli.cache.cache import quantized_cache
 from pqkv_cli.cache.encoder import EncoderQueue
 
 

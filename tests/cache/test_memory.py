@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from pqkv_cli.cache import page_job
-from pqkv_cli.cache.build import quantized_cache
+from pqkv_cli.cache import encoder as page_job
+from pqkv_cli.cache.cache import quantized_cache
 from pqkv_cli.rates import key_layout, rate_layout
 from pqkv_cli.runtime.attention import pqkv_attention
 from pqkv_cli.specs import CacheSpec
-from pqkv_kernels.addresses import page_addresses
-from pqkv_kernels.codec import encode
-from pqkv_kernels.layout import PAGE_TOKENS, CodeLayout
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.addresses import page_addresses
+from pqkv_kernels.format.layout import PAGE_TOKENS, CodeLayout
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.encode import encode
 
 HEADS, DIM, LAYERS = 8, 128, 32  # Llama 3 8B
 

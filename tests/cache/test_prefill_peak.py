@@ -6,7 +6,7 @@ import torch
 from tests_support import DIM, HEADS, key_tables, value_tables
 from transformers import LlamaConfig
 
-from pqkv_cli.cache.build import quantized_cache
+from pqkv_cli.cache.cache import quantized_cache
 from pqkv_cli.specs import CacheSpec
 
 LAYERS, TOKENS = 8, 32768

@@ -4,9 +4,9 @@ import itertools
 import pytest
 import torch
 
-from pqkv_cli.cache.handle import LazyStates
+from pqkv_cli.cache.lazy_states import LazyStates
 from pqkv_cli.errors import CacheError
-from pqkv_kernels.angles import PageAngles
+from pqkv_kernels.format.rotary import PageAngles
 
 
 @torch.no_grad()

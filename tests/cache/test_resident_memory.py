@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig
 from test_memory import DIM, HEADS, blank_pages, blank_tables
 from pqkv_cli.cache import page_job
-from pqkv_cli.cache.build import quantized_cache
+from pqkv_cli.cache.cache import quantized_cache
 from pqkv_cli.rates import key_layout, rate_layout
 from pqkv_cli.specs import CacheSpec
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pqkv_cli.cache.window import with_room
+from pqkv_cli.cache.storage import with_room
 
 
 def test_first_tokens_get_exactly_their_room_and_later_ones_steps() -> None:

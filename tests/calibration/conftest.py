@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.calibration.collect import CollectSettings
 
 SIZES = dict(
     vocab_size=64,

@@ -7,8 +7,7 @@ import pytest
 import torch
 from tiny_chain import quiet
 
-from pqkv_cli.calibration.collect import collect
-from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.calibration.collect import CollectSettings, collect
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.calibration.text import token_windows
 from pqkv_cli.errors import DataError, RunError, UnsupportedModelError

@@ -7,14 +7,13 @@ import pytest
 import torch
 from tiny_chain import quiet
 
-from pqkv_cli.calibration.collect import collect
-from pqkv_cli.calibration.sampling import draw_queries, draw_sample
-from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.calibration.collect import CollectSettings, collect
+from pqkv_cli.calibration.observer import draw_queries, draw_sample
 from pqkv_cli.calibration.store import CalibrationStore, LayerSamples
 from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.rotary import rotary_angles
-from pqkv_kernels.rope import unrotate
+from pqkv_kernels.format.rotary import unrotate
 
 
 class KeepAll:

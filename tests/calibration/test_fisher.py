@@ -10,16 +10,15 @@ import torch
 from family_models import family_model
 from tiny_chain import quiet, tokens
 
-from pqkv_cli.calibration import settings as settings_module
-from pqkv_cli.calibration.collect import collect
+from pqkv_cli.baselines.outliers import injected, outlier_gauges
+from pqkv_cli.calibration import collect as settings_module
+from pqkv_cli.calibration.collect import CollectSettings, collect
 from pqkv_cli.calibration.fisher import GradientObserver, fisher_directions, fisher_weight
-from pqkv_cli.calibration.settings import CollectSettings
 from pqkv_cli.calibration.store import CalibrationStore, LayerSamples
 from pqkv_cli.errors import DataError, UnsupportedModelError, UsageError
 from pqkv_cli.hf.taps import tap
 from pqkv_cli.models.frozen import frozen
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.models.outliers import injected, outlier_gauges
 
 PLAIN = ("keys", "values", "positions", "attention_mass", "query_moment", "pair_moment", "output_gram")
 FISHER = ("key_fisher", "value_fisher", "key_weight", "value_weight")

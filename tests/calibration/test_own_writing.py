@@ -11,11 +11,10 @@ from tiny_chain import byte_tokenizer, quiet, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from pqkv_cli.calibration import writing
-from pqkv_cli.calibration.drafts import begun
-from pqkv_cli.calibration.mixing import mixed_windows
 from pqkv_cli.calibration.openings import KINDS, Opening, dealt
 from pqkv_cli.calibration.text import load_text, token_windows
-from pqkv_cli.calibration.writing import write_batch
+from pqkv_cli.calibration.windows import mixed_windows
+from pqkv_cli.calibration.writing import begun, write_batch
 from pqkv_cli.errors import DataError
 
 END = 1

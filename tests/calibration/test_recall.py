@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from pqkv_cli.calibration.recall import LEAST_TOKENS, with_recall
 from pqkv_cli.calibration.text import load_text, token_windows
+from pqkv_cli.calibration.windows import LEAST_TOKENS, with_recall
 from pqkv_cli.models.load import load_model
 from pqkv_cli.models.resolve import resolve_model
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from tiny_chain import quiet
 
-from pqkv_cli.calibration import settings as settings_module
-from pqkv_cli.calibration.collect import collect
-from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.calibration import collect as settings_module
+from pqkv_cli.calibration.collect import CollectSettings, collect
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.errors import RunError
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from pqkv_cli.calibration.sampling import draw_queries, draw_sample, token_priorities
-from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.calibration.collect import CollectSettings
+from pqkv_cli.calibration.observer import draw_queries, draw_sample, token_priorities
 from pqkv_cli.errors import DataError, UsageError
 
 

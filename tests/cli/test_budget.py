@@ -19,7 +19,7 @@ def run(exported: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out most rates: what is tested is where they go."""
-    from pqkv_cli.pipeline import allocation
+    from pqkv_cli.fitting import allocation
 
     rated = allocation.rated_specs
     monkeypatch.setattr(allocation, "rated_specs", lambda *a: {b: s for b, s in rated(*a).items() if b in (1, 2, 3, 4)})
@@ -41,7 +41,7 @@ def test_codes_take_the_budget_on_average(pqkv: Callable, run: Path, quickly: No
 def test_killed_after_the_trials_and_resumed_gives_the_same_bytes(
     pqkv: Callable, run: Path, quickly: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from pqkv_cli.pipeline import allocation
+    from pqkv_cli.fitting import allocation
 
     words = ("fit-codebooks", run, "--budget", 2.5, *QUICK)
 
@@ -65,7 +65,7 @@ def test_killed_after_the_trials_and_resumed_gives_the_same_bytes(
 def test_another_budget_tries_only_rates_that_none_before_has(
     pqkv: Callable, run: Path, quickly: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pqkv_cli.fitting.side import SideFit
+    from pqkv_cli.fitting.fit import SideFit
     from pqkv_cli.fitting.trial import TRIAL_VECTORS
 
     fitted: list[object] = []

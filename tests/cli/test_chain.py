@@ -209,7 +209,7 @@ def test_recipes_of_runs_and_files(pqkv: Callable, run: Path) -> None:
 
 
 def test_records_that_are_not_good_fail_the_command() -> None:
-    from pqkv_cli.cli.result_table import raise_on_bad
+    from pqkv_cli.cli.tables import raise_on_bad
 
     raise_on_bad([{"task": "t", "mode": "all", "status": "complete"}])
     with pytest.raises(PqkvError, match="incomplete") as incomplete:

@@ -16,11 +16,12 @@ from pqkv_cli.pipeline.doctor import (
     Finding,
     comparison_finding,
     encoding_finding,
+    pythons_tested,
     shadow_finding,
     triton_findings,
     version_findings,
+    versions_tested,
 )
-from pqkv_cli.pipeline.tested import pythons_tested, versions_tested
 
 
 def named(findings: object) -> dict[str, Finding]:

@@ -55,7 +55,7 @@ def test_json_of_a_comparison_is_its_records(pqkv: Callable[..., Any], words: li
 def test_without_matplotlib_the_install_line_is_said(
     pqkv: Callable[..., Any], run: Path, words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pqkv_cli.pipeline.peers.can_draw", lambda: False)
+    monkeypatch.setattr("pqkv_cli.baselines.run.can_draw", lambda: False)
     answer = pqkv(*words, "--peers", "rtn:4")
     assert answer.code == 0
     assert "no picture: matplotlib is not installed; run: pip install 'pqkv[report]'" in answer.err

@@ -1,7 +1,6 @@
 import pytest
 
-from pqkv_cli.calibration.ngrams import ngram_hashes, overlap_share
-from pqkv_cli.calibration.stdlib_text import SPLITS, split_documents, split_of, stdlib_text
+from pqkv_cli.calibration.stdlib_text import SPLITS, ngram_hashes, overlap_share, split_documents, split_of, stdlib_text
 
 
 def test_no_run_of_13_words_is_shared_by_two_splits() -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pqkv_cli.evaluation.bootstrap import Floats, interval95
+from pqkv_cli.evaluation.scores import Floats, interval95
 
 
 def ratio(a: Floats, b: Floats) -> float:

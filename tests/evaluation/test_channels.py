@@ -15,7 +15,7 @@ from pqkv_cli.evaluation.channels import channel_peaks, over_median, pooled
 from pqkv_cli.evaluation.report import ReportSource, report_page
 from pqkv_cli.evaluation.report_channels import channel_pictures, shade
 from pqkv_cli.evaluation.settings import Subject
-from pqkv_kernels.codec import to_code_space
+from pqkv_kernels.reference.encode import to_code_space
 
 Maker = Callable[..., Subject]
 

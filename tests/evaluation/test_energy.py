@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_chain import tokens
 
-from pqkv_cli.evaluation import energy as module
+from pqkv_cli.evaluation import costs as module
 from pqkv_cli.evaluation.asking import ask
-from pqkv_cli.evaluation.energy import EnergyMeter, energy_meter
+from pqkv_cli.evaluation.costs import EnergyMeter, energy_meter
 from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 
@@ -113,7 +113,7 @@ def test_a_record_has_joules_per_token_of_a_row(subject: Maker, monkeypatch: pyt
     def ticking(device: torch.device) -> Iterator[EnergyMeter]:
         yield Ticking()
 
-    monkeypatch.setattr("pqkv_cli.evaluation.generation_watch.energy_meter", ticking)
+    monkeypatch.setattr("pqkv_cli.evaluation.costs.energy_meter", ticking)
     found = asked(subject())
     for side in ("baseline", "quantized"):
         # One reading per step of three rows: 6 J each.

@@ -10,8 +10,7 @@ import torch
 from tiny_chain import is_uncompressed
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.evaluation.lines import lines
-from pqkv_cli.evaluation.names import line_names
+from pqkv_cli.evaluation.lines import line_names, lines
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.hf.names import given_cache
 

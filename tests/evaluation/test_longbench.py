@@ -14,7 +14,7 @@ from tiny_chain import byte_tokenizer, is_uncompressed
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.longbench import cut_middle, longbench
 from pqkv_cli.evaluation.longbench_data import load_longbench, tasks_in
-from pqkv_cli.evaluation.longbench_tasks import TASKS
+from pqkv_cli.evaluation.longbench_metrics import TASKS
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.hf.names import given_cache
 
@@ -151,7 +151,7 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 @pytest.mark.skipif(not (BESIDE / "longbench").is_dir(), reason="the published prompts do not lie beside the repository")
 def test_prompts_and_lengths_are_the_published_ones() -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-    from pqkv_cli.evaluation.longbench_prompts import harness_prompts
+    from pqkv_cli.evaluation.longbench_data import harness_prompts
 
     published = json.loads((BESIDE / "longbench" / "dataset2prompt.json").read_text(encoding="utf-8"))
     assert harness_prompts(Path(lm_eval.__file__).parent / "tasks" / "longbench") == published

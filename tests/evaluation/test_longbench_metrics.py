@@ -8,8 +8,7 @@ import pytest
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation import longbench_metrics
-from pqkv_cli.evaluation.longbench_metrics import require_packages, score
-from pqkv_cli.evaluation.longbench_tasks import TASKS, LongBenchTask
+from pqkv_cli.evaluation.longbench_metrics import TASKS, LongBenchTask, require_packages, score
 
 CLASSES = ("Food", "Date", "Order, rank", "Individual", "Group or organization of person", "person", "Title of a person")
 

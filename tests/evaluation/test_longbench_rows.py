@@ -10,7 +10,7 @@ import pytest
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.longbench_data import is_longbench_e, load_longbench, tasks_in
-from pqkv_cli.evaluation.longbench_tasks import TASKS
+from pqkv_cli.evaluation.longbench_metrics import TASKS
 from pqkv_cli.evaluation.tasks import check_rows
 
 PROMPTS = {name: "{context} and {input}" for name in TASKS}

@@ -12,8 +12,7 @@ from transformers import GenerationConfig
 from pqkv_cli.evaluation.replies import Question, reply
 from pqkv_cli.evaluation.settings import Subject
 from pqkv_cli.runtime import attach
-from pqkv_cli.runtime.decoding import TEXT_SETTINGS, own_settings
-from pqkv_cli.runtime.generate import GenerateSettings, Generation, generate
+from pqkv_cli.runtime.generate import TEXT_SETTINGS, GenerateSettings, Generation, generate, own_settings
 
 Maker = Callable[..., Subject]
 PROMPT = "".join(chr(97 + i * i % 26) for i in range(200))

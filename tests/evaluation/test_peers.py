@@ -8,17 +8,16 @@ import pytest
 import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
+from pqkv_cli.baselines.comparison import Contestant, compare, metrics, own_contestant, peer_records, rival_contestant
+from pqkv_cli.baselines.fit import fit_rival
+from pqkv_cli.baselines.registry import parse_rivals
 from pqkv_cli.calibration.rotated import rotated
 from pqkv_cli.calibration.store import CalibrationStore
-from pqkv_cli.evaluation.peers import Contestant, compare, metrics, own_contestant, rival_contestant
-from pqkv_cli.evaluation.peers_fit import fit_rival
-from pqkv_cli.evaluation.peers_record import peer_records
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.rotary import rotary_angles
-from pqkv_cli.quantizers.rivals.registry import parse_rivals
 
 SETTINGS = EvaluationSettings("all", context=96, limit=3)
 

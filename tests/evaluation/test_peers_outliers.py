@@ -8,25 +8,29 @@ import pytest
 import torch
 from tiny_chain import byte_tokenizer, fit_artifact, tiny_llama, tokens
 
-from pqkv_cli.calibration.collect import collect
-from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.baselines.comparison import compare, metrics, own_contestant, rival_contestant
+from pqkv_cli.baselines.outlier_comparison import (
+    GaugedCodec,
+    GaugedSource,
+    gauged_samples,
+    largest_difference,
+    own_with_outliers,
+)
+from pqkv_cli.baselines.outliers import injected, outlier_gauges
+from pqkv_cli.baselines.registry import parse_rivals
+from pqkv_cli.calibration.collect import CollectSettings, collect
 from pqkv_cli.calibration.store import CalibrationStore, LayerSamples
 from pqkv_cli.errors import DataError
-from pqkv_cli.evaluation.peers import compare, metrics, own_contestant, rival_contestant
-from pqkv_cli.evaluation.peers_outliers import GaugedCodec, GaugedSource, gauged_samples, largest_difference, own_with_outliers
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.fitting.fit import fit_layer
 from pqkv_cli.fitting.plan import uniform_plan
 from pqkv_cli.fitting.settings import FitSettings, Weighting
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.models.outliers import injected, outlier_gauges
 from pqkv_cli.quantizers.codec import ProductCodec
-from pqkv_cli.quantizers.rivals.registry import parse_rivals
 from pqkv_cli.runtime import load
 from pqkv_cli.specs import SIDES, CacheSpec
-from pqkv_kernels.codec import to_code_space
-from pqkv_kernels.quantize import quantize
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.encode import quantize, to_code_space
 
 SCALE = 16.0
 COLLECT = CollectSettings("0" * 64, num_samples=20, seq_len=64, batch_size=4, queries_per_window=8, fisher_draws=1)

@@ -7,17 +7,16 @@ import pytest
 import torch
 from tape import Capturer
 
-from pqkv_cli.cache.pages import SLAB_PAGES
-from pqkv_cli.evaluation.decode_speed import time_tokens
-from pqkv_cli.evaluation.decode_step import filled, plain_step
-from pqkv_cli.evaluation.equal_memory import codes_row_bytes
+from pqkv_cli.benchmarks import bench_shapes as module
+from pqkv_cli.benchmarks.bench_shapes import SPEC, ShapeSettings, bench_shapes
+from pqkv_cli.benchmarks.decode_speed import filled, plain_step, time_tokens
+from pqkv_cli.benchmarks.equal_memory import codes_row_bytes
+from pqkv_cli.benchmarks.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
+from pqkv_cli.cache.storage import SLAB_PAGES
 from pqkv_cli.evaluation.shape_picture import shape_picture
-from pqkv_cli.evaluation.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
-from pqkv_cli.pipeline import bench_shapes as module
-from pqkv_cli.pipeline.bench_shapes import SPEC, ShapeSettings, bench_shapes
 from pqkv_cli.runtime.attach import Attached
-from pqkv_kernels.layout import PAGE_TOKENS
-from pqkv_kernels.planes import planes_of
+from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.format.pairs import planes_of
 
 CPU = torch.device("cpu")
 TINY = ModelShape(1, 32, 48, 4, 2, 16, 64)

@@ -8,12 +8,12 @@ import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
 from pqkv_cli.evaluation.held_out import held_out_losses, one_side_alone
-from pqkv_cli.evaluation.side_costs import Place, gradient_costs
+from pqkv_cli.fitting.gradient_costs import Place, gradient_costs
 from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec
 from pqkv_cli.runtime import load
 from pqkv_cli.runtime.attach import simulate
 from pqkv_cli.specs import SIDES
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.tables import CodecTables
 
 SHARE = 0.03  # of an error: small enough that its cost grows with its square
 NUM_TOKENS = 12

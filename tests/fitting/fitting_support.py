@@ -6,7 +6,7 @@ import torch
 
 from pqkv_cli.calibration.store import LayerSamples
 from pqkv_cli.specs import CodecSpec, CompressionPlan, LayerGeometry, LayerPlan, ModelGeometry
-from pqkv_kernels.layout import CodeLayout, RotaryLayout
+from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
 
 HEADS, DIM, POINTS = 2, 8, 700
 LAYER = LayerGeometry(4, HEADS, DIM, RotaryLayout(DIM))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from pqkv_cli.errors import DataError, UsageError
 from pqkv_cli.fitting.allocation import Candidate, allocate
+from pqkv_cli.fitting.fit import SideFit, fit_side
 from pqkv_cli.fitting.plan import rated_specs
 from pqkv_cli.fitting.settings import FitSettings
-from pqkv_cli.fitting.side import SideFit, fit_side
 from pqkv_cli.fitting.trial import NOTHING_TRIED, Trial, base_rate, load_trial, save_trial, try_layer
 from pqkv_cli.rates import CodeStyle
 from pqkv_cli.specs import SIDES

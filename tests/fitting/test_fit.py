@@ -5,16 +5,14 @@ import pytest
 import torch
 
 from pqkv_cli.errors import DataError, UsageError
-from pqkv_cli.fitting.fit import fit_layer
+from pqkv_cli.fitting.fit import fit_layer, sample_weights
 from pqkv_cli.fitting.plan import uniform_plan
 from pqkv_cli.fitting.settings import FitSettings
-from pqkv_cli.fitting.side import sample_weights
 from pqkv_cli.rates import RATES, SPEED_RATES, CodeStyle, key_layout, rate_layout
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, LayerGeometry, ModelGeometry
-from pqkv_kernels.codec import round_trip, to_code_space
-from pqkv_kernels.joint import joint_layout
-from pqkv_kernels.layout import CodeLayout, RotaryLayout
-from pqkv_kernels.quantize import quantize
+from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
+from pqkv_kernels.reference.encode import quantize, round_trip, to_code_space
+from pqkv_kernels.reference.merged_stages import joint_layout
 
 FAST = FitSettings(iterations=6)
 

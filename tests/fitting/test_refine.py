@@ -12,18 +12,16 @@ from tiny_chain import fit_artifact, tiny_llama, tokens
 from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.fitting.record import FitRecord, load_record
 from pqkv_cli.fitting.refine import Refinement, is_better, refine
-from pqkv_cli.fitting.refine_codec import WatchedCodec
 from pqkv_cli.fitting.refine_files import final_directory, load_outcome, refine_request, save_refinement
-from pqkv_cli.fitting.refine_sums import CodecSums, Weighting, moved
-from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork
+from pqkv_cli.fitting.refine_work import CodecSums, PassCounter, RefineSettings, RefineWork, WatchedCodec, Weighting, moved
 from pqkv_cli.fitting.run import load_fitted
 from pqkv_cli.models.frozen import frozen
 from pqkv_cli.quantizers.codec import ProductCodec
 from pqkv_cli.runtime.attach import simulate
 from pqkv_cli.specs import SIDES
-from pqkv_kernels.codec import from_code_space
-from pqkv_kernels.layout import CodeLayout
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import CodeLayout
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.encode import from_code_space
 
 WINDOWS, HELD_OUT = tokens(48, 64, seed=11), tokens(24, 64, seed=12)
 

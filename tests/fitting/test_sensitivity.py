@@ -11,7 +11,7 @@ from pqkv_cli.errors import DataError
 from pqkv_cli.fitting.fit import fit_layer
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.specs import SIDES, Side
-from pqkv_kernels.codec import round_trip
+from pqkv_kernels.reference.encode import round_trip
 
 FISHER = FitSettings(iterations=6, key_weighting="fisher", value_weighting="fisher")
 

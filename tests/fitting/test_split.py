@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pqkv_cli.calibration.sampling import draw_sample
-from pqkv_cli.fitting.split import LEAST_SPLIT, num_fitted, split_samples
+from pqkv_cli.calibration.observer import draw_sample
+from pqkv_cli.fitting.fit import LEAST_SPLIT, num_fitted, split_samples
 
 
 def positions(windows: int, tokens: int, kept: int) -> tuple[torch.Tensor, torch.Tensor]:

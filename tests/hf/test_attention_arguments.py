@@ -6,7 +6,7 @@ from family_models import family_model
 from torch import nn
 
 from pqkv_cli.errors import UnsupportedModelError
-from pqkv_cli.hf.attention_arguments import IRRELEVANT, read_arguments
+from pqkv_cli.hf.attention import IRRELEVANT, read_arguments
 from pqkv_cli.hf.modules import attention_modules
 
 QUERY = torch.zeros(1, 2, 3, 16)

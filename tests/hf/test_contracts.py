@@ -16,8 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pqkv_cli.cache.layer import QuantizedLayer
-from pqkv_cli.hf.attention import attention_of
-from pqkv_cli.hf.attention_arguments import CAUSAL, IRRELEVANT, SINKS, SOFTCAP
+from pqkv_cli.hf.attention import CAUSAL, IRRELEVANT, SINKS, SOFTCAP, attention_of
 from pqkv_cli.hf.gguf_files import (
     is_unknown_architecture,
     read_config,

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, cache_utils, configuration_utils
 
 from pqkv_cli.errors import UnsupportedModelError
-from pqkv_cli.hf.layer_kinds import _FORMER_NAMES, KINDS, layer_kind, present_name
+from pqkv_cli.hf.configs import _FORMER_NAMES, KINDS, layer_kind, present_name
 from pqkv_cli.models.footprint import layer_footprints
 from pqkv_cli.models.geometry import check_quantizable, geometry, layer_types
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny_chain import tiny_llama
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from pqkv_cli.hf.uncompressed import InPlaceLayer, uncompressed_cache
+from pqkv_cli.hf.cache_layers import InPlaceLayer, uncompressed_cache
 
 CHANGES = st.one_of(
     st.tuples(st.just("update"), st.integers(1, 300)),

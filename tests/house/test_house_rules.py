@@ -3,7 +3,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-MAX_FILE_LINES = 250
+MAX_FILE_LINES = 400
+MAX_KERNEL_LINES = 600
 MAX_FUNCTION_LINES = 40
 
 
@@ -37,7 +38,11 @@ def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 def test_files_are_short(root: Path) -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(root)}
-    long = {str(path.relative_to(root)): n for path, n in lengths.items() if n > MAX_FILE_LINES and "triton" not in path.name}
+    long = {
+        str(path.relative_to(root)): n
+        for path, n in lengths.items()
+        if n > (MAX_KERNEL_LINES if path.name.endswith("_kernels.py") else MAX_FILE_LINES)
+    }
     assert long == {}
 
 

@@ -2,23 +2,31 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 # Rooms of one row are siblings and never import each other.
 ROWS = (
-    ("pqkv_kernels.errors",),
-    ("pqkv_kernels.layout",),
-    ("pqkv_cli", "errors"),
-    ("specs", "rates", "recipe_faults", "recipe_sources", "strict_yaml", "files", "gates"),
-    ("recipe", "pqkv_kernels"),
+    ("pqkv_kernels", "pqkv_kernels.errors"),
+    ("pqkv_kernels.format",),
+    ("pqkv_cli", "errors", "pqkv_kernels.reference"),
+    ("specs", "rates", "recipe_faults", "recipe_sources", "strict_yaml", "files", "gates", "reporter"),
+    ("recipe", "pqkv_kernels.cpu", "pqkv_kernels.gpu"),
+    ("pqkv_kernels.dispatch",),
+    ("pqkv_kernels.bench",),
+    ("pqkv_kernels.tuning",),
     ("hf",),
     ("quantizers", "models"),
-    ("calibration", "artifact", "cache"),
-    ("fitting", "runtime"),
+    ("artifact", "cache"),
+    ("runtime",),
+    ("calibration",),
+    ("fitting",),
     ("evaluation",),
     ("pipeline",),
+    ("baselines",),
+    ("benchmarks",),
     ("cli",),
     ("demo", "__main__"),
 )
@@ -73,6 +81,18 @@ def test_imports_flow_one_way(root: Path) -> None:
     assert wrong == []
 
 
+def test_no_circle_of_files(root: Path) -> None:
+    """Imports for type checkers alone count too: a circle of ideas is one, whoever reads it."""
+    all_modules = dict(modules(root))
+    graph = {
+        m: {target for _, target in imported(path, set(all_modules))} & set(all_modules) for m, path in all_modules.items()
+    }
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"files import each other in a circle: {' -> '.join(reversed(error.args[1]))}")
+
+
 def test_nobody_imports_the_demo(root: Path) -> None:
     assert [
         where for where, room, target in edges(root) if target in ("demo", "cli") and room not in ("demo", "__main__")
@@ -82,7 +102,7 @@ def test_nobody_imports_the_demo(root: Path) -> None:
 def test_torch_free_rooms_import_no_torch(root: Path) -> None:
     free = {
         "pqkv_kernels.errors",
-        "pqkv_kernels.layout",
+        "pqkv_kernels.format.layout",
         "pqkv_cli",
         "errors",
         "files",
@@ -97,7 +117,7 @@ def test_torch_free_rooms_import_no_torch(root: Path) -> None:
     }
     wrong = []
     for module, path in modules(root):
-        if room_of(module) in free:
+        if room_of(module) in free or module in free:
             names = _top_level_names(path)
             wrong += [f"{module} imports {name}" for name in names & {"torch", "transformers", "numpy", "safetensors"}]
     assert wrong == []
@@ -105,7 +125,19 @@ def test_torch_free_rooms_import_no_torch(root: Path) -> None:
 
 @pytest.mark.parametrize("foreign", ["typer", "rich", "pydantic", "yaml", "datasets"])
 def test_the_small_runtime_needs_no_front_end(root: Path, foreign: str) -> None:
-    front = {"cli", "pipeline", "recipe", "recipe_faults", "recipe_sources", "strict_yaml", "demo", "evaluation", "__main__"}
+    front = {
+        "cli",
+        "pipeline",
+        "recipe",
+        "recipe_faults",
+        "recipe_sources",
+        "strict_yaml",
+        "demo",
+        "evaluation",
+        "baselines",
+        "benchmarks",
+        "__main__",
+    }
     wrong = [m for m, path in modules(root) if room_of(m) not in front and foreign in _top_level_names(path)]
     assert wrong == []
 

@@ -6,9 +6,9 @@ from itertools import combinations, product
 import torch
 from tests_support import random_codebooks
 
-from pqkv_kernels.angles import Angles, PageAngles
-from pqkv_kernels.layout import CodeGroup, CodeLayout, RotaryLayout
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import CodeGroup, CodeLayout, RotaryLayout
+from pqkv_kernels.format.rotary import Angles, PageAngles
+from pqkv_kernels.format.tables import CodecTables
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

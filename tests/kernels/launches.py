@@ -12,11 +12,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from pqkv_kernels.angles import token_angles
-from pqkv_kernels.attention import code_queries
-from pqkv_kernels.kernel_config import EXACT, DecodeConfig
-from pqkv_kernels.triton_attention import triton_attention
-from pqkv_kernels.triton_encode import triton_encode
+from pqkv_kernels.format.rotary import token_angles
+from pqkv_kernels.gpu.attention import triton_attention
+from pqkv_kernels.gpu.config import EXACT, DecodeConfig
+from pqkv_kernels.gpu.encode import triton_encode
+from pqkv_kernels.reference.attention import code_queries
 
 FAST, BYTES, TABLE = DecodeConfig(), DecodeConfig(tables="int8"), DecodeConfig(key_scores="table")
 WHOLE = torch.float16

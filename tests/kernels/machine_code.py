@@ -51,7 +51,7 @@ def compiled(kernel: Any, constants: dict[str, Any], num_warps: int, **launch: i
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pqkv_kernels.triton_version import launch_options
+    from pqkv_kernels.gpu.version import launch_options
 
     signature, known, types = {}, {}, dict(TYPES)
     if constants.get("WIDE"):
@@ -119,7 +119,7 @@ def _measure(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def main() -> None:
-    from pqkv_kernels.triton_version import dot_width
+    from pqkv_kernels.gpu.version import dot_width
 
     found = {}
     for name, variant in json.loads(sys.argv[1]).items():

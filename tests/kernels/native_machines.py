@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pqkv_kernels import native_build
+from pqkv_kernels.cpu import build as native_build
 
 MACHINES = ("DEFAULT", "AVX2", "AVX512", "AVX512_VBMI")
 

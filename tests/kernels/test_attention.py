@@ -2,10 +2,10 @@ import pytest
 import torch
 from tests_support import dull_attention, key_tables, random_angles, value_tables
 
-from pqkv_kernels.attention import code_attention, code_queries, exact_attention, leave_code_space, merge
-from pqkv_kernels.codec import decode, encode
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import RotaryLayout
+from pqkv_kernels.format.layout import RotaryLayout
+from pqkv_kernels.reference.attention import code_attention, code_queries, exact_attention, leave_code_space, merge
+from pqkv_kernels.reference.encode import decode, encode
 
 
 def coded(generator: torch.Generator, batch: int, num_pages: int, heads: int = 2, dim: int = 16):

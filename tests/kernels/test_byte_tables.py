@@ -7,11 +7,11 @@ import torch
 from kernel_cases import Case, inputs
 from test_code_attention import SCALING, close, reference
 
-from pqkv_kernels.attention import code_queries, leave_code_space
-from pqkv_kernels.device_tables import _plane_of_entry, device_tables
-from pqkv_kernels.kernel_config import DecodeConfig
-from pqkv_kernels.planes import planes_of
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.pairs import planes_of
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.gpu.config import DecodeConfig
+from pqkv_kernels.gpu.tables import _plane_of_entry, device_tables
+from pqkv_kernels.reference.attention import code_queries, leave_code_space
 
 CASES = [
     Case(nbits, dim, tokens, group, turn, unequal, None, "fast", queries, torch.float32)
@@ -32,7 +32,7 @@ CASES = [
 
 
 def attended(given, tables: str):
-    from pqkv_kernels.triton_attention import triton_attention
+    from pqkv_kernels.gpu.attention import triton_attention
 
     out, lse = triton_attention(
         code_queries(given.query, given.keys),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pqkv_kernels.centroid_sums import SOURCE, centroid_sums, torch_centroid_sums
-from pqkv_kernels.native_build import found_library
+from pqkv_kernels.cpu.build import found_library
+from pqkv_kernels.cpu.centroid_sums import SOURCE, centroid_sums, torch_centroid_sums
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 8, 64])

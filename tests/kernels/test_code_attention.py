@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, Case, Inputs, inputs, pairwise_cases
 from native_machines import library_of
 
-from pqkv_kernels import native_attention
-from pqkv_kernels.angles import token_angles
-from pqkv_kernels.attention import code_attention, code_queries, leave_code_space
-from pqkv_kernels.codec import decode
+from pqkv_kernels.cpu import attention as native_attention
+from pqkv_kernels.cpu.build import SOURCE, find_compiler
 from pqkv_kernels.dispatch import attend_codes
-from pqkv_kernels.kernel_config import EXACT, DecodeConfig
-from pqkv_kernels.native_build import SOURCE, find_compiler
+from pqkv_kernels.format.rotary import token_angles
+from pqkv_kernels.gpu.config import EXACT, DecodeConfig
+from pqkv_kernels.reference.attention import code_attention, code_queries, leave_code_space
+from pqkv_kernels.reference.encode import decode
 
 CASES = pairwise_cases()
 needs_compiler = pytest.mark.skipif(find_compiler() is None or DEVICE.type != "cpu", reason="needs a CPU and a C++ compiler")
@@ -90,7 +90,7 @@ def test_native_serves_decode_steps_and_leaves_the_rest_to_torch() -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_equals_the_reference(case: Case) -> None:
-    from pqkv_kernels.triton_attention import triton_attention
+    from pqkv_kernels.gpu.attention import triton_attention
 
     given = inputs(case, heads=2)
     fast = DecodeConfig(tables="float16", min_split_pages=2)

@@ -4,13 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests_support import key_tables, random_angles, random_codebooks, value_tables
 
-from pqkv_kernels import native_points
-from pqkv_kernels.codec import decode, encode, from_code_space, round_trip, to_code_space
+from pqkv_kernels.cpu import encode as native_points
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import SUPPORTED_NBITS, CodeGroup, CodeLayout, RotaryLayout
-from pqkv_kernels.quantize import dequantize, quantize
-from pqkv_kernels.rope import rotate, unit_angles, unrotate
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import SUPPORTED_NBITS, CodeGroup, CodeLayout, RotaryLayout
+from pqkv_kernels.format.rotary import rotate, unit_angles, unrotate
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.encode import decode, dequantize, encode, from_code_space, quantize, round_trip, to_code_space
 
 
 @given(
@@ -117,7 +116,7 @@ def test_the_loop_reaches_the_code_space_of_torch(
     x = torch.randn(2, 70, 3, 16, generator=generator).transpose(1, 2)  # as projections come
     angles = None if rotary is None else random_angles(rotary, (1, 70), generator)
     fast = to_code_space(x, tables, angles, rotated=rotated)
-    monkeypatch.setattr(native_points, "_library", lambda: None)
+    monkeypatch.setattr(native_points, "_points_library", lambda: None)
     torch.testing.assert_close(fast, to_code_space(x, tables, angles, rotated=rotated), rtol=1e-5, atol=1e-5)
 
 

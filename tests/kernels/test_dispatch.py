@@ -6,13 +6,14 @@ import torch
 from kernel_cases import DEVICE, Case, inputs
 from tests_support import key_tables, random_codebooks, value_tables
 
-from pqkv_kernels import dispatch, native_build
-from pqkv_kernels.angles import PageAngles
+from pqkv_kernels import dispatch
+from pqkv_kernels.cpu import build as native_build
 from pqkv_kernels.dispatch import Choice, attend_codes, choose_backend, encode_pages
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.kernel_config import TABLE, DecodeConfig, decode_config
-from pqkv_kernels.layout import CodeLayout
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import CodeLayout
+from pqkv_kernels.format.rotary import PageAngles
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.gpu.config import TABLE, DecodeConfig, decode_config
 
 CASE = Case("8", 64, 100, 2, "pages", True, None, "exact", 1, torch.float32)
 CPU = torch.device("cpu")
@@ -165,4 +166,4 @@ def test_encoding_refuses_what_does_not_fit(make, generator) -> None:
     for backend in ("torch", "triton"):
         with pytest.raises(KernelError, match="expected"):
             encode_pages(backend, torch.zeros(1, 2, 63, 16, device=DEVICE), tables)
-    assert "pqkv_kernels.triton_encode" in sys.modules
+    assert "pqkv_kernels.gpu.encode" in sys.modules

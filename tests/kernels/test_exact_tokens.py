@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE
 from native_machines import MACHINES, library_of
 
-from pqkv_kernels import native_exact
-from pqkv_kernels.attention import Part
+from pqkv_kernels.cpu import attention as native_exact
+from pqkv_kernels.cpu.attention import can_add
+from pqkv_kernels.cpu.build import find_compiler
 from pqkv_kernels.dispatch import attend_exact
-from pqkv_kernels.exact_tokens import ExactTokens, add_exact
-from pqkv_kernels.native_build import find_compiler
-from pqkv_kernels.native_exact import can_add
+from pqkv_kernels.reference.attention import ExactTokens, Part, add_exact
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None or DEVICE.type != "cpu", reason="needs a CPU and a C++ compiler")
 HEADS, GROUP, SCALING = 2, 3, 0.3
@@ -73,7 +72,7 @@ def of_dtype(exact: ExactTokens, dtype: torch.dtype) -> ExactTokens:
 
 @pytest.fixture(scope="module", params=MACHINES)
 def machine(request: pytest.FixtureRequest):
-    library = None if find_compiler() is None else library_of(native_exact.SOURCE, request.param)
+    library = None if find_compiler() is None else library_of(native_exact.EXACT_SOURCE, request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_exact, "found_library", lambda source: library)
         yield request.param

@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernel_cases import DEVICE, Case, inputs
 
-from pqkv_kernels.addresses import page_addresses
 from pqkv_kernels.dispatch import attend_codes
+from pqkv_kernels.format.addresses import page_addresses
 
 pytest.importorskip("triton")
 CASE = Case("8", 256, 128, 1, "post", False, None, "exact", 1, torch.float32)

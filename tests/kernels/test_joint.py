@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests_support import random_codebooks
 
-from pqkv_kernels.joint import joint_layout
-from pqkv_kernels.layout import MOST_JOINT_NBITS, CodeGroup, CodeLayout
-from pqkv_kernels.quantize import dequantize, quantize
+from pqkv_kernels.format.layout import MOST_JOINT_NBITS, CodeGroup, CodeLayout
+from pqkv_kernels.reference.encode import dequantize, quantize
+from pqkv_kernels.reference.merged_stages import joint_layout
 
 
 def layout_of(*stages: tuple[tuple[int, int, int], ...]) -> CodeLayout:

@@ -5,12 +5,12 @@ import torch
 from native_machines import MACHINES, library_of
 from tests_support import random_codebooks
 
-from pqkv_kernels import native_nearest
-from pqkv_kernels.layout import CodeGroup, CodeLayout
-from pqkv_kernels.native_nearest import native_few
-from pqkv_kernels.quantize import quantize
+from pqkv_kernels.cpu import encode as native_nearest
+from pqkv_kernels.cpu.encode import native_few
+from pqkv_kernels.format.layout import CodeGroup, CodeLayout
+from pqkv_kernels.reference.encode import quantize
 
-pytestmark = pytest.mark.skipif(native_nearest._library() is None, reason="no C++ compiler on this machine")
+pytestmark = pytest.mark.skipif(native_nearest._nearest_library() is None, reason="no C++ compiler on this machine")
 
 POINTS, FEW = 9000, 3000  # enough for cells, and too few
 
@@ -52,9 +52,9 @@ KINDS = (
 
 @pytest.fixture(scope="module", params=MACHINES)
 def machine(request: pytest.FixtureRequest):
-    library = library_of(native_nearest.SOURCE, request.param)
+    library = library_of(native_nearest.NEAREST_SOURCE, request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_nearest, "_library", lambda: library)
+        patch.setattr(native_nearest, "_nearest_library", lambda: library)
         yield request.param
 
 

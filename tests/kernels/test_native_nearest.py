@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from pqkv_kernels import native_build, native_threads
-from pqkv_kernels import native_nearest as native
+from pqkv_kernels.cpu import build as native_build
+from pqkv_kernels.cpu import build as native_threads
+from pqkv_kernels.cpu import encode as native
+from pqkv_kernels.cpu.encode import MOST_FEW, SHORT_DIMS, can_search, native_few
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.native_nearest import MOST_FEW, SHORT_DIMS, can_search, native_few
-from pqkv_kernels.nearest import CPU_BLOCK_SCORES, nearest_centroids, nearest_few
+from pqkv_kernels.reference.nearest import CPU_BLOCK_SCORES, nearest_centroids, nearest_few
 
 needs_compiler = pytest.mark.skipif(native._library() is None, reason="no C++ compiler on this machine")
 

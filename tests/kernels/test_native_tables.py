@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pqkv_kernels import native_build
-from pqkv_kernels.native_tables import byte_planes
+from pqkv_kernels.cpu import build as native_build
+from pqkv_kernels.cpu.attention import byte_planes
 
 
 def floats_of(planes: torch.Tensor, entries: int) -> torch.Tensor:

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import PAGE_TOKENS, SUPPORTED_NBITS, CodeGroup, CodeLayout, RotaryLayout
-from pqkv_kernels.packing import pack_codes, unpack_codes
+from pqkv_kernels.format.layout import PAGE_TOKENS, SUPPORTED_NBITS, CodeGroup, CodeLayout, RotaryLayout
+from pqkv_kernels.format.packing import pack_codes, unpack_codes
 
 PARTS = {
     1: [1],

@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests_support import random_codebooks
 
-from pqkv_kernels import native_nearest, native_parts
-from pqkv_kernels.codec import encode
+from pqkv_kernels.cpu import encode as native_nearest
+from pqkv_kernels.cpu import encode as native_parts
+from pqkv_kernels.cpu.encode import can_choose
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.layout import TRIED_PROTOTYPES, CodeGroup, CodeLayout
-from pqkv_kernels.native_parts import can_choose
-from pqkv_kernels.nearest import nearest_few
-from pqkv_kernels.quantize import dequantize, quantize
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.layout import TRIED_PROTOTYPES, CodeGroup, CodeLayout
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.encode import dequantize, encode, quantize
+from pqkv_kernels.reference.nearest import nearest_few
 
-needs_compiler = pytest.mark.skipif(native_parts._library() is None, reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(native_parts._parts_library() is None, reason="no C++ compiler on this machine")
 
 
 def layout_of(first: int, *groups: tuple[int, int, int]) -> CodeLayout:

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, Case, inputs
 from test_code_attention import SCALING, close, reference
 
-from pqkv_kernels.attention import code_queries, leave_code_space
-from pqkv_kernels.codec import decode
 from pqkv_kernels.dispatch import attend_codes
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.kernel_config import EXACT, DecodeConfig
-from pqkv_kernels.planes import planes_of
-from pqkv_kernels.score_tables import score_rows, score_tables, table_scores
+from pqkv_kernels.format.pairs import planes_of
+from pqkv_kernels.gpu.config import EXACT, DecodeConfig
+from pqkv_kernels.reference.attention import code_queries, leave_code_space
+from pqkv_kernels.reference.encode import decode
+from pqkv_kernels.reference.score_tables import score_rows, score_tables, table_scores
 
 FORMATS = ("1", "3", "4", "7", "8", "10", "8+6+4", "4,4", "w8,4", "w10,8+6")
 
@@ -45,7 +45,7 @@ def test_a_looked_up_score_is_the_product_with_the_decoded_key(nbits: str, dim: 
 @pytest.mark.parametrize("nbits", FORMATS)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_kernel_looks_up_where_its_configuration_says_so(nbits: str, softcap: float | None) -> None:
-    from pqkv_kernels.triton_attention import triton_attention
+    from pqkv_kernels.gpu.attention import triton_attention
 
     given_inputs = inputs(Case(nbits, 64, 130, 1, "post", True, softcap, "exact", 1, torch.float32), heads=2)
     args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.spans)
@@ -63,7 +63,7 @@ def test_torch_looks_up_for_one_query(nbits: str) -> None:
 
 @pytest.mark.parametrize(("group", "turn"), [(4, "post"), (1, "pages")])
 def test_several_queries_and_turned_keys_are_decoded_whatever_it_says(group: int, turn: str) -> None:
-    from pqkv_kernels.triton_attention import triton_attention
+    from pqkv_kernels.gpu.attention import triton_attention
 
     given_inputs = inputs(Case("8", 64, 130, group, turn, True, None, "exact", 1, torch.float32), heads=2)
     args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.spans)

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 from kernel_cases import Case, inputs
 from test_code_attention import SCALING, close, reference
 
-from pqkv_kernels import triton_attention
-from pqkv_kernels.attention import code_queries, leave_code_space
-from pqkv_kernels.kernel_config import EXACT, DecodeConfig
-from pqkv_kernels.split_grid import SplitGrid, split_grid
+from pqkv_kernels.gpu import attention as triton_attention
+from pqkv_kernels.gpu.config import EXACT, DecodeConfig, SplitGrid, split_grid
+from pqkv_kernels.reference.attention import code_queries, leave_code_space
 
 
 def served(grid: SplitGrid, num_heads: int, program: int) -> tuple[int, int] | None:

@@ -13,11 +13,11 @@ from subprocess import PIPE
 import pytest
 from machine_code import PROCESSES, measure
 
-from pqkv_kernels.device_tables import device_tables
-from pqkv_kernels.kernel_config import DecodeConfig, TableKind
-from pqkv_kernels.layout import PAGE_TOKENS
-from pqkv_kernels.triton_encode import FEW_STAGES
-from pqkv_kernels.triton_version import least_columns
+from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.gpu.config import DecodeConfig, TableKind
+from pqkv_kernels.gpu.encode import FEW_STAGES
+from pqkv_kernels.gpu.tables import device_tables
+from pqkv_kernels.gpu.version import least_columns
 
 HERE = Path(__file__).parent
 KERNELS = {f"{name}_kernel" for name in ("split", "merge", "points", "lines", "encode", "few", "error")}
@@ -60,7 +60,7 @@ def test_decoding_fits_the_instructions_that_a_gpu_has_while_it_reads() -> None:
     """Where it fails after an update of Triton, see `triton_version` and the hints of `triton_planes`: data move again."""
     import torch
 
-    from pqkv_cli.evaluation.shapes import FORMATS, SHAPES, random_tables
+    from pqkv_cli.benchmarks.shapes import FORMATS, SHAPES, random_tables
 
     config = DecodeConfig()
     variants = {}
@@ -74,7 +74,7 @@ def test_decoding_fits_the_instructions_that_a_gpu_has_while_it_reads() -> None:
             "BP": keys.num_planes,
             "CHUNK": 16,
             "BN": QUERIES,
-            "kernel": "pqkv_kernels.triton_decode:split_kernel",
+            "kernel": "pqkv_kernels.gpu.attention_kernels:split_kernel",
             "num_warps": config.num_warps,
             "max_registers": config.max_registers,
         }
@@ -91,8 +91,8 @@ def test_encoding_a_prompt_is_little_beside_computing_it() -> None:
     parts = {"256 centroids of two channels": 2, "256 centroids of four channels": 4}
     shares = {"N0": 4, "N1": 4, "N2": 0, "N3": 0}
     shape = {"K": 256, "LINES": 256, "CHUNK": 64, "D": 128, "LAST": True, "CHOSEN": 0, "num_warps": 1}
-    kernel = {"kernel": "pqkv_kernels.triton_codes:encode_kernel"}
-    few = {"kernel": "pqkv_kernels.triton_choose:few_kernel", "WIDE": False, "K": 1024, "D": 128, "BD": 128}
+    kernel = {"kernel": "pqkv_kernels.gpu.encode_kernels:encode_kernel"}
+    few = {"kernel": "pqkv_kernels.gpu.encode_kernels:few_kernel", "WIDE": False, "K": 1024, "D": 128, "BD": 128}
     variants = {name: {**shape, **shares, **kernel, "DSUB": dim} for name, dim in parts.items()}
     variants["four of 1,024 prototypes"] = {**few, "num_warps": 4, "num_stages": FEW_STAGES}
     for name, found in measure(variants).items():

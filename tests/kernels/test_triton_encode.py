@@ -3,12 +3,12 @@ import torch
 from kernel_cases import DEVICE, Case, inputs
 from tests_support import value_tables
 
-from pqkv_kernels import triton_encode
-from pqkv_kernels.angles import token_angles
-from pqkv_kernels.codec import decode, encode, to_code_space
 from pqkv_kernels.dispatch import encode_pages
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format.rotary import token_angles
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.gpu import encode as triton_encode
+from pqkv_kernels.reference.encode import decode, encode, to_code_space
 
 CASES = [
     Case(nbits, dim, num_tokens, 1, turn, unequal, None, "exact", 1, torch.float32)

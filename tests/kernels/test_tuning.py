@@ -4,7 +4,7 @@ from kernel_cases import DEVICE
 from tests_support import key_tables, value_tables
 
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.kernel_config import EXACT, DecodeConfig
+from pqkv_kernels.gpu.config import EXACT, DecodeConfig
 from pqkv_kernels.tuning import candidates, config_document, format_name, measurer, read_config, tune
 
 

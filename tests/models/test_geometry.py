@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicLayer
 from pqkv_cli.errors import ModelError, UnsupportedModelError
 from pqkv_cli.models.families import FAMILIES
 from pqkv_cli.models.geometry import check_quantizable, geometry
-from pqkv_kernels.layout import RotaryLayout
+from pqkv_kernels.format.layout import RotaryLayout
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "olmo2", "smollm3", "never_heard_of"])

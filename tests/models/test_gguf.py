@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pqkv_cli.errors import ModelError, UnsupportedModelError
 from pqkv_cli.models.converted import conversion, convert, converted
-from pqkv_cli.models.gguf_header import content_key, is_gguf, read_header
+from pqkv_cli.models.gguf import content_key, is_gguf, read_header
 from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.load import load_config, load_model
 from pqkv_cli.models.resolve import resolve_model

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pqkv_cli.models.identity import model_identity
-from pqkv_cli.models.weight_hash import all_weights_sha256
+from pqkv_cli.models.identity import all_weights_sha256, model_identity
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "phi3"])

@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from pqkv_cli.calibration.collect import collect
-from pqkv_cli.calibration.settings import CollectSettings
+from pqkv_cli.calibration.collect import CollectSettings, collect
 from pqkv_cli.errors import UnsupportedModelError
 from pqkv_cli.models.families import family
 from pqkv_cli.models.geometry import geometry

@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from pqkv_cli.baselines.outliers import inject, injected, layer_gauge, outlier_gauges
 from pqkv_cli.errors import UnsupportedModelError, UsageError
 from pqkv_cli.hf.taps import AttentionStep, tap
-from pqkv_cli.models.gauge import layer_gauge
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.models.outliers import inject, injected, outlier_gauges
 from pqkv_cli.specs import LayerGeometry
-from pqkv_kernels.layout import RotaryLayout
+from pqkv_kernels.format.layout import RotaryLayout
 
 # GQA everywhere; biases; norms shared by heads and norms over all heads; fused and partial; interleaved pairs.
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from pqkv_cli.errors import UnsupportedModelError
 from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.rotary import rotary_angles
-from pqkv_kernels.rope import rotate, unit_angles, unrotate
+from pqkv_kernels.format.rotary import rotate, unit_angles, unrotate
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {

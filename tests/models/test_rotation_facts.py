@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.rotary import rotary_angles
-from pqkv_kernels.rope import unrotate
+from pqkv_kernels.format.rotary import unrotate
 
 SIZES = dict(
     vocab_size=64,

@@ -11,15 +11,14 @@ from tiny_chain import byte_tokenizer, tiny_llama
 from pqkv_cli.calibration import writing
 from pqkv_cli.calibration.writing import Written
 from pqkv_cli.errors import DataError, RecipeError, RunError
-from pqkv_cli.pipeline import own_text as subject
+from pqkv_cli.pipeline import calibration_text as subject
 from pqkv_cli.pipeline.calibrate import calibrate
-from pqkv_cli.pipeline.calibration_text import calibration_texts
+from pqkv_cli.pipeline.calibration_text import calibration_texts, own_text
 from pqkv_cli.pipeline.content import texts_identity
-from pqkv_cli.pipeline.own_text import own_text
-from pqkv_cli.pipeline.reporter import Advance
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.start import text_references
 from pqkv_cli.recipe import Recipe, dump_recipe, override, parse_recipe
+from pqkv_cli.reporter import Advance
 
 
 class Silent:

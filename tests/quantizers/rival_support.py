@@ -2,10 +2,10 @@
 
 import torch
 
-from pqkv_cli.quantizers.rivals.protocol import RivalCodec, Samples
-from pqkv_cli.quantizers.rivals.registry import METHODS
+from pqkv_cli.baselines.protocol import RivalCodec, Samples
+from pqkv_cli.baselines.registry import METHODS
 from pqkv_cli.specs import Side
-from pqkv_kernels.layout import RotaryLayout
+from pqkv_kernels.format.layout import RotaryLayout
 
 HEADS, DIM, TOKENS = 2, 16, 512
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.additive import fit_sums
 from pqkv_cli.quantizers.kmeans import kmeans
-from pqkv_kernels.joint import all_sums
-from pqkv_kernels.nearest import nearest_centroids
+from pqkv_kernels.reference.merged_stages import all_sums
+from pqkv_kernels.reference.nearest import nearest_centroids
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -4,11 +4,11 @@ import pytest
 import rival_support as support
 import torch
 
+from pqkv_cli.baselines.aqua import AquaKV, ridge
+from pqkv_cli.baselines.protocol import RivalCodec, Samples
+from pqkv_cli.baselines.registry import METHODS, is_at_rest
+from pqkv_cli.baselines.uniform import token_rows
 from pqkv_cli.errors import CacheError, DataError
-from pqkv_cli.quantizers.rivals.aqua import AquaKV, ridge
-from pqkv_cli.quantizers.rivals.protocol import RivalCodec, Samples
-from pqkv_cli.quantizers.rivals.registry import METHODS, is_at_rest
-from pqkv_cli.quantizers.rivals.uniform import token_rows
 from pqkv_cli.specs import SIDES, Side
 
 LAYERS, HEADS, DIM, TOKENS = 3, 2, 16, 2048

@@ -7,7 +7,7 @@ from scipy.cluster.vq import kmeans2
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.kmeans import KMeansResult, kmeans
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.nearest import nearest_centroids
+from pqkv_kernels.reference.nearest import nearest_centroids
 
 
 def fit(points: torch.Tensor, k: int, weights: torch.Tensor | None = None, seed: int = 0, iterations: int = 25) -> KMeansResult:

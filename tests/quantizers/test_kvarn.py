@@ -4,10 +4,10 @@ import pytest
 import rival_support as support
 import torch
 
+from pqkv_cli.baselines.kvarn import BalancedKeys, BalancedValues, KVarN, balance
+from pqkv_cli.baselines.registry import METHODS
+from pqkv_cli.baselines.transforms import hadamard, turn
 from pqkv_cli.errors import UnsupportedModelError
-from pqkv_cli.quantizers.rivals.hadamard import hadamard, turn
-from pqkv_cli.quantizers.rivals.kvarn import BalancedKeys, BalancedValues, KVarN, balance
-from pqkv_cli.quantizers.rivals.registry import METHODS
 
 
 def tiles(seed: int = 0) -> torch.Tensor:

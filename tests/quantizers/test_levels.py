@@ -5,9 +5,9 @@ from itertools import combinations
 import pytest
 import torch
 
+from pqkv_cli.baselines.levels import fitted_levels, nearest_level
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.kmeans import kmeans
-from pqkv_cli.quantizers.rivals.levels import fitted_levels, nearest_level
 
 
 def error(x: torch.Tensor, weights: torch.Tensor, levels: torch.Tensor) -> float:

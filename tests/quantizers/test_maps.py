@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.grouping import balanced_pairs, deal
 from pqkv_cli.quantizers.maps import inverse_error, metric_matrix, metric_rotation, pair_metric, pair_scale, range_factor
-from pqkv_kernels.layout import CodeGroup, CodeLayout, RotaryLayout
+from pqkv_kernels.format.layout import CodeGroup, CodeLayout, RotaryLayout
 
 seeds = st.integers(0, 2**31)
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.product import fit_product, reconstruct, relative_error
-from pqkv_kernels.layout import CodeGroup, CodeLayout
-from pqkv_kernels.quantize import dequantize
+from pqkv_kernels.format.layout import CodeGroup, CodeLayout
+from pqkv_kernels.reference.encode import dequantize
 
 
 def points(seed: int, heads: int = 2, num: int = 600, dim: int = 8) -> torch.Tensor:

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.quantizers.product import fit_product, relative_error
-from pqkv_cli.quantizers.prototypes import fit_prototypes, num_prototype_stages
-from pqkv_kernels.layout import CodeGroup, CodeLayout
+from pqkv_cli.quantizers.product import fit_product, fit_prototypes, num_prototype_stages, relative_error
+from pqkv_kernels.format.layout import CodeGroup, CodeLayout
 
 DIM = 16
 PARTS = (CodeGroup(8, 4, 2),)

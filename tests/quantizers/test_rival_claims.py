@@ -6,15 +6,15 @@ import pytest
 import rival_support as support
 import torch
 
+from pqkv_cli.baselines.kvquant import KVQuant, channel_range
+from pqkv_cli.baselines.levels import fitted_levels, nearest_level, sphere_levels
+from pqkv_cli.baselines.million import Million
+from pqkv_cli.baselines.protocol import RivalCodec, Samples
+from pqkv_cli.baselines.rtn import Kivi
+from pqkv_cli.baselines.transformers_cache import LibraryCache
+from pqkv_cli.baselines.transforms import hadamard
+from pqkv_cli.baselines.turboquant import random_rotation
 from pqkv_cli.errors import PqkvError, UnsupportedModelError
-from pqkv_cli.quantizers.rivals.hadamard import hadamard
-from pqkv_cli.quantizers.rivals.kivi import Kivi
-from pqkv_cli.quantizers.rivals.kvquant import KVQuant, channel_range
-from pqkv_cli.quantizers.rivals.levels import fitted_levels, nearest_level, sphere_levels
-from pqkv_cli.quantizers.rivals.million import Million
-from pqkv_cli.quantizers.rivals.protocol import RivalCodec, Samples
-from pqkv_cli.quantizers.rivals.transformers_cache import LibraryCache
-from pqkv_cli.quantizers.rivals.turboquant import random_rotation
 
 
 def mean_error(codec: RivalCodec, x: torch.Tensor) -> float:

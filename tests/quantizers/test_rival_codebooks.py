@@ -6,14 +6,13 @@ import pytest
 import rival_support as support
 import torch
 
+from pqkv_cli.baselines.higgs import GROUP_SIZE, Higgs, NormalGrid
+from pqkv_cli.baselines.nsnquant import NSNQuant
+from pqkv_cli.baselines.protocol import RivalCodec, Samples
+from pqkv_cli.baselines.transforms import hadamard, magnitude_codebook, normal_codebook
+from pqkv_cli.baselines.vecinfer import CODES, VecInfer, smooth_and_turn
 from pqkv_cli.errors import UnsupportedModelError
-from pqkv_cli.quantizers.rivals.gaussian import magnitude_codebook, normal_codebook
-from pqkv_cli.quantizers.rivals.hadamard import hadamard
-from pqkv_cli.quantizers.rivals.higgs import GROUP_SIZE, Higgs, NormalGrid
-from pqkv_cli.quantizers.rivals.nsnquant import NSNQuant
-from pqkv_cli.quantizers.rivals.protocol import RivalCodec, Samples
-from pqkv_cli.quantizers.rivals.vecinfer import CODES, VecInfer, smooth_and_turn
-from pqkv_kernels.nearest import nearest_centroids
+from pqkv_kernels.reference.nearest import nearest_centroids
 
 # Mean squared error per channel of Lloyd-Max levels for a normal variable (Max 1960), at 1 to 4 bits.
 SCALAR = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}

@@ -4,9 +4,9 @@ import pytest
 import rival_support as support
 import torch
 
+from pqkv_cli.baselines.registry import METHODS, parse_rivals
+from pqkv_cli.baselines.stored import Stored, StoredBits, tensor_bits
 from pqkv_cli.errors import DataError, UnsupportedModelError, UsageError
-from pqkv_cli.quantizers.rivals.registry import METHODS, parse_rivals
-from pqkv_cli.quantizers.rivals.stored import Stored, StoredBits, tensor_bits
 from pqkv_cli.specs import SIDES, Side
 
 OPTIONAL = ("quanto", "hqq")

@@ -7,7 +7,7 @@ from tiny_chain import tokens
 from pqkv_cli.errors import CacheError
 from pqkv_cli.runtime import Artifact, attach
 from pqkv_kernels import dispatch
-from pqkv_kernels.native_build import find_compiler
+from pqkv_kernels.cpu.build import find_compiler
 
 
 def test_attach_says_what_attends_and_why(model: Any, artifact: Artifact) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
-from pqkv_cli.artifact.errors import MIN_SAMPLES_PER_CENTROID, calibration_errors
+from pqkv_cli.artifact.summary import MIN_SAMPLES_PER_CENTROID, calibration_errors
+from pqkv_cli.benchmarks.decode_speed import filled
 from pqkv_cli.cache.drift import DriftMeter, DriftVoice, DriftWarning
-from pqkv_cli.evaluation.decode_step import filled
 from pqkv_cli.runtime import Artifact, attach, load
 
 

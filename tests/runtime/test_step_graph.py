@@ -14,7 +14,7 @@ from pqkv_cli.runtime import Artifact, attach
 from pqkv_cli.runtime.generate import GenerateSettings, generate
 from pqkv_cli.runtime.step_graph import capture_cuda, choose_graph, step_graph
 from pqkv_cli.specs import SIDES
-from pqkv_kernels.layout import PAGE_TOKENS
+from pqkv_kernels.format.layout import PAGE_TOKENS
 
 OPTIONS = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 

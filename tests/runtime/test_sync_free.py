@@ -8,10 +8,10 @@ import torch
 from tiny_chain import tokens
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pqkv_cli.cache import host_copy
+from pqkv_cli.cache import async_scalar as host_copy
 from pqkv_cli.hf.steps import require
 from pqkv_cli.runtime import Artifact, attach
-from pqkv_kernels.native_build import find_compiler
+from pqkv_kernels.cpu.build import find_compiler
 
 ATEN = torch.ops.aten
 WAITING = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers_like import TOKENIZERS, like_bytes, like_sentencepiece
 
-from pqkv_cli.runtime.texts import TextPieces, added_text
+from pqkv_cli.runtime.generate import TextPieces, added_text
 
 
 def pieces_of(tokenizer: Any, prompt: list[int], new: list[int]) -> list[str]:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from pqkv_cli.benchmarks.tune import tune_artifact, write_tuned
 from pqkv_cli.errors import ArtifactError, RunError
-from pqkv_cli.pipeline.tune import tune_artifact, write_tuned
 from pqkv_cli.runtime import Artifact
 from pqkv_cli.runtime.tuned import kernels_file, read_tuned, tables_format, use_tuned
-from pqkv_kernels.kernel_config import DecodeConfig, config_of, use_config
+from pqkv_kernels.gpu.config import DecodeConfig, config_of, use_config
 
 
 class Silent:
@@ -59,7 +59,7 @@ def test_the_loader_gives_them_to_the_keys_of_their_format(
 
     tables = [None if t is None else {side: replace(t[side]) for side in t} for t in artifact.tables]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
-    monkeypatch.setattr("pqkv_kernels.tables.CodecTables.to", lambda self, device: self)
+    monkeypatch.setattr("pqkv_kernels.format.tables.CodecTables.to", lambda self, device: self)
     assert use_tuned(tables, tmp_path, FakeCuda()) is None  # type: ignore[arg-type]
     tuned = write_tuned(artifact, tmp_path, GPU, measure, {}, Silent())
     assert use_tuned(tables, tmp_path, FakeCuda()) == tuned.path.name  # type: ignore[arg-type]

@@ -8,9 +8,9 @@ Everything that attends over codes is rounded, on CPUs too; what encodes is not.
 import torch
 
 from pqkv_cli.cli.main import main
-from pqkv_kernels import planes
-from pqkv_kernels.device_tables import _device_tables, _plane_of_entry
-from pqkv_kernels.tables import CodecTables
+from pqkv_kernels.format import pairs as planes
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.gpu.tables import _device_tables, _plane_of_entry
 
 _exact = planes._planes
 

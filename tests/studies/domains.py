@@ -19,16 +19,15 @@ from typing import Any
 from domain_texts import domain_texts
 
 from pqkv_cli.artifact.store import Artifact
+from pqkv_cli.baselines.comparison import MODE, TASK, Contestant, compare, own_contestant, peer_records
+from pqkv_cli.baselines.registry import parse_rivals
+from pqkv_cli.baselines.run import fitted_rivals, open_comparison
 from pqkv_cli.errors import PqkvError
-from pqkv_cli.evaluation.peers import Contestant, compare, own_contestant
-from pqkv_cli.evaluation.peers_record import MODE, TASK, peer_records
 from pqkv_cli.evaluation.settings import Subject
 from pqkv_cli.pipeline.evaluation_settings import task_settings
-from pqkv_cli.pipeline.peers import fitted_rivals, open_comparison
-from pqkv_cli.pipeline.reporter import Advance
 from pqkv_cli.pipeline.start import Source, artifact_source
 from pqkv_cli.pipeline.target import resolve_target
-from pqkv_cli.quantizers.rivals.registry import parse_rivals
+from pqkv_cli.reporter import Advance
 
 COLUMNS = ("domain", "method", "bits/channel", "KL mean", "KL p99", "KL p99.9", "top-1")
 

@@ -1,0 +1,266 @@
+"""Attention over codes and exact tokens in C++: lays out arguments, shares the work among threads, merges. CPU tensors only."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pqkv_kernels.cpu.build import found_library, in_shares, native_library
+from pqkv_kernels.format.addresses import page_addresses, whole_slabs
+from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.format.pairs import PlaneGroup, Planes, step_factors
+from pqkv_kernels.format.rotary import Angles, PageAngles
+from pqkv_kernels.reference.attention import ExactTokens, Part
+
+_WIDE_PLANES = 8  # codes of so many planes are read row by row
+_LANES = 16  # rows are filled up to a multiple of
+_FEWEST_BYTES = 128  # entries that one instruction looks up
+
+
+@dataclass(frozen=True, slots=True)
+class NativeTables:
+    """Groups of one codec as the kernel reads them, [G, 9] int64, and the tensors whose addresses they hold."""
+
+    groups: torch.Tensor
+    held: tuple[torch.Tensor, ...]
+
+
+def native_tables(planes: Planes, library: ctypes.CDLL) -> NativeTables:
+    """Return the tables of `planes` in the form that `library` was built to read, made once and kept with them."""
+    in_bytes = bool(ctypes.c_int.in_dll(library, "pqkv_byte_tables").value)
+    key = "native.bytes" if in_bytes else "native.floats"
+    found = planes.derived.get(key)
+    if not isinstance(found, NativeTables):
+        found = planes.derived[key] = _tables(planes, in_bytes)
+    return found
+
+
+def byte_planes(table: torch.Tensor) -> torch.Tensor:
+    """Return the upper three bytes of `table` [..., K, 2] fp32, lowest first: [..., 2, 3, K or 128] uint8.
+
+    Floats are rounded to sixteen significant bits, to even; those of float16 keep their value.
+    """
+    bits = table.contiguous().view(torch.int32)
+    rounded = bits + 0x7F + ((bits >> 8) & 1)
+    upper = rounded.contiguous().view(torch.uint8).unflatten(-1, (2, 4))[..., 1:]  # [..., K, 2, 3], little-endian
+    missing = max(0, _FEWEST_BYTES - table.shape[-2])
+    return torch.nn.functional.pad(upper.movedim(-3, -1), (0, missing)).contiguous()
+
+
+def _tables(planes: Planes, in_bytes: bool) -> NativeTables:
+    rows, held = [], []
+    for stage in planes.stages:
+        entries = stage.entries.view(torch.float32).view(planes.channels.shape[0], -1, 2)
+        first = 0
+        for part in stage.groups:
+            count = part.group.num_subspaces * part.planes_per_code * part.group.num_centroids
+            table, is_wide = _table(part, entries[:, first : first + count], in_bytes)
+            held.append(table)
+            rows.append(_group_row(part, table, is_wide))
+            first += count
+    return NativeTables(torch.tensor(rows), tuple(held))
+
+
+def _table(part: PlaneGroup, entries: torch.Tensor, in_bytes: bool) -> tuple[torch.Tensor, bool]:
+    """Return `entries` [Hkv, M * planes * K, 2] as they are read, plane after plane, and whether codes are of many planes."""
+    width, num_centroids = part.planes_per_code, part.group.num_centroids
+    table = entries.unflatten(1, (-1, num_centroids))  # [Hkv, M * planes, K, 2]
+    if width >= _WIDE_PLANES:  # [Hkv, M, K, 2, planes and zeros]
+        rows = table.unflatten(1, (-1, width)).permute(0, 1, 3, 4, 2)
+        return torch.nn.functional.pad(rows, (0, -width % _LANES)).contiguous(), True
+    return byte_planes(table) if in_bytes else table.contiguous(), False
+
+
+def _group_row(part: PlaneGroup, table: torch.Tensor, is_wide: bool) -> list[int]:
+    group = part.group
+    head_bytes = table.stride(0) * table.element_size()
+    place = [part.byte_offset, group.num_subspaces, group.nbits, part.planes_per_code, part.first_plane]
+    return [*place, table.data_ptr(), head_bytes, head_bytes // group.num_subspaces, int(is_wide)]
+
+
+MOST_QUERIES = 16  # per key/value head; more are served better by matrix products
+_CHUNK_PAGES = 64
+_MOST_BLOCK = 4  # queries that share what is looked up
+_READ_BEYOND = 15  # numbers behind a row that may be loaded with it
+_THREAD_PAGES = 64  # less work than this is not worth waking another thread
+
+
+class _Side(ctypes.Structure):
+    _fields_ = [
+        ("groups", ctypes.c_void_p),
+        ("num_groups", ctypes.c_int64),
+        ("pages", ctypes.c_void_p),
+        ("page_bytes", ctypes.c_int64),
+    ]
+
+
+_POINTERS = ("query", "spans", "pair", "base_cos", "base_sin", "step_cos", "step_sin", "row_cos", "row_sin")
+_SIZES = ("batch", "heads", "query_blocks", "block", "chunks", "chunk_pages", "num_pages", "planes", "num_pairs", "base_row")
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        ("keys", _Side),
+        ("values", _Side),
+        *((name, ctypes.c_void_p) for name in (*_POINTERS, "out", "lse")),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+def can_attend(query: torch.Tensor, angles: Angles | PageAngles | None) -> bool:
+    """Return whether the kernel serves `query` [B, Hkv, G, Tq, D]: few, without gradient, and keys turned page by page."""
+    few = query.shape[2] * query.shape[3] <= MOST_QUERIES
+    turned_by_page = angles is None or isinstance(angles, PageAngles)
+    return few and turned_by_page and not (query.requires_grad and torch.is_grad_enabled())
+
+
+def native_attention(
+    query: torch.Tensor,
+    key_pages: Sequence[torch.Tensor],
+    value_pages: Sequence[torch.Tensor],
+    keys: Planes,
+    values: Planes,
+    spans: torch.Tensor,
+    scaling: float,
+    angles: PageAngles | None = None,
+    softcap: float | None = None,
+) -> Part:
+    """Attend as `pqkv_kernels.cpu.torch_attention.plane_attention` does, where `can_attend`; arguments are checked already."""
+    batch, heads, group, num_queries, dim = query.shape
+    rows = _blocks(query, keys, scaling)
+    blocks, block = rows.shape[2:4]
+    key_pages, value_pages = whole_slabs(key_pages), whole_slabs(value_pages)
+    addresses = [page_addresses(slabs) for slabs in (key_pages, value_pages)]
+    num_pages = addresses[0].shape[1]
+    chunk_pages = _chunk_pages(num_pages, batch * heads * blocks)
+    chunks = -(-num_pages // chunk_pages)
+    out, lse = rows.new_empty(batch, heads, blocks, chunks, block, dim), rows.new_empty(batch, heads, blocks, chunks, block)
+    library = native_library()
+    tables = [native_tables(planes, library) for planes in (keys, values)]
+    held = {"query": rows, "spans": spans.contiguous(), "out": out, "lse": lse}
+    numbers = dict(batch=batch, heads=heads, query_blocks=blocks, block=block, chunks=chunks, chunk_pages=chunk_pages)
+    numbers |= {"num_pages": num_pages, "planes": dim // 2, "num_pairs": 0, "base_row": 0}
+    if angles is not None and keys.pairs is not None:
+        held |= _turning(keys, angles)
+        base = angles.base[0]
+        numbers |= {"num_pairs": base.shape[2], "base_row": base.shape[1] if base.shape[0] > 1 else 0}
+    sides = [
+        _Side(t.groups.data_ptr(), len(t.groups), where.data_ptr(), slabs[0].shape[3])
+        for t, where, slabs in zip(tables, addresses, (key_pages, value_pages), strict=True)
+    ]
+    job = _Job(*sides, softcap=softcap or 0.0, **{name: t.data_ptr() for name, t in held.items()}, **numbers)
+    # Its loops know every block that `_blocks` makes.
+    most = max(1, batch * heads * blocks * num_pages // _THREAD_PAGES)
+    in_shares(library.pqkv_attend, job, batch * heads * blocks * chunks, most)
+    if chunks > 1:
+        in_shares(library.pqkv_merge, job, batch * heads * blocks, 1)
+    return _unblocked(out, group, num_queries), _unblocked(lse, group, num_queries)
+
+
+def _blocks(query: torch.Tensor, keys: Planes, scaling: float) -> torch.Tensor:
+    """Return scaled queries [B, Hkv, Q, N, D] fp32 in the planes' order.
+
+    Blocks are as few as serve them and as small as these can be, N of 1 to 4; zeros fill up the last.
+    """
+    batch, heads, group, num_queries, dim = query.shape
+    channels = keys.channels[None, :, None].flatten(3).expand(batch, -1, group * num_queries, -1)
+    rows = query.flatten(2, 3).gather(3, channels) * scaling
+    count = rows.shape[2]
+    block = -(-count // -(-count // _MOST_BLOCK))
+    if missing := -count % block:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+    return rows.reshape(batch, heads, -1, block, dim)
+
+
+def _chunk_pages(num_pages: int, num_rows: int) -> int:
+    """Return the pages of one part: all threads get work, and a part is no longer than its scores fit into a cache."""
+    shares = max(1, torch.get_num_threads() // max(num_rows, 1))
+    return max(1, min(_CHUNK_PAGES, -(-num_pages // shares)))
+
+
+def _turning(keys: Planes, angles: PageAngles) -> dict[str, torch.Tensor]:
+    assert keys.pairs is not None  # asked only of keys that are turned
+    base_cos, base_sin = (t.contiguous() for t in angles.base)
+    step = step_factors(angles, keys)
+    if keys.steps.get("native.of", (None,))[0] is not step:
+        keys.steps["native.step"] = step.real.contiguous(), step.imag.contiguous()
+        cos, sin = torch.nn.functional.pad(torch.view_as_real(step.mT.flatten()).mT, (0, _READ_BEYOND))
+        keys.steps["native.row"] = cos, sin
+        keys.steps["native.of"] = (step, step)
+    kept = dict(zip(("step_cos", "step_sin"), keys.steps["native.step"], strict=True))
+    kept |= zip(("row_cos", "row_sin"), keys.steps["native.row"], strict=True)
+    return {"pair": keys.pairs.contiguous(), "base_cos": base_cos, "base_sin": base_sin, **kept}
+
+
+def _unblocked(blocks: torch.Tensor, group: int, num_queries: int) -> torch.Tensor:
+    """Return [B, Hkv, G, Tq, ...] of the first parts of `blocks` [B, Hkv, Q, C, N, ...]."""
+    first, count = blocks[:, :, :, 0], group * num_queries
+    if first.shape[2] * first.shape[3] > count:
+        first = first.flatten(2, 3)[:, :, :count]
+    return first.reshape(*first.shape[:2], group, num_queries, *blocks.shape[5:])
+
+
+assert PAGE_TOKENS == 64  # the C++ source says so, too
+
+
+EXACT_SOURCE = Path(__file__).parent / "src" / "exact.cpp"
+MOST_EXACT_QUERIES = 16  # more are served better by matrix products
+_DTYPES = (torch.float32, torch.bfloat16)
+_THREAD_PRODUCTS = 1 << 19  # less work than so many products is not worth waking another thread
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "head", "token"))]
+
+
+class _ExactJob(ctypes.Structure):
+    _fields_ = [
+        *((name, _Tokens) for name in ("sink_keys", "sink_values", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("query", "starts", "stops", "out", "lse")),
+        *((name, ctypes.c_int64) for name in ("kv_heads", "group", "num_queries", "dim", "num_sinks", "num_exact")),
+        *((name, ctypes.c_int64) for name in ("first_slot", "halved")),
+        *((name, ctypes.c_float) for name in ("scaling", "softcap")),
+    ]
+
+
+def can_add(query: torch.Tensor, exact: ExactTokens) -> bool:
+    """Return whether the loop serves `query` [B, H, Tq, D]: few, without gradient, on a CPU that can compile it.
+
+    All are of one dtype, fp32 or bfloat16.
+    """
+    tensors = (query, *exact.sinks, *exact.recent)
+    plain = all(t.dtype == query.dtype and t.stride(3) == 1 and not _is_traced(t) for t in tensors)
+    few = query.shape[2] <= MOST_EXACT_QUERIES and exact.newest is None
+    served = query.dtype in _DTYPES and query.device.type == "cpu"
+    return plain and few and served and found_library(EXACT_SOURCE) is not None
+
+
+def native_add_exact(coded: Part, query: torch.Tensor, exact: ExactTokens, scaling: float, softcap: float | None) -> Part:
+    """Return attention over all tokens as `add_exact` does, where `can_add`."""
+    library = found_library(EXACT_SOURCE)
+    assert library is not None  # or `can_add` would refuse
+    out, lse = (part.clone(memory_format=torch.contiguous_format) for part in coded)
+    batch, heads, num_queries, dim = query.shape
+    kv_heads, num_exact = exact.recent[0].shape[1:3]
+    held = {"query": query.float().contiguous(), "starts": exact.starts.contiguous(), "stops": exact.stops.contiguous()}
+    numbers = {"num_queries": num_queries, "dim": dim, "num_sinks": exact.sinks[0].shape[2], "num_exact": num_exact}
+    job = _ExactJob(
+        *(_Tokens(t.data_ptr(), *t.stride()[:3]) for t in (*exact.sinks, *exact.recent)),
+        **{name: t.data_ptr() for name, t in (held | {"out": out, "lse": lse}).items()},
+        **numbers,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        first_slot=exact.first_slot,
+        halved=query.dtype == torch.bfloat16,
+        scaling=scaling,
+        softcap=softcap or 0.0,
+    )
+    in_shares(library.pqkv_exact, job, batch * kv_heads, max(1, query.numel() * num_exact // _THREAD_PRODUCTS))
+    return out, lse
+
+
+def _is_traced(t: torch.Tensor) -> bool:
+    return t.requires_grad and torch.is_grad_enabled()

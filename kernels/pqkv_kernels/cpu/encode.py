@@ -1,0 +1,169 @@
+"""Encoding in C++: vectors to code space, nearest centroids, the best of a few prototypes. CPU tensors only."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from pqkv_kernels.cpu.build import found_library, in_shares
+from pqkv_kernels.format.layout import CodeGroup
+from pqkv_kernels.format.rotary import Angles
+from pqkv_kernels.format.tables import CodecTables, channel_tables
+from pqkv_kernels.reference.nearest import score_lines
+
+NEAREST_SOURCE = Path(__file__).parent / "src" / "nearest.cpp"
+SHORT_DIMS = (1, 2, 4, 8)  # channels of a point that stay in registers, too
+MOST_FEW = 4  # of the nearest, which the loop keeps in registers
+
+
+class _NearestJob(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("points", "lines", "codes")),
+        *((name, ctypes.c_int64) for name in ("num_points", "num_centroids", "dim", "few")),
+    ]
+
+
+def can_search(points: torch.Tensor, count: int = 1) -> bool:
+    """Return whether `native_few` serves `points`: on a CPU, not too many of the nearest, and the machine can compile it."""
+    return points.device.type == "cpu" and count <= MOST_FEW and _nearest_library() is not None
+
+
+def native_few(points: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the `count` nearest of `centroids` [S, K, d] to `points` [S, N, d], where `can_search`; shapes are checked.
+
+    Returns
+    -------
+    torch.Tensor
+        [S, count, N] int64, nearest first, and of equally near ones the smaller index.
+    """
+    library = _nearest_library()
+    assert library is not None  # or `can_search` would refuse
+    num_subspaces, num_points, dim = points.shape
+    points, lines = points.detach().float().contiguous(), score_lines(centroids.detach().float())
+    codes = torch.empty(num_subspaces, count, num_points, dtype=torch.int64)
+    job = _NearestJob(points.data_ptr(), lines.data_ptr(), codes.data_ptr(), num_points, centroids.shape[1], dim, count)
+    if count == 1 and dim in SHORT_DIMS:
+        in_shares(library.pqkv_nearest, job, num_subspaces)
+    else:
+        in_shares(library.pqkv_few, job, num_subspaces * -(-num_points // library.pqkv_block()))
+    return codes
+
+
+def _nearest_library() -> ctypes.CDLL | None:
+    return found_library(NEAREST_SOURCE)
+
+
+PARTS_SOURCE = Path(__file__).parent / "src" / "parts.cpp"
+DIMS = (1, 2, 4, 8, 16)  # channels of a part that the loop knows
+
+
+class _PartsJob(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "prototypes", "few", "parts", "cells", "codes")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "tokens", "dim", "num_prototypes", "tried", "num_parts")),
+    ]
+
+
+def can_choose(x: torch.Tensor, stage: tuple[CodeGroup, ...]) -> bool:
+    """Return whether the loop serves vectors `x` with parts of `stage`: on a CPU that can compile it, for channels it knows."""
+    return x.device.type == "cpu" and all(group.subspace_dim in DIMS for group in stage) and _parts_library() is not None
+
+
+def best_prototypes(
+    x: torch.Tensor, few: torch.Tensor, table: torch.Tensor, stage: tuple[CodeGroup, ...], parts: tuple[torch.Tensor, ...]
+) -> list[torch.Tensor]:
+    """Return codes as `quantize` does, where `can_choose`.
+
+    Parameters
+    ----------
+    x
+        Code-space vectors [B, Hkv, T, D] fp32.
+    few
+        Numbers of the prototypes to try, [B, Hkv, n, T] int64, the nearest first.
+    table
+        Prototypes, [Hkv, C, D] fp32.
+    stage, parts
+        The groups of the second stage and their codebooks [Hkv, M, ksub, dsub].
+    """
+    library = _parts_library()
+    assert library is not None  # or `can_choose` would refuse
+    batch, heads, tokens, dim = x.shape
+    x, few, table = x.detach().contiguous(), few.contiguous(), table.detach().contiguous()
+    rows, held = _part_rows(stage, parts)
+    codes = torch.empty(batch, heads, 1 + len(rows), tokens, dtype=torch.int64)
+    tensors = {"x": x, "prototypes": table, "few": few, "parts": rows, "codes": codes}
+    numbers = dict(rows=batch * heads, heads=heads, tokens=tokens, dim=dim)
+    numbers |= dict(num_prototypes=table.shape[1], tried=few.shape[2], num_parts=len(rows))
+    library.pqkv_new_cells.restype = ctypes.c_void_p
+    cells = ctypes.c_void_p(library.pqkv_new_cells(ctypes.c_int64(heads * len(rows))))
+    try:
+        job = _PartsJob(**{name: t.data_ptr() for name, t in tensors.items()}, cells=cells, **numbers)
+        in_shares(library.pqkv_cells, job, heads * len(rows))
+        in_shares(library.pqkv_parts, job, batch * heads * -(-tokens // library.pqkv_block()))
+    finally:
+        library.pqkv_delete_cells(cells)
+    assert held  # lived until here
+    return list(codes.split([1, *(group.num_subspaces for group in stage)], dim=2))
+
+
+def _part_rows(stage: tuple[CodeGroup, ...], tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return a row of `Part` of the C++ source for every part, [M, 5] int64, and what their addresses point into."""
+    rows, held, channel = [], [], 0
+    for group, table in zip(stage, tables, strict=True):
+        lines = score_lines(table.detach().float())
+        held.append(lines)
+        for m in range(group.num_subspaces):
+            address = lines.data_ptr() + m * lines.stride(1) * lines.element_size()
+            rows.append([group.subspace_dim, group.num_centroids, channel, address, lines.stride(0)])
+            channel += group.subspace_dim
+    return torch.tensor(rows, dtype=torch.int64), held
+
+
+def _parts_library() -> ctypes.CDLL | None:
+    return found_library(PARTS_SOURCE)
+
+
+POINTS_SOURCE = Path(__file__).parent / "src" / "points.cpp"
+_THREAD_TOKENS = 512  # less work than this is not worth waking another thread
+
+
+class _PointsJob(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "places", "factors", "cos", "sin", "out")),
+        *((name, ctypes.c_int64) for name in ("heads", "tokens", "dim", "pairs", "angle_stride")),
+        *((name, ctypes.c_int64) for name in ("stride_b", "stride_h", "stride_t")),
+    ]
+
+
+def can_place(x: torch.Tensor, tables: CodecTables) -> bool:
+    """Return whether the loop serves `x`: on a CPU that can compile it, without gradient, and no map of whole vectors."""
+    dense = tables.map is not None and tables.map.ndim == 3
+    traced = x.requires_grad and torch.is_grad_enabled()
+    return x.device.type == "cpu" and not dense and not traced and _points_library() is not None
+
+
+def native_points(x: torch.Tensor, tables: CodecTables, angles: Angles | None) -> torch.Tensor:
+    """Return the code-space vectors [B, Hkv, T, D] fp32 of `x`, where `can_place`; without `angles` they are not rotated."""
+    library = _points_library()
+    assert library is not None  # or `can_place` would refuse
+    x = x.detach().float()
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    batch, heads, tokens, dim = x.shape
+    out = torch.empty(x.shape)
+    channels = channel_tables(tables)
+    held = {"x": x, "places": channels.places, "factors": channels.factors, "out": out}
+    numbers = dict(heads=heads, tokens=tokens, dim=dim, pairs=0, angle_stride=0)
+    numbers |= dict(stride_b=x.stride(0), stride_h=x.stride(1), stride_t=x.stride(2))
+    if angles is not None:
+        held |= {name: t.float().contiguous() for name, t in zip(("cos", "sin"), angles, strict=True)}
+        rows, _, pairs = held["cos"].shape
+        numbers |= {"pairs": pairs, "angle_stride": tokens * pairs if rows > 1 else 0}
+    job = _PointsJob(**{name: t.data_ptr() for name, t in held.items()}, **numbers)
+    count = batch * heads * tokens
+    in_shares(library.pqkv_points, job, count, max(1, count // _THREAD_TOKENS))
+    return out
+
+
+def _points_library() -> ctypes.CDLL | None:
+    return found_library(POINTS_SOURCE)

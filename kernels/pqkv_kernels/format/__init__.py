@@ -1,0 +1,1 @@
+"""What codes are: their layout, tables, packing and rotary embedding. No algorithm; imported by all others."""

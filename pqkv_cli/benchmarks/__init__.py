@@ -1,0 +1,1 @@
+"""Timings: decode steps, attention, k-means, kernels. Nothing from calibration to generation imports this."""

@@ -1,0 +1,225 @@
+"""Measures decode speed on the shapes of well-known models, with random weights and codebooks: no run is needed.
+
+Attention of one layer over contexts and batches, whole decode steps beside other caches, what codes add to reading a prompt,
+and tokens per second of the largest batch that fits into the same memory.
+What does not fit into memory is listed, not tried.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, product
+from typing import Any
+
+import torch
+
+from pqkv_cli.benchmarks.decode_speed import ROOM, time_tokens
+from pqkv_cli.benchmarks.equal_memory import Throughput, codes_row_bytes, codes_throughput, static_row_bytes, static_throughput
+from pqkv_cli.benchmarks.prefill_speed import time_prefill
+from pqkv_cli.benchmarks.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
+from pqkv_cli.errors import RunError
+from pqkv_cli.evaluation.record import environment
+from pqkv_cli.reporter import Reporter
+from pqkv_cli.runtime.attach import Attached
+from pqkv_cli.runtime.step_graph import capture_cuda, choose_graph
+from pqkv_cli.specs import CacheSpec
+from pqkv_kernels.bench import copy_bandwidth, time_attention
+from pqkv_kernels.dispatch import BackendRequest, choose_backend
+from pqkv_kernels.errors import KernelError
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.gpu.config import config_of, use_config
+
+Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]  # kind, row
+
+SPEC = CacheSpec(4, 64)
+GPU_CONTEXTS, GPU_BATCHES = (1024, 4096, 8192, 32768, 131072, 524288, 1048576), (1, 8, 64)
+CPU_CONTEXTS, CPU_BATCHES = (1024, 4096), (1,)
+GPU_EQUAL, CPU_EQUAL = 32768, 1024  # tokens of each row where batches are compared in equal memory
+MOST_PROMPT = 8192
+_CPU_BUDGET = 1 << 26
+_CPU_BYTES = 1 << 31  # what a measurement may take where the device does not say what is free
+_NUM_CACHES = 6  # caches that lie side by side when whole steps are timed, those of captured steps included
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeSettings:
+    """What to measure; empty contexts or batches mean the usual ones of the device.
+
+    Attributes
+    ----------
+    names
+        Shapes of `SHAPES`.
+    device
+        None or ``auto`` is the GPU where there is one.
+    memory_bytes
+        What caches may take where batches are compared in equal memory; None is half of what a GPU has free beside the
+        weights, and 64 MiB on a CPU.
+    """
+
+    names: tuple[str, ...]
+    contexts: tuple[int, ...] = ()
+    batches: tuple[int, ...] = ()
+    repeats: int = 20
+    backend: BackendRequest = "auto"
+    device: str | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeBench:
+    """What was measured; `skipped` says what did not fit."""
+
+    attention: tuple[Row, ...]
+    tokens: tuple[Row, ...]
+    encoding: tuple[Row, ...]
+    equal_memory: tuple[Row, ...]
+    skipped: tuple[str, ...]
+    backend: str
+    environment: dict[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        """Return the record as JSON can hold it."""
+        missing = {"fp8": "torch's attention reads no fp8 cache, and transformers has none"}
+        return {"schema": "pqkv.bench-shapes/1", "missing": missing, **asdict(self)}
+
+
+def bench_shapes(settings: ShapeSettings, reporter: Reporter) -> ShapeBench:
+    """Measure; every backend passes its correctness gate before it is timed.
+
+    Raises
+    ------
+    RunError
+        If the backend cannot run here, or gives wrong answers.
+    """
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(usual if settings.device in (None, "auto") else settings.device)
+    on_gpu = device.type == "cuda"
+    contexts = settings.contexts or (GPU_CONTEXTS if on_gpu else CPU_CONTEXTS)
+    batches = settings.batches or (GPU_BATCHES if on_gpu else CPU_BATCHES)
+    equal = settings.contexts or ((GPU_EQUAL,) if on_gpu else (CPU_EQUAL,))
+    run = _Bench(device, torch.bfloat16 if on_gpu else torch.float32, settings, [])
+    found: dict[str, list[Row]] = {kind: [] for kind in ("attention", "tokens", "encoding", "equal_memory")}
+    try:
+        with reporter.progress("shapes") as advance:
+            for index, name in enumerate(settings.names):
+                for kind, row in chain(run.attention(name, contexts, batches), run.model(name, contexts, equal)):
+                    found[kind].append(row)
+                advance(index + 1, len(settings.names))
+        measured = found["attention"]
+        chosen = measured[0]["backend"] if measured else choose_backend(settings.backend, device).name
+    except KernelError as error:
+        raise RunError(str(error)) from error
+    rows = {kind: tuple(of_kind) for kind, of_kind in found.items()}
+    return ShapeBench(**rows, skipped=tuple(run.skipped), backend=chosen, environment=environment(device))
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    device: torch.device
+    dtype: torch.dtype
+    settings: ShapeSettings
+    skipped: list[str]
+
+    def attention(self, name: str, contexts: Sequence[int], batches: Sequence[int]) -> Rows:
+        """Yield the times of one layer's attention for every format, batch and context that fits."""
+        shape, bandwidth = SHAPES[name], copy_bandwidth(self.device)
+        for label, keys, values in self._formats(shape):
+            choice = choose_backend(self.settings.backend, self.device, [(keys, values)])
+            for batch, context in product(batches, contexts):
+                if not self._fits(f"{name}, batch {batch}, {context} tokens", shape, batch, context, 2):
+                    continue
+                times = time_attention(
+                    keys,
+                    values,
+                    group_size=shape.group_size,
+                    batch=batch,
+                    context=context,
+                    backend=choice.name,
+                    dtype=self.dtype,
+                    repeats=self.settings.repeats,
+                    copy_gb_per_s=bandwidth,
+                )
+                yield "attention", {"shape": name, "format": label, **times.row()}
+
+    def model(self, name: str, contexts: Sequence[int], equal: Sequence[int]) -> Rows:
+        """Yield the times of whole steps, of reading a prompt, and of batches in equal memory, for every format."""
+        shape, repeats = SHAPES[name], self.settings.repeats
+        if not self._weights_fit(name, shape):
+            return
+        model = random_model(shape, max(*contexts, *equal) + repeats + 8, self.device, self.dtype)
+        budget = self.settings.memory_bytes or (self._free() // 2 if self.device.type == "cuda" else _CPU_BUDGET)
+        static = [self._static(name, shape, model, context, budget) for context in equal]
+        prompt = max((context for context in contexts if context <= MOST_PROMPT), default=MOST_PROMPT)
+        for label, keys, values in self._formats(shape):
+            named = {"shape": name, "format": label}
+            layers: list[Any] = [{"keys": keys, "values": values}] * shape.num_layers
+            with Attached(model, layers, SPEC, backend=self.settings.backend) as attached:
+                yield "encoding", named | time_prefill(attached, keys, values, prompt, repeats).row()
+                for context in contexts:
+                    if self._fits(f"{name}, whole steps, {context} tokens", shape, 1, context, _NUM_CACHES * shape.num_layers):
+                        self._reset_peak()
+                        times = time_tokens(attached, context, repeats)
+                        yield "tokens", named | times.row() | {"peak_bytes": self._peak()}
+                for context, plain in zip(equal, static, strict=True):
+                    row_bytes = codes_row_bytes(shape, keys, values, SPEC, self._last(context), self.dtype.itemsize)
+                    batch = self._batch(f"{name}, {label}", context, budget, row_bytes)
+                    if batch and plain is not None:
+                        capture = capture_cuda if choose_graph("auto", attached, attached.new_cache()).used else None
+                        coded = codes_throughput(attached, batch, context, repeats, capture)
+                        yield "equal_memory", named | _compared(context, budget, plain, coded)
+
+    def _formats(self, shape: ModelShape) -> Iterator[tuple[str, CodecTables, CodecTables]]:
+        """Yield every format and its tables; for the Triton kernels then once more, with look-up tables of bytes."""
+        for label in FORMATS:
+            keys, values = random_tables(shape, label, self.device)
+            yield label, keys, values
+            if choose_backend(self.settings.backend, self.device, [(keys, values)]).name == "triton":
+                rounded = replace(keys)
+                use_config(rounded, replace(config_of(keys), tables="int8"))
+                yield f"{label}, int8", rounded, values
+
+    def _static(self, name: str, shape: ModelShape, model: Any, context: int, budget: int) -> Throughput | None:
+        row_bytes = static_row_bytes(shape, self._last(context), self.dtype.itemsize)
+        batch = self._batch(f"{name}, uncompressed", context, budget, row_bytes)
+        capture = capture_cuda if self.device.type == "cuda" else None
+        return static_throughput(model, batch, context, self.settings.repeats, capture) if batch else None
+
+    def _batch(self, what: str, context: int, budget: int, row_bytes: int) -> int:
+        """Return the largest batch whose cache fits; none is said."""
+        if budget < row_bytes:
+            self.skipped.append(
+                f"{what}, equal memory: a row of {context} tokens needs {row_bytes / 1e9:.3g} GB of {budget / 1e9:.3g} GB"
+            )
+        return budget // row_bytes
+
+    def _last(self, context: int) -> int:
+        return context + self.settings.repeats + ROOM
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def _free(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else _CPU_BYTES
+
+    def _fits(self, what: str, shape: ModelShape, batch: int, context: int, copies: int) -> bool:
+        needed, free = copies * shape.dense_bytes(batch, context, self.dtype.itemsize), self._free()
+        if needed > 0.8 * free:
+            self.skipped.append(f"{what}: needs {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB")
+        return needed <= 0.8 * free
+
+    def _weights_fit(self, name: str, shape: ModelShape) -> bool:
+        projections = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
+        count = shape.num_layers * (projections + 3 * shape.hidden_size * shape.intermediate_size)
+        needed = (count + 2 * shape.vocab_size * shape.hidden_size) * self.dtype.itemsize
+        if needed > 0.8 * self._free():
+            self.skipped.append(f"{name}, whole steps: the weights need {needed / 1e9:.1f} GB of {self._free() / 1e9:.1f} GB")
+        return needed <= 0.8 * self._free()
+
+
+def _compared(context: int, budget: int, plain: Throughput, coded: Throughput) -> Row:
+    ratio = coded.tokens_per_s / plain.tokens_per_s
+    return {"context": context, "budget_bytes": budget, "static": plain.row(), "codes": coded.row(), "ratio": ratio}
