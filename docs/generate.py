@@ -46,13 +46,14 @@ _CARD_BYTES = 24 * 10**9
 def pages() -> dict[Path, str]:
     """Return every generated file with the text it should have."""
     from pqkv_cli.pipeline.recipe_schema import recipe_schema
+    from pqkv_cli.recipe import Recipe
 
-    schema = recipe_schema()
+    schema = recipe_schema(Recipe)
     made = {DOCS / "recipe.schema.json": json.dumps(schema, indent=1) + "\n"}
     made |= {DOCS / "cli" / f"{verb}.md": text for verb, text in verb_pages()}
     made[DOCS / "cli" / "README.md"] = verb_index()
     made[DOCS / "json-output.md"] = json_page()
-    made[DOCS / "recipes.md"] = recipe_page(schema)
+    made[DOCS / "recipes.md"] = recipe_page(Recipe)
     for name, block in (("more-context.md", context_table), ("models.md", path_table)):
         made[DOCS / name] = with_block((DOCS / name).read_text(encoding="utf-8"), block())
     return made
@@ -84,25 +85,27 @@ def verb_index() -> str:
 def verbs() -> Mapping[str, Callable[..., None]]:
     """Return the verbs with all their options."""
     from pqkv_cli.cli.main import VERBS
-    from pqkv_cli.cli.option_set import with_common_options
+    from pqkv_cli.cli.option_set import with_all_options
 
-    return {verb: with_common_options(function) for verb, function in VERBS.items()}
+    return {verb: with_all_options(verb, function) for verb, function in VERBS.items()}
 
 
 def _parameters(function: Callable[..., None]) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
 
 
-def recipe_page(schema: Mapping[str, Any]) -> str:
+def recipe_page(model: Any) -> str:
     """Return the page of recipes: which there are, every setting, and what a change of it does again."""
-    from pqkv_cli.pipeline.recipe_schema import settings
-    from pqkv_cli.recipe import named_recipe, recipe_names
+    from pqkv_cli.pipeline.recipe_schema import recipe_schema, setting_schemas
+    from pqkv_cli.recipe import settings
+    from pqkv_cli.recipe_files import named_recipe, recipe_names
 
     known = [named_recipe(name) for name in recipe_names()]
-    found = settings(schema)
+    schema = recipe_schema(model)
+    found, declared = setting_schemas(schema), settings(model)
     required = [name for name in found if name in schema["required"]]
     rows = [
-        (f"`{n}`", "" if n in required else _value(f.get("default")), _values(f), f["description"], _redone(n))
+        (f"`{n}`", "" if n in required else _value(f.get("default")), _values(f), f["description"], _redone(declared[n]))
         for n, f in found.items()
     ]
     shipped = [(f"`{r.name}`", r.model, _value(r.codebooks.bits)) for r in known]
@@ -111,13 +114,9 @@ def recipe_page(schema: Mapping[str, Any]) -> str:
     return "\n".join([MADE, _RECIPES, first, _WRITING, second])
 
 
-def _redone(name: str) -> str:
-    from pqkv_cli.pipeline.state import STAGE_FIELDS
-
-    by_content = {"model": "calibrate", "calibration.data": "calibrate", "evaluation.data": "eval"}
-    if name in by_content:
-        return f"{by_content[name]}, if the content differs"
-    return next((stage for stage, fields in STAGE_FIELDS.items() if name in fields), "nothing")
+def _redone(setting: Any) -> str:
+    first = next(iter(setting.stages), "nothing")
+    return f"{first}, if the content differs" if setting.by_content else first
 
 
 def context_table() -> str:

@@ -1,16 +1,18 @@
-"""A recipe: a model and every setting of the pipeline, as strict YAML. Knows no stages and no torch."""
+"""A recipe: a model and every setting of the pipeline. Knows no stages, no files and no torch.
+
+A setting is declared in one line, its type and default with what it means, which stages depend on it and how a command line
+gives it (`Setting`). Stages, options, the schema for editors and the page of recipes take it from there.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -18,13 +20,14 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
-from pqkv_cli.errors import RecipeError, UsageError, did_you_mean
+from pqkv_cli.errors import RecipeError, UsageError
 from pqkv_cli.gates import parse_gates
 from pqkv_cli.rates import CodeStyle, Profile, rate_names
 from pqkv_cli.recipe_faults import describe_faults
 from pqkv_cli.recipe_sources import Sources
-from pqkv_cli.strict_yaml import read_yaml
+from pqkv_cli.setting import Setting, Stage
 
 TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated", "longbench"]
 ModeName = Literal["all", "cache"]
@@ -38,6 +41,15 @@ def _consistent(gates: tuple[str, ...]) -> tuple[str, ...]:
     return gates
 
 
+def _not_removed(key_space: object) -> object:
+    if key_space == "measured":
+        raise ValueError(
+            "found 'measured', which was removed: wherever it was measured, every layer chose pre_rope; expected 'pre_rope', "
+            "or 'post_rope' to code keys after rotary embedding"
+        )
+    return key_space
+
+
 _TASK = r"^[\w.+-]+$"
 
 
@@ -46,6 +58,8 @@ def _written_rate(bits: float) -> int | float:
 
 
 _DEVICE = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
+_FIT: Stage = "fit-codebooks"
+_MODELS = ("run", "generate", "bench")  # verbs that are no stage, and open a model
 
 
 class _Section(BaseModel):
@@ -53,35 +67,90 @@ class _Section(BaseModel):
 
 
 class CalibrationRecipe(_Section):
-    """Which texts are run through the model, in what share of them numbers are hidden and asked for, and how much is kept.
+    """Which texts are run through the model, in what share of them numbers are hidden and asked for, and how much is kept."""
 
-    `fisher` is the number of backward passes per batch that measure what errors of keys and values cost; 0 leaves it out.
-    """
-
-    data: Sources = ("self", "stdlib:broad")
-    samples: int = Field(32, ge=2)
-    seq_len: int = Field(1024, ge=8)
-    batch_size: int = Field(1, ge=1)
-    reservoir_size: int = Field(24576, ge=1)
-    recall_share: float = Field(0.125, ge=0, le=1)
-    fisher: int = Field(0, ge=0)
+    data: Annotated[
+        Sources,
+        Setting(
+            "Text to calibrate on: a file of text or rows, stdlib:broad, hf:ORG/NAME, or self, which the model writes.",
+            stage="calibrate",
+            by_content=True,
+            option="--data",
+            also=("run",),
+            metavar="FILE",
+        ),
+    ] = ("self", "stdlib:broad")
+    samples: Annotated[int, Field(ge=2), Setting("Number of text windows.", "calibrate", "--samples")] = 32
+    seq_len: Annotated[int, Field(ge=8), Setting("Tokens of a window.", "calibrate", "--seq-len")] = 1024
+    batch_size: Annotated[
+        int, Field(ge=1), Setting("Windows that go through the model at once.", "calibrate", "--batch-size")
+    ] = 1
+    reservoir_size: Annotated[
+        int,
+        Field(ge=1),
+        Setting("Vectors kept per layer and head to learn codebooks from.", "calibrate", "--reservoir-size"),
+    ] = 24576
+    recall_share: Annotated[
+        float,
+        Field(ge=0, le=1),
+        Setting("Share of the windows in which numbers are hidden and asked for.", "calibrate", "--recall-share"),
+    ] = 0.125
+    fisher: Annotated[
+        int,
+        Field(ge=0),
+        Setting(
+            "Measure by backward passes what errors of keys and values cost; a recipe says how many per batch, 0 for none.",
+            "calibrate",
+            "--fisher/--no-fisher",
+        ),
+    ] = 0
 
 
 class CodebookRecipe(_Section):
     """The code rate (bits per channel), where its bits go, how many of a vector's go to its prototype, and the fit's effort.
 
     With `allocation` ``measured``, `bits` is the mean over all keys and values, and each layer's get the rate that helps most;
-    with ``uniform`` it is the rate of all of them. Profile ``speed`` has tables of 16 entries, and no prototypes unless asked.
-    `key_space` is where keys with rotary embedding are coded; ``measured`` tries both in every layer.
+    with ``uniform`` it is the rate of all of them. The options ``--budget`` and ``--bits`` set both.
     """
 
-    allocation: Literal["measured", "uniform"] = "measured"
-    profile: Profile = "quality"
-    bits: Annotated[float, PlainSerializer(_written_rate)] = 4
-    prototype_bits: Literal[0, 8, 10] | None = None
-    key_space: Literal["pre_rope", "post_rope", "measured"] = "pre_rope"
-    iterations: int = Field(10, ge=1)
-    refine: bool = False
+    allocation: Annotated[
+        Literal["measured", "uniform"],
+        Setting("measured: every layer's keys and values get the rate that helps most; uniform: all get the same.", _FIT),
+    ] = "measured"
+    profile: Annotated[
+        Profile,
+        Setting(
+            "quality: tables of up to 1,024 entries; speed: of 16 entries and their sums, and no prototypes unless asked for.",
+            _FIT,
+            "--profile",
+        ),
+    ] = "quality"
+    bits: Annotated[
+        float,
+        PlainSerializer(_written_rate),
+        Setting("Bits of code per channel; the mean over all layers where the allocation is measured.", _FIT),
+    ] = 4
+    prototype_bits: Annotated[
+        Literal[0, 8, 10] | None,
+        Setting(
+            "Bits of the code of the whole vector: 10, 8 or 0; unless given 8, and 0 in profile speed.",
+            _FIT,
+            "--prototype-bits",
+            metavar="N",
+        ),
+    ] = None
+    key_space: Annotated[
+        Literal["pre_rope", "post_rope"],
+        BeforeValidator(_not_removed),
+        Setting("Code keys before rotary embedding (pre_rope) or after it (post_rope).", _FIT, "--key-space"),
+    ] = "pre_rope"
+    iterations: Annotated[int, Field(ge=1), Setting("Most rounds of k-means.", _FIT, "--iterations")] = 10
+    refine: Annotated[
+        bool,
+        Setting(
+            "Refine codebooks on all of the calibration text, if that brings the model closer.", _FIT, "--refine/--no-refine"
+        ),
+    ] = False
 
     @field_validator("bits")
     @classmethod
@@ -97,49 +166,119 @@ class CodebookRecipe(_Section):
 class CacheRecipe(_Section):
     """Tokens kept exact: the first ones of a row and the most recent ones."""
 
-    num_sinks: int = Field(4, ge=0)
-    window_tokens: int = Field(64, ge=0)
+    num_sinks: Annotated[int, Field(ge=0), Setting("First tokens of a row that stay exact.", "export", "--num-sinks")] = 4
+    window_tokens: Annotated[int, Field(ge=0), Setting("Most recent tokens that stay exact.", "export", "--window-tokens")] = 64
 
 
 class EvaluationRecipe(_Section):
     """What is measured: tasks of ours (`TaskName`) or of lm-evaluation-harness.
 
-    `context` (tokens, the longest of them for pass keys), `limit` (text windows, or pass keys per length and depth) and
-    `prompts` (pass keys alone, before `limit`) are the task's own choice where they are None, and so is `max_new_tokens`
-    (tasks that generate and leave it open). With a `stride` text windows overlap: they begin so many tokens apart, and only the
-    last so many tokens of each are scored. `gates` are what the results must reach, such as ``perplexity.kl_bits<=0.02``; they
-    decide the exit code and change no result.
+    Sizes that are None are the task's own choice. `gates` decide the exit code and change no result.
     """
 
-    tasks: Annotated[tuple[Annotated[str, Field(pattern=_TASK)], ...], Field(strict=False, min_length=1)] = (
-        "perplexity",
-        "passkey",
-    )
-    data: str = Field("stdlib:evaluation", min_length=1)
-    modes: Annotated[tuple[ModeName, ...], Field(strict=False, min_length=1)] = ("all", "cache")
-    context: int | None = Field(None, ge=8)
-    limit: int | None = Field(None, ge=1)
-    prompts: int | None = Field(None, ge=1)
-    max_new_tokens: int | None = Field(None, ge=1)
-    stride: int | None = Field(None, ge=1)
-    gates: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_consistent)] = ()
+    tasks: Annotated[
+        tuple[Annotated[str, Field(pattern=_TASK)], ...],
+        Field(strict=False, min_length=1),
+        Setting(
+            "perplexity, kld, passkey, needle, lines, longbench, or any task of lm-evaluation-harness.",
+            "eval",
+            "--task",
+            offers=get_args(TaskName),
+        ),
+    ] = ("perplexity", "passkey")
+    data: Annotated[
+        str,
+        Field(min_length=1),
+        Setting(
+            "Text not calibrated on: a file of text, stdlib:evaluation, hf:ORG/NAME, or rows (*.jsonl, their folder).",
+            stage="eval",
+            by_content=True,
+            option="--data",
+            metavar="PATH",
+        ),
+    ] = "stdlib:evaluation"
+    modes: Annotated[
+        tuple[ModeName, ...],
+        Field(strict=False, min_length=1),
+        Setting("all (every token quantized) or cache (as in use).", "eval", "--mode"),
+    ] = ("all", "cache")
+    context: Annotated[
+        int | None, Field(ge=8), Setting("Tokens of an evaluation window, or the most of a prompt.", "eval", "--context")
+    ] = None
+    stride: Annotated[
+        int | None,
+        Field(ge=1),
+        Setting("Text windows begin so many tokens apart; their last so many are scored.", "eval", "--stride"),
+    ] = None
+    limit: Annotated[int | None, Field(ge=1), Setting("At most this many examples of a task.", "eval", "--limit")] = None
+    prompts: Annotated[
+        int | None,
+        Field(ge=1),
+        Setting("Pass keys per length and depth, where limit is for the other tasks; null takes limit.", "eval"),
+    ] = None
+    max_new_tokens: Annotated[
+        int | None,
+        Field(ge=1),
+        Setting("Tokens of a continuation, where the task leaves it open.", "eval", "--max-new-tokens"),
+    ] = None
+    gates: Annotated[
+        tuple[str, ...],
+        Field(strict=False),
+        AfterValidator(_consistent),
+        Setting(
+            "Fail (exit code 3) unless the results hold it, such as 'perplexity.kl_bits<=0.02'.",
+            stage=(),
+            option="--gate",
+            also=("eval",),
+            metavar="GATE",
+        ),
+    ] = ()
 
 
 class GenerationRecipe(_Section):
     """What `pqkv run` continues at its end."""
 
-    prompt: str = Field("Once upon a time", min_length=1)
-    max_new_tokens: int = Field(64, ge=1)
+    prompt: Annotated[str, Field(min_length=1), Setting("What `pqkv run` continues at its end.", ())] = "Once upon a time"
+    max_new_tokens: Annotated[
+        int, Field(ge=1), Setting("How many tokens to write.", (), "--max-new-tokens", also=("generate",))
+    ] = 64
 
 
 class Recipe(_Section):
     """Everything the pipeline needs to know. `model` is a directory, a GGUF file, ``demo`` or an ``org/name`` hub id."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")
-    model: str = Field(min_length=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = Field("auto", pattern=_DEVICE)
-    seed: int = Field(0, ge=0, lt=2**63)
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$"), Setting("Name of the recipe; its run is kept in runs/NAME.", ())
+    ]
+    model: Annotated[
+        str,
+        Field(min_length=1),
+        Setting("Model directory, GGUF file, org/name hub id, or 'demo'.", "calibrate", by_content=True),
+    ]
+    seed: Annotated[
+        int,
+        Field(ge=0, lt=2**63),
+        Setting("Seed of everything random.", ("calibrate", "fit-codebooks", "eval"), "--seed", also=("run", "generate")),
+    ] = 0
+    device: Annotated[
+        str,
+        Field(pattern=_DEVICE),
+        Setting(
+            "Where the model runs: auto, cpu, cuda, cuda:N, mps, xpu or xpu:N.",
+            stage=(),
+            option="--device",
+            also=("calibrate", "fit-codebooks", "eval", *_MODELS),
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Setting(
+            "Dtype of the weights: auto, float32, bfloat16 or float16. On a CPU auto takes float32 where a half is slower.",
+            ("calibrate", "eval"),
+            "--dtype",
+            also=_MODELS,
+        ),
+    ] = "auto"
     calibration: CalibrationRecipe = CalibrationRecipe()
     codebooks: CodebookRecipe = CodebookRecipe()
     cache: CacheRecipe = CacheRecipe()
@@ -147,57 +286,35 @@ class Recipe(_Section):
     generation: GenerationRecipe = GenerationRecipe()
 
 
-def parse_recipe(text: str, source: str) -> Recipe:
-    """Return the recipe that `text` describes; `source` names it in errors.
+def setting_fields(model: type[BaseModel] = Recipe) -> dict[str, FieldInfo]:
+    """Return the fields of a recipe that are settings, by dotted names such as ``calibration.samples``, in its order."""
+    return dict(_walk(model, ""))
+
+
+def settings(model: type[BaseModel] = Recipe) -> dict[str, Setting]:
+    """Return what a recipe declares of its settings, by dotted names such as ``calibration.samples``, in its order.
 
     Raises
     ------
-    RecipeError
-        With all faults of the text at once.
+    TypeError
+        If a field has no `Setting`, or several.
     """
-    try:
-        data, duplicates = read_yaml(text)
-    except ValueError as error:
-        raise RecipeError(source, [f"not readable as YAML: {error}"]) from error
-    if not isinstance(data, dict):
-        raise RecipeError(source, [f"found {type(data).__name__}, expected keys with values such as 'model: ...'"])
-    return _validate(data, source, duplicates)
+    found = {}
+    for name, field in setting_fields(model).items():
+        declared = [each for each in field.metadata if isinstance(each, Setting)]
+        if len(declared) != 1:
+            raise TypeError(f"{name} has {len(declared)} of `Setting` beside its type; expected one, as every setting has")
+        found[name] = declared[0]
+    return found
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Return the recipe in the file `path`.
-
-    Raises
-    ------
-    RecipeError
-        If the file is no valid recipe.
-    UsageError
-        If it cannot be read.
-    """
-    try:
-        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the recipe {path} cannot be read: {error}") from error
-
-
-def recipe_names() -> tuple[str, ...]:
-    """Return the names of the recipes that come with pqkv, sorted."""
-    entries = resources.files("pqkv_recipes").iterdir()
-    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml")))
-
-
-def named_recipe(name: str) -> Recipe:
-    """Return the recipe called `name`.
-
-    Raises
-    ------
-    UsageError
-        If there is none, with the nearest name.
-    """
-    names = recipe_names()
-    if name not in names:
-        raise UsageError(f"there is no recipe {name!r}{did_you_mean(name, names)}; known are {', '.join(names)}")
-    return parse_recipe((resources.files("pqkv_recipes") / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _walk(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
 
 
 def override(recipe: Recipe, changes: Mapping[str, object], source: str = "the recipe with these options") -> Recipe:
@@ -219,13 +336,25 @@ def override(recipe: Recipe, changes: Mapping[str, object], source: str = "the r
         for section in sections:
             inner = inner.setdefault(section, {})
         inner[key] = value
-    return _validate(data, source)
+    return checked_recipe(data, source, model=type(recipe))
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Return the YAML of `recipe`, every setting written out."""
-    data = recipe.model_dump(mode="json")
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+def checked_recipe(data: dict[str, Any], source: str, faults: Sequence[str] = (), model: type[Recipe] = Recipe) -> Recipe:
+    """Return the recipe that `data` says; `source` names it in errors, and `faults` are some that were found before.
+
+    Raises
+    ------
+    RecipeError
+        With all faults at once.
+    """
+    found = list(faults)
+    try:
+        recipe = model.model_validate(data)
+    except ValidationError as error:
+        found += describe_faults(error, model)
+    if found:
+        raise RecipeError(source, found)
+    return recipe
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -237,14 +366,3 @@ def recipe_hash(recipe: Recipe) -> str:
     data = recipe.model_dump(mode="json", include={"dtype", "seed", "calibration", "codebooks", "cache"})
     del data["calibration"]["data"]
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _validate(data: dict[str, Any], source: str, faults: tuple[str, ...] | list[str] = ()) -> Recipe:
-    found = list(faults)
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        found += describe_faults(error, Recipe)
-    if found:
-        raise RecipeError(source, found)
-    return recipe

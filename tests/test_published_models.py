@@ -9,7 +9,7 @@ from pqkv_cli.models.footprint import weights
 from pqkv_cli.models.geometry import check_quantizable, geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
-from pqkv_cli.recipe import named_recipe, recipe_names
+from pqkv_cli.recipe_files import named_recipe, recipe_names
 from pqkv_cli.specs import CacheSpec
 from pqkv_kernels.format.layout import RotaryLayout
 

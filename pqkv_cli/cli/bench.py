@@ -7,14 +7,13 @@ import typer
 
 from pqkv_cli.cli.options import (
     DebugOption,
-    DeviceOption,
-    DtypeOption,
     ForceOption,
     JsonOption,
     ModelOption,
     RunOption,
     TargetArgument,
 )
+from pqkv_cli.cli.recipe_options import Changes
 from pqkv_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,8 +55,8 @@ def bench(
     memory: MemoryOption = None,
     model: ModelOption = None,
     force: ForceOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    *,
+    changes: Changes,
     json_target: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -77,7 +76,7 @@ def bench(
     if shape:
         from pqkv_cli.cli.bench_shapes import show_shapes
 
-        checked({"device": device})
+        device = checked(changes)["device"]
         lists = shape, context or [], batch or []
         return show_shapes(*lists, repeats, backend, device, memory, picture, output, reporter)
     if kmeans:
@@ -87,7 +86,7 @@ def bench(
     from pqkv_cli.benchmarks.run import bench as measure
     from pqkv_cli.pipeline.start import artifact_source
 
-    source = artifact_source(target_of(target, run, reporter), model, checked({"device": device, "dtype": dtype}))
+    source = artifact_source(target_of(target, run, reporter), model, checked(changes))
     wanted = BenchSettings(tuple(context or ()), tuple(batch or ()), repeats, backend)  # type: ignore[arg-type]
     report = measure(source, wanted, reporter, force=force)
     output.result(report.document(), *_tables(report))

@@ -8,19 +8,10 @@ from pqkv_cli.errors import PqkvError
 def targets(incomplete: str) -> list[str]:
     """Return the recipes and the runs under ``runs/`` that begin so; paths are the shell's own to offer."""
     from pqkv_cli.pipeline.rundir import runs_under
-    from pqkv_cli.recipe import recipe_names
+    from pqkv_cli.recipe_files import recipe_names
 
     try:
         names = [*recipe_names(), *map(str, runs_under(Path("runs")))]
     except (OSError, PqkvError):  # whoever completes a word cannot be told what is wrong
         return []
     return [name for name in names if name.startswith(incomplete)]
-
-
-def tasks(incomplete: str) -> list[str]:
-    """Return our tasks that begin so."""
-    from typing import get_args
-
-    from pqkv_cli.recipe import TaskName
-
-    return [name for name in get_args(TaskName) if name.startswith(incomplete)]

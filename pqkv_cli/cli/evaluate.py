@@ -4,46 +4,29 @@ from dataclasses import dataclass
 
 from pqkv_cli.cli.option_set import takes
 from pqkv_cli.cli.options import (
-    ContextOption,
-    ContinuationOption,
     DebugOption,
-    DeviceOption,
-    DtypeOption,
-    EvaluationDataOption,
     ForceOption,
-    GateOption,
     GeneratedOption,
     JsonOption,
-    LimitOption,
     MaxKldOption,
     MaxPplIncreaseOption,
     MinRecoveryOption,
     ModelOption,
-    ModeOption,
     RunOption,
-    SeedOption,
-    StrideOption,
     TargetArgument,
-    TaskOption,
 )
 from pqkv_cli.cli.peers import AlsoOption, OutliersOption, PeersOption
+from pqkv_cli.cli.recipe_options import Changes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateWords:
     """The options of ``pqkv eval``."""
 
     target: TargetArgument = None
     run: RunOption = None
-    task: TaskOption = None
-    data: EvaluationDataOption = None
-    mode: ModeOption = None
-    context: ContextOption = None
-    stride: StrideOption = None
-    limit: LimitOption = None
+    changes: Changes
     generated: GeneratedOption = False
-    max_new_tokens: ContinuationOption = None
-    gate: GateOption = None
     min_recovery: MinRecoveryOption = None
     max_kld: MaxKldOption = None
     max_ppl_increase: MaxPplIncreaseOption = None
@@ -52,9 +35,6 @@ class EvaluateWords:
     inject_outliers: OutliersOption = None
     model: ModelOption = None
     force: ForceOption = False
-    seed: SeedOption = None
-    device: DeviceOption = None
-    dtype: DtypeOption = None
     json_target: JsonOption = None
     debug: DebugOption = False
 
@@ -72,24 +52,14 @@ def evaluate(words: EvaluateWords) -> None:
     from pqkv_cli.cli.peers import is_comparison, run_comparison
     from pqkv_cli.cli.tables import raise_on_bad, show_contexts, show_records, verdict
     from pqkv_cli.cli.words import checked, gate_texts, target_of, task_words
-    from pqkv_cli.pipeline.start import artifact_source, file_reference
+    from pqkv_cli.pipeline.start import artifact_source
 
     output, reporter = Output(words.json_target), TerminalReporter()
-    task, mode = task_words(words.task, words.mode, generated=words.generated)
-    gates = gate_texts(words.gate, words.min_recovery, words.max_kld, words.max_ppl_increase)
-    changes = {
-        "evaluation.tasks": task,
-        "evaluation.data": file_reference(words.data),
-        "evaluation.modes": mode,
-        "evaluation.context": words.context,
-        "evaluation.stride": words.stride,
-        "evaluation.limit": words.limit,
-        "evaluation.prompts": words.limit,
-        "evaluation.max_new_tokens": words.max_new_tokens,
-        "evaluation.gates": gates or None,
-        **{"seed": words.seed, "device": words.device, "dtype": words.dtype},
-    }
-    checked(changes)
+    given = words.changes
+    task, mode = task_words(given["evaluation.tasks"], given["evaluation.modes"], generated=words.generated)
+    gates = gate_texts(given["evaluation.gates"], words.min_recovery, words.max_kld, words.max_ppl_increase)
+    own = {"evaluation.tasks": task, "evaluation.modes": mode, "evaluation.gates": gates or None}
+    changes = checked({**given, **own})
     with_rivals = is_comparison(words, task, mode, gates)
     source = artifact_source(target_of(words.target, words.run, reporter), words.model, changes)
     if with_rivals:

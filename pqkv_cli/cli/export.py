@@ -4,14 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pqkv_cli.cli.options import (
-    DebugOption,
-    JsonOption,
-    RunOption,
-    SinksOption,
-    TargetArgument,
-    WindowOption,
-)
+from pqkv_cli.cli.options import DebugOption, JsonOption, RunOption, TargetArgument
+from pqkv_cli.cli.recipe_options import Changes
 from pqkv_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,8 +37,8 @@ ByteTablesOption = Annotated[
 def export(
     target: TargetArgument = None,
     run: RunOption = None,
-    num_sinks: SinksOption = None,
-    window_tokens: WindowOption = None,
+    *,
+    changes: Changes,
     push_to_hub: PushOption = None,
     private: PrivateOption = True,
     tune: TuneOption = False,
@@ -66,8 +60,7 @@ def export(
     from pqkv_cli.pipeline.start import continue_run
 
     output, reporter = Output(json_target), TerminalReporter()
-    changes = checked({"cache.num_sinks": num_sinks, "cache.window_tokens": window_tokens})
-    found, recipe = continue_run(target_of(target, run, reporter), changes)
+    found, recipe = continue_run(target_of(target, run, reporter), checked(changes))
 
     _check_tuning(tune, byte_tables, push_to_hub)
     if push_to_hub is None:

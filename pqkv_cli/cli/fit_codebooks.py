@@ -1,20 +1,7 @@
 """``pqkv fit-codebooks``: learn the codebooks of a calibrated run."""
 
-from pqkv_cli.cli.options import (
-    BitsOption,
-    BudgetOption,
-    DebugOption,
-    DeviceOption,
-    IterationsOption,
-    JsonOption,
-    KeySpaceOption,
-    ProfileOption,
-    PrototypeBitsOption,
-    RefineOption,
-    RunOption,
-    SeedOption,
-    TargetArgument,
-)
+from pqkv_cli.cli.options import BitsOption, BudgetOption, DebugOption, JsonOption, RunOption, TargetArgument
+from pqkv_cli.cli.recipe_options import Changes
 
 
 def fit_codebooks(
@@ -22,13 +9,8 @@ def fit_codebooks(
     run: RunOption = None,
     bits: BitsOption = None,
     budget: BudgetOption = None,
-    profile: ProfileOption = None,
-    prototype_bits: PrototypeBitsOption = None,
-    key_space: KeySpaceOption = None,
-    iterations: IterationsOption = None,
-    refine: RefineOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
+    *,
+    changes: Changes,
     json_target: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -42,19 +24,8 @@ def fit_codebooks(
     from pqkv_cli.pipeline.start import continue_run
 
     output, reporter = Output(json_target), TerminalReporter()
-    changes = checked(
-        {
-            **rate_changes(bits, budget),
-            "codebooks.profile": profile,
-            "codebooks.prototype_bits": prototype_bits,
-            "codebooks.key_space": key_space,
-            "codebooks.iterations": iterations,
-            "codebooks.refine": refine,
-            "seed": seed,
-            "device": device,
-        }
-    )
-    found, recipe = continue_run(target_of(target, run, reporter), changes)
+    wanted = checked({**changes, **rate_changes(bits, budget)})
+    found, recipe = continue_run(target_of(target, run, reporter), wanted)
 
     from pqkv_cli.pipeline.stages import run_stage
 

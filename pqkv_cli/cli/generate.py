@@ -8,16 +8,13 @@ import typer
 
 from pqkv_cli.cli.options import (
     DebugOption,
-    DeviceOption,
-    DtypeOption,
     ForceOption,
     JsonOption,
-    MaxNewTokensOption,
     ModelOption,
     RunOption,
-    SeedOption,
     TemperatureOption,
 )
+from pqkv_cli.cli.recipe_options import Changes
 from pqkv_cli.errors import UsageError
 
 GraphOption = Annotated[
@@ -30,14 +27,12 @@ def generate(
         list[str] | None, typer.Argument(metavar="[TARGET] PROMPT", help="A run or artifact, then the prompt; '-' reads stdin.")
     ] = None,
     run: RunOption = None,
-    max_new_tokens: MaxNewTokensOption = None,
+    *,
+    changes: Changes,
     temperature: TemperatureOption = 0.0,
     graph: GraphOption = "auto",
     model: ModelOption = None,
     force: ForceOption = False,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
     json_target: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -54,9 +49,9 @@ def generate(
     from pqkv_cli.pipeline.start import artifact_source
 
     output, reporter = Output(json_target), TerminalReporter()
-    changes = checked({"generation.max_new_tokens": max_new_tokens, "seed": seed, "device": device, "dtype": dtype})
+    wanted = checked(changes)
     target, prompt = _split(words or [])
-    source = artifact_source(target_of(target, run, reporter), model, changes)
+    source = artifact_source(target_of(target, run, reporter), model, wanted)
     prompt = _stdin() if prompt == "-" else _text(_typed(prompt, sys.getfilesystemencoding()))
 
     from pqkv_cli.pipeline.generate import generate_from

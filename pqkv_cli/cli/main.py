@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pqkv_cli import __version__
 from pqkv_cli.cli.bench import bench
@@ -24,7 +25,7 @@ from pqkv_cli.cli.fit_codebooks import fit_codebooks
 from pqkv_cli.cli.generate import generate
 from pqkv_cli.cli.imports import failed_import, quiet_imports
 from pqkv_cli.cli.inspect import inspect
-from pqkv_cli.cli.option_set import with_common_options
+from pqkv_cli.cli.option_set import with_all_options
 from pqkv_cli.cli.processes import joined_processes
 from pqkv_cli.cli.recipes import recipes
 from pqkv_cli.cli.report import report
@@ -51,9 +52,31 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 
 # Plain help: rich's markdown help takes as long to import as all the rest.
-app = typer.Typer(name="pqkv", pretty_exceptions_enable=False, rich_markup_mode=None)
-for _name, _verb in VERBS.items():
-    app.command(_name)(with_common_options(_verb))
+_PLAIN: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+
+class _Verbs(TyperGroup):
+    """The verbs, each made when it is called: options of the recipe's settings need pydantic, which takes long to import."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the verbs."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return the verb called `cmd_name` with all of its options, None where there is none."""
+        if cmd_name in VERBS and cmd_name not in self.commands:
+            alone = typer.Typer(add_completion=False, **_PLAIN)
+            alone.command(cmd_name)(with_all_options(cmd_name, VERBS[cmd_name]))
+            self.add_command(typer.main.get_command(alone), cmd_name)
+        return self.commands.get(cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the first line of every verb, for which none of them is made."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, str(verb.__doc__).partition("\n")[0]) for name, verb in VERBS.items()])
+
+
+app = typer.Typer(name="pqkv", cls=_Verbs, **_PLAIN)
 
 
 def _show_version(wanted: bool) -> None:

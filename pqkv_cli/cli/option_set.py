@@ -1,4 +1,4 @@
-"""Lets a verb take its options as one frozen dataclass, and gives all verbs the same last ones. Knows typer's ways."""
+"""Gives every verb all of its options, and lets it take them as one frozen dataclass. Knows typer's ways."""
 
 import functools
 import inspect
@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
 
 from pqkv_cli.cli.options import LogFormatOption, QuietOption
+from pqkv_cli.cli.recipe_options import with_recipe_options
 from pqkv_cli.cli.voice import LOG_FORMATS
 from pqkv_cli.errors import UsageError, did_you_mean
 
@@ -24,9 +25,13 @@ def takes(options: Callable[..., T]) -> Callable[[Callable[[T], None]], Callable
 
         wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
-                inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+                inspect.Parameter(
+                    f.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if f.default is MISSING else f.default,
+                    annotation=hints[f.name],
+                )
                 for f in fields(options)  # type: ignore[arg-type]
-                if f.default is not MISSING
             ]
         )
         wrapper.__annotations__ = {f.name: hints[f.name] for f in fields(options)}  # type: ignore[arg-type]
@@ -34,6 +39,11 @@ def takes(options: Callable[..., T]) -> Callable[[Callable[[T], None]], Callable
         return wrapper
 
     return decorate
+
+
+def with_all_options(name: str, verb: Callable[..., None]) -> Callable[..., None]:
+    """Return the verb called `name` with the options of the recipe's settings that it takes, and those that every verb has."""
+    return with_common_options(with_recipe_options(name, verb))
 
 
 def with_common_options(verb: Callable[..., None]) -> Callable[..., None]:

@@ -40,7 +40,7 @@ def recipes(
     Example: pqkv recipes new org/model -o mine.yaml
     """
     from pqkv_cli.cli.output import Output
-    from pqkv_cli.recipe import recipe_names
+    from pqkv_cli.recipe_files import recipe_names
 
     output = Output(json_target)
     if action not in _ACTIONS:
@@ -60,7 +60,7 @@ def recipes(
 
 def _list(output: "Output") -> None:
     from pqkv_cli.cli.output import table
-    from pqkv_cli.recipe import named_recipe, recipe_names
+    from pqkv_cli.recipe_files import named_recipe, recipe_names
 
     known = [named_recipe(each) for each in recipe_names()]
     rows = [(r.name, r.model, r.codebooks.bits, r.calibration.samples, r.calibration.seq_len) for r in known]
@@ -71,7 +71,7 @@ def _list(output: "Output") -> None:
 
 def _show(output: "Output", name: str | None, run: str | None) -> None:
     from pqkv_cli.pipeline.target import resolve_target
-    from pqkv_cli.recipe import dump_recipe, named_recipe, recipe_names
+    from pqkv_cli.recipe_files import dump_recipe, named_recipe, recipe_names
 
     if name is None and run is None:
         raise UsageError(f"show needs a name; expected one of {', '.join(recipe_names())}")

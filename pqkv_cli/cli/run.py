@@ -1,62 +1,35 @@
 """``pqkv run``: the whole chain of a recipe, doing only what is not done yet."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pqkv_cli.cli.option_set import takes
 from pqkv_cli.cli.options import (
     BitsOption,
     BudgetOption,
-    CalibrationDataOption,
     DebugOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     OutOption,
     RecipeModelOption,
     RunOption,
-    SeedOption,
     TargetArgument,
 )
+from pqkv_cli.cli.recipe_options import Changes
 
 if TYPE_CHECKING:
     from pqkv_cli.pipeline.stages import Whole
 
 
-@dataclass(frozen=True, slots=True)
-class RunWords:
-    """The words of ``pqkv run``."""
-
-    target: TargetArgument = None
-    run: RunOption = None
-    out: OutOption = None
-    model: RecipeModelOption = None
-    bits: BitsOption = None
-    budget: BudgetOption = None
-    data: CalibrationDataOption = None
-    seed: SeedOption = None
-    device: DeviceOption = None
-    dtype: DtypeOption = None
-    json_target: JsonOption = None
-    debug: DebugOption = False
-
-    def changes(self) -> dict[str, object]:
-        """Return what they say of the recipe."""
-        from pqkv_cli.cli.words import rate_changes
-        from pqkv_cli.pipeline.start import file_reference, text_references
-
-        return {
-            "model": file_reference(self.model),
-            **rate_changes(self.bits, self.budget),
-            "calibration.data": text_references(self.data),
-            "seed": self.seed,
-            "device": self.device,
-            "dtype": self.dtype,
-        }
-
-
-@takes(RunWords)
-def run(words: RunWords) -> None:
+def run(
+    target: TargetArgument = None,
+    run: RunOption = None,
+    out: OutOption = None,
+    model: RecipeModelOption = None,
+    bits: BitsOption = None,
+    budget: BudgetOption = None,
+    *,
+    changes: Changes,
+    json_target: JsonOption = None,
+    debug: DebugOption = False,
+) -> None:
     """Do the whole chain of a recipe.
 
     Calibrates, fits, exports, evaluates and generates; what is done already is not done again.
@@ -67,12 +40,12 @@ def run(words: RunWords) -> None:
 
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.cli.tables import raise_on_bad, show_records, verdict
-    from pqkv_cli.cli.words import checked, path_or_none, target_of
-    from pqkv_cli.pipeline.start import start_run
+    from pqkv_cli.cli.words import checked, path_or_none, rate_changes, target_of
+    from pqkv_cli.pipeline.start import file_reference, start_run
 
-    output, reporter = Output(words.json_target), TerminalReporter()
-    target = target_of(words.target, words.run, reporter)
-    started, recipe = start_run(target, path_or_none(words.out), checked(words.changes()))
+    output, reporter = Output(json_target), TerminalReporter()
+    wanted = checked({**changes, **rate_changes(bits, budget), "model": file_reference(model)})
+    started, recipe = start_run(target_of(target, run, reporter), path_or_none(out), wanted)
 
     from pqkv_cli.pipeline.stages import run_all
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from pqkv_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+    from pqkv_cli.cli.recipe_options import Changes
     from pqkv_cli.pipeline.target import Target
     from pqkv_cli.reporter import Reporter
 
@@ -63,7 +64,7 @@ def task_words(
     return ["kld_generated" if task == "kld" else task for task in named], list(modes or ["cache"])
 
 
-def rate_changes(bits: float | None, budget: float | None) -> "dict[str, object]":
+def rate_changes(bits: float | None, budget: float | None) -> "Changes":
     """Return what ``--bits`` or ``--budget`` changes in a recipe.
 
     Raises
@@ -80,7 +81,7 @@ def rate_changes(bits: float | None, budget: float | None) -> "dict[str, object]
     return {} if budget is None else {"codebooks.allocation": "measured", "codebooks.bits": budget}
 
 
-def checked(changes: "Mapping[str, object]") -> "Mapping[str, object]":
+def checked(changes: "Changes") -> "Changes":
     """Return `changes` of a recipe, all found to be allowed before anything is opened.
 
     Raises

@@ -7,9 +7,9 @@ from pqkv_cli.pipeline.calibrate import assist_calibrate
 from pqkv_cli.pipeline.fit import assist_fit
 from pqkv_cli.pipeline.outcome import StageOutcome
 from pqkv_cli.pipeline.rundir import Run
-from pqkv_cli.pipeline.state import Stage
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.reporter import Reporter
+from pqkv_cli.setting import Stage
 
 _HELP: Mapping[Stage, Callable[[Run, Recipe, Reporter], None]] = {
     "calibrate": assist_calibrate,

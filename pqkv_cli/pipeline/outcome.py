@@ -8,9 +8,10 @@ from typing import Any
 
 from pqkv_cli.errors import PqkvError
 from pqkv_cli.pipeline.rundir import Run
-from pqkv_cli.pipeline.state import Stage, begin, finish, is_done, read_records, reopen
+from pqkv_cli.pipeline.state import begin, finish, is_done, read_records, reopen
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.reporter import Reporter
+from pqkv_cli.setting import Stage
 
 Facts = Mapping[str, Any]
 

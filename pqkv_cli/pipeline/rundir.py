@@ -7,7 +7,8 @@ from typing import Literal
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.models.gguf import is_gguf
-from pqkv_cli.recipe import Recipe, dump_recipe, load_recipe
+from pqkv_cli.recipe import Recipe
+from pqkv_cli.recipe_files import dump_recipe, load_recipe
 
 RECIPE_FILE = "recipe.yaml"
 ARTIFACT_FILE = "pqkv.safetensors"

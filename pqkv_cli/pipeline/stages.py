@@ -15,10 +15,10 @@ from pqkv_cli.pipeline.lock import locked
 from pqkv_cli.pipeline.outcome import StageOutcome
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.start import Source
-from pqkv_cli.pipeline.state import Stage
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.reporter import Reporter
 from pqkv_cli.runtime.generate import Generation
+from pqkv_cli.setting import Stage
 
 _STAGES: Mapping[Stage, Callable[[Run, Recipe, Reporter], StageOutcome]] = {
     "calibrate": calibrate,

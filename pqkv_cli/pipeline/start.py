@@ -11,7 +11,8 @@ from pqkv_cli.pipeline.hub import located, results_place
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run, kind_of
 from pqkv_cli.pipeline.state import require_done
 from pqkv_cli.pipeline.target import Target
-from pqkv_cli.recipe import Recipe, load_recipe, override
+from pqkv_cli.recipe import Recipe, override
+from pqkv_cli.recipe_files import load_recipe
 
 Changes = Mapping[str, object]
 
@@ -127,12 +128,18 @@ def text_references(sources: Sequence[str] | None) -> list[str] | None:
 
 
 def _for_tasks(recipe: Recipe, changes: Changes) -> Recipe:
-    """Return `recipe`, without the sizes it gives its own tasks where `changes` name none of these."""
+    """Return `recipe` without the sizes that it gives its own tasks, where `changes` ask for something else.
+
+    Those are all of its sizes where `changes` name none of its tasks, and its number of pass keys where they set a limit: that
+    is then the limit of every task.
+    """
     named, wanted = changes.get("evaluation.tasks"), recipe.evaluation
-    if not isinstance(named, list | tuple) or set(named) & set(wanted.tasks):
-        return recipe
-    sizes = {"context": None, "limit": None, "prompts": None, "max_new_tokens": None, "stride": None}
-    return recipe.model_copy(update={"evaluation": wanted.model_copy(update=sizes)})
+    sizes: tuple[str, ...] = ()
+    if isinstance(named, list | tuple) and not set(named) & set(wanted.tasks):
+        sizes = ("context", "limit", "prompts", "max_new_tokens", "stride")
+    elif changes.get("evaluation.limit") is not None:
+        sizes = ("prompts",)
+    return recipe.model_copy(update={"evaluation": wanted.model_copy(update=dict.fromkeys(sizes))})
 
 
 def _model_reference(model: str) -> str:

@@ -12,52 +12,16 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.pipeline.rundir import Run
-from pqkv_cli.recipe import Recipe
+from pqkv_cli.recipe import Recipe, settings
 from pqkv_cli.reporter import Reporter
+from pqkv_cli.setting import Stage
 
-Stage = Literal["calibrate", "fit-codebooks", "export", "eval"]
-STAGES: tuple[Stage, ...] = ("calibrate", "fit-codebooks", "export", "eval")
-
-# Which settings a stage depends on. Paths are absent: their content is an input of its own. `device` is absent: it may change.
-STAGE_FIELDS: Mapping[Stage, tuple[str, ...]] = {
-    "calibrate": (
-        "dtype",
-        "seed",
-        "calibration.samples",
-        "calibration.seq_len",
-        "calibration.batch_size",
-        "calibration.reservoir_size",
-        "calibration.recall_share",
-        "calibration.fisher",
-    ),
-    "fit-codebooks": (
-        "seed",
-        "codebooks.allocation",
-        "codebooks.bits",
-        "codebooks.profile",
-        "codebooks.prototype_bits",
-        "codebooks.key_space",
-        "codebooks.iterations",
-        "codebooks.refine",
-    ),
-    "export": ("cache.num_sinks", "cache.window_tokens"),
-    "eval": (
-        "seed",
-        "dtype",
-        "evaluation.tasks",
-        "evaluation.modes",
-        "evaluation.context",
-        "evaluation.limit",
-        "evaluation.prompts",
-        "evaluation.max_new_tokens",
-        "evaluation.stride",
-    ),
-}
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +72,7 @@ def stage_inputs(run: Run, recipe: Recipe, stage: Stage, content: Mapping[str, s
     RunError
         If the stage before it is missing, unfinished or outdated.
     """
-    inputs = _settings(recipe, stage)
+    inputs = stage_settings(recipe, stage)
     position = STAGES.index(stage)
     if position:
         before = STAGES[position - 1]
@@ -129,12 +93,12 @@ def require_done(run: Run, recipe: Recipe, stage: Stage) -> StageRecord:
     if record is None or not record.done:
         state = "is unfinished" if record else "is missing"
         raise RunError(f"{run.path}: the stage {stage} {state}; run it with: {command}")
-    settings = _settings(recipe, stage)
+    wanted = stage_settings(recipe, stage)
     position = STAGES.index(stage)
     if position:
         before = STAGES[position - 1]
-        settings[before] = require_done(run, recipe, before).key
-    if changed := _difference({name: record.inputs.get(name) for name in settings}, settings):
+        wanted[before] = require_done(run, recipe, before).key
+    if changed := _difference({name: record.inputs.get(name) for name in wanted}, wanted):
         raise RunError(f"{run.path}: after {stage} was done, {changed}; bring it up to date with: {command}")
     return record
 
@@ -175,9 +139,11 @@ def finish(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
     _write(run, records | {stage: StageRecord(records[stage].inputs, True, dict(facts))})
 
 
-def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    settings = recipe.model_dump(mode="json")
-    return {field: reduce(getitem, field.split("."), settings) for field in STAGE_FIELDS[stage]}
+def stage_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """Return the settings that `stage` depends on, by dotted name; what lies at a place is an input of its own."""
+    values = recipe.model_dump(mode="json")
+    names = (name for name, each in settings(type(recipe)).items() if stage in each.stages and not each.by_content)
+    return {name: reduce(getitem, name.split("."), values) for name in names}
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pqkv_cli import errors
 from pqkv_cli.cli.main import VERBS, app
 from pqkv_cli.errors import PqkvError
 from pqkv_cli.gates import parse_gates
-from pqkv_cli.recipe import parse_recipe
+from pqkv_cli.recipe_files import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,7 +64,7 @@ def understand(words: list[str]) -> None:
     if "..." not in words and not (
         len(words) > 1 and words[0] == "recipes" and words[1] not in ("list", "show", "new", "schema")
     ):
-        group.commands[words[0]].make_context(words[0], words[1:])
+        group.get_command(None, words[0]).make_context(words[0], words[1:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])

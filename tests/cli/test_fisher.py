@@ -7,7 +7,7 @@ import torch
 
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.fitting.record import load_record
-from pqkv_cli.recipe import load_recipe
+from pqkv_cli.recipe_files import load_recipe
 
 
 def test_the_fit_uses_gradients_where_calibration_measured_them(

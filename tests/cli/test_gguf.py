@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_gguf import vocabulary, write_gguf
 
-from pqkv_cli.recipe import load_recipe
+from pqkv_cli.recipe_files import load_recipe
 
 SMALL = ("--samples", 32, "--seq-len", 64, "--reservoir-size", 2048, "--data")
 

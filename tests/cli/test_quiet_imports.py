@@ -33,7 +33,7 @@ NOISES = {
 COMMAND = """
 import logging, sys
 from pqkv_cli.cli.main import VERBS, main
-import pqkv_cli.recipe
+import pqkv_cli.recipe_files
 
 def names():
     import noisy
@@ -41,7 +41,7 @@ def names():
     logging.getLogger("noisy").warning("LATER")
     return ("demo",)
 
-pqkv_cli.recipe.recipe_names = names
+pqkv_cli.recipe_files.recipe_names = names
 code = main(sys.argv[1:])
 sys.stdout.flush()
 import louder
@@ -157,7 +157,7 @@ def test_streams_without_a_descriptor_are_kept_from_too(
         assert not hasattr(noisy.__spec__.loader, "_finder"), "the module has its real loader"
         return ("demo",)
 
-    monkeypatch.setattr("pqkv_cli.recipe.recipe_names", names)
+    monkeypatch.setattr("pqkv_cli.recipe_files.recipe_names", names)
     try:
         answer = pqkv("recipes")
     finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pqkv_cli.recipe import load_recipe, parse_recipe
+from pqkv_cli.recipe_files import load_recipe, parse_recipe
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_a_quiet_run_says_nothing(pqkv: Callable, exported: Path) -> None:
 def test_warnings_are_lines_too(pqkv: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 
-    monkeypatch.setattr("pqkv_cli.recipe.recipe_names", lambda: warnings.warn("look out", stacklevel=1) or ("demo",))
+    monkeypatch.setattr("pqkv_cli.recipe_files.recipe_names", lambda: warnings.warn("look out", stacklevel=1) or ("demo",))
     record = json.loads(pqkv("recipes", "--log-format", "json").err)
     assert (record["level"], record["event"], record["message"]) == ("warning", "warning", "look out")
     assert pqkv("recipes", "--quiet").err == "warning: look out\n"
@@ -196,9 +196,9 @@ def test_completion_offers_recipes_runs_and_tasks(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert completion.targets("qwen3") == ["qwen3-32b", "qwen3-8b"]
     assert completion.targets("run") == ["runs/mine"]
-    assert completion.tasks("ne") == ["needle"]
-    words = {"COMP_WORDS": "pqkv run dem", "COMP_CWORD": "2", "_PQKV_COMPLETE": "complete_bash"}
-    assert command([], **words).stdout.split() == ["demo"]
+    for line, place, offered in (("pqkv run dem", 2, ["demo"]), ("pqkv eval --task ne", 3, ["needle"])):
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(place), "_PQKV_COMPLETE": "complete_bash"}
+        assert command([], **words).stdout.split() == offered
 
 
 def test_the_seconds_are_documented() -> None:

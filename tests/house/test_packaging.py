@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import pqkv_cli
-from pqkv_cli.recipe import recipe_names
+from pqkv_cli.recipe_files import recipe_names
 
 
 @pytest.fixture(scope="session")

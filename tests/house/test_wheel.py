@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import pqkv_cli
-from pqkv_cli.recipe import recipe_names
+from pqkv_cli.recipe_files import recipe_names
 
 # What a checkout has that decides what is built.
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pqkv_cli", "kernels", "recipes", "tests")

@@ -8,7 +8,7 @@ from pqkv_cli.errors import RunError
 from pqkv_cli.pipeline.inspect import inspect_target
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.target import resolve_target
-from pqkv_cli.recipe import named_recipe
+from pqkv_cli.recipe_files import named_recipe
 
 
 @pytest.mark.parametrize(
