@@ -15,7 +15,7 @@ from pqkv_cli.fitting.trial import num_trial_vectors
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
-from pqkv_cli.pipeline.key_space import KeySpaceChoice, planned_spaces, rotary_layers, sample_store
+from pqkv_cli.pipeline.key_space import planned_spaces, rotary_layers, sample_store
 from pqkv_cli.pipeline.loading import open_model
 from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
 from pqkv_cli.pipeline.refine import OpenModel, RefineStage
@@ -90,10 +90,10 @@ def _planned(
 ) -> Callable[[], CompressionPlan]:
     """Return what makes the plan, after everything that can be wrong with the request has been found."""
     wanted, style, exact = recipe.codebooks, code_style(recipe), cache_spec(recipe)
-    key_spaces = _key_spaces(run, recipe, shape, settings, reporter, opened)
+    spaces: KeySpaces = dict.fromkeys(rotary_layers(shape), wanted.key_space)
     if wanted.allocation == "uniform":
-        uniform_plan(shape, wanted.bits, exact, style)
-        return lambda: uniform_plan(shape, wanted.bits, exact, style, key_spaces())
+        plan = uniform_plan(shape, wanted.bits, exact, style, spaces)
+        return lambda: plan
     allocation = Allocation(
         shape,
         wanted.bits,
@@ -105,23 +105,7 @@ def _planned(
     )
     model, _ = opened()
 
-    def plan() -> CompressionPlan:
-        spaces = key_spaces()
-        return allocation.plan(model, _store(run, shape, spaces, opened), spaces, exact, reporter)
-
-    return plan
-
-
-def _key_spaces(
-    run: Run, recipe: Recipe, shape: ModelGeometry, settings: FitSettings, reporter: Reporter, opened: OpenModel
-) -> Callable[[], KeySpaces]:
-    """Return what says where keys of rotary layers are coded."""
-    wanted = recipe.codebooks.key_space
-    if wanted != "measured":
-        return lambda: dict.fromkeys(rotary_layers(shape), wanted)
-    choice = KeySpaceChoice(run, shape, recipe.codebooks.bits, code_style(recipe), settings)
-    model, _ = opened()
-    return lambda: choice.spaces(model, reporter)
+    return lambda: allocation.plan(model, _store(run, shape, spaces, opened), spaces, exact, reporter)
 
 
 def _store(run: Run, shape: ModelGeometry, spaces: KeySpaces, opened: OpenModel) -> CalibrationStore:
