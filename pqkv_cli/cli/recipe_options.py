@@ -60,7 +60,7 @@ def recipe_options(verb: str, recipe: "type[Recipe] | None" = None) -> dict[str,
 
 
 def in_recipe(dotted: str, word: Any) -> object:
-    """Return what `word`, given for the setting `dotted`, is in a recipe; the only place where the two differ."""
+    """Return what `word`, given for the setting `dotted`, is in a recipe: itself, but for the settings named here."""
     if word is None:
         return None
     match dotted:
