@@ -1,4 +1,4 @@
-"""The model card of an artifact as Markdown text. Knows no files; tables of results are given as rows."""
+"""The files for people beside an artifact: its header as readable JSON and its model card. Readers never open them."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What an artifact says about how well its calibration text quantized, where that says something. Pure arithmetic."""
+"""What an artifact holds, and how well its calibration text quantized, in numbers. Pure arithmetic over its header."""
 
 from dataclasses import dataclass
 from statistics import fmean

@@ -1,7 +1,7 @@
-"""What can change inside an attention layer without changing the model. Knows linear algebra; no modules.
+"""Outliers put into a model without changing it: scales of keys and values that its projections take back.
 
-Keys of a rotary pair may be scaled and turned if its queries are scaled back and turned along: rotary embedding turns pairs
-too, and turns commute. Values of a head may pass through any invertible map that the output projection undoes.
+Keys of a rotary pair may be scaled and rotated if its queries are scaled back and rotated along: rotary embedding rotates pairs
+too, and rotations of one pair commute. Values of a head may pass through any invertible map that the output projection undoes.
 """
 
 import math

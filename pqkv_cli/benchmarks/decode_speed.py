@@ -1,4 +1,4 @@
-"""One decode step over a cache filled at random: filling, running, weighing, the clock. Compares nothing."""
+"""Decode steps over a cache filled at random: filling, running, capturing, weighing, the clock. Compares nothing."""
 
 import math
 import time

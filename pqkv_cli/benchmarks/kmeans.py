@@ -1,4 +1,4 @@
-"""k-means of faiss (Douze et al. 2024), to stand beside ours. Knows points; needs faiss-cpu: ``pip install 'pqkv[faiss]'``."""
+"""Times k-means of faiss (Douze et al. 2024) beside ours. Needs faiss-cpu: ``pip install 'pqkv[faiss]'``."""
 
 import time
 from collections.abc import Callable, Iterator

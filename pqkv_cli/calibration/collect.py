@@ -1,4 +1,4 @@
-"""What a calibration is made of. Knows no tensors and no files."""
+"""The calibration run: settings and forward passes in, a store out. Knows models and files; no k-means."""
 
 import hashlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Which tokens are kept and which queries measure attention: drawn up front, from seeds alone. Knows no model."""
+"""What one batch says about keys, values and queries, and which tokens are kept: drawn up front, from seeds alone."""
 
 from dataclasses import dataclass
 

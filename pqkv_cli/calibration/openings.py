@@ -1,4 +1,4 @@
-"""First words of programs in several languages, and of data in several forms. Data only; marks are those of `openings`."""
+"""How texts begin that a model writes for its own calibration, and in which order. Knows no models and no tokenizers."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""Calibration's two kinds of files, tensors and JSON, each whole or absent. Knows not what they mean."""
+"""A finished calibration on disk: its tensors and its JSON, each whole or absent."""
 
 import json
 from collections.abc import Mapping

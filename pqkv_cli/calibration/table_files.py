@@ -1,4 +1,4 @@
-"""Unpacks compressed files, and names those that are no text at all. Knows bytes; no rows, no texts."""
+"""Rows of table files (JSON lines, CSV, Parquet), compressed or not. Refuses files that hold no text."""
 
 import bz2
 import csv

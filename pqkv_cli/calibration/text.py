@@ -1,6 +1,6 @@
-"""Text of a data set of the hub, or of a local one that the package `datasets` reads. Knows no tokenizers.
+"""Calibration and evaluation text by name: files, the standard library, data sets of the hub. Knows no tokenizers.
 
-A source reads ``hf:ORG/NAME?name=CONFIG&split=SPLIT&column=COLUMN&rows=N&revision=COMMIT``; all behind the question mark may be
+A data set is ``hf:ORG/NAME?name=CONFIG&split=SPLIT&column=COLUMN&rows=N&revision=COMMIT``; all behind the question mark may be
 left out. Rows come in the data set's own order, and an empty line stands between two of them, as in the customary perplexity
 text of wikitext.
 """

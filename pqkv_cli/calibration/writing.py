@@ -1,4 +1,4 @@
-"""One text while a model writes it: what it is given to read, when it is to stop. Knows tokenizers; no models, no logits."""
+"""Texts that a model writes for its own calibration, in batches: what each begins with, when it ends."""
 
 import random
 from collections.abc import Callable

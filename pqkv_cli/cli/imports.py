@@ -1,4 +1,4 @@
-"""Takes what is written to stdout and stderr for a while: by Python's streams, or past them. Knows nothing of who writes."""
+"""Keeps what libraries write while they are imported off stdout and stderr, and says it where it is an error."""
 
 import os
 import sys

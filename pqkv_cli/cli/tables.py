@@ -1,4 +1,4 @@
-"""Shows what a finished stage says about itself."""
+"""Tables that commands print: what a finished stage says about itself, and results of an evaluation."""
 
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What answering cost, summed up over the batches of each side. Knows plain data of batches; times nothing itself."""
+"""Prompts in batches, answered over both caches, and what that cost. Knows no task."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""Names of the lines in a list to be remembered: an adjective and a noun. Knows no prompts."""
+"""The task `lines`: a list of named lines in held-out text, one of which is asked for (LongEval)."""
 
 import re
 from collections.abc import Callable

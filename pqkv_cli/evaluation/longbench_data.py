@@ -1,4 +1,4 @@
-"""How LongBench words its prompts: a file ``dataset2prompt.json`` beside the rows, else lm-evaluation-harness's files."""
+"""Rows and prompts of LongBench: from files on disk, and its wording from a file beside them or from lm-evaluation-harness."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The 21 tasks of LongBench v1 as data: how each is asked, how long answers may be, how they are scored.
+"""The 21 tasks of LongBench v1 as data, and their metrics: how each is asked and scored.
 
 After Bai et al. 2023 and the published code (THUDM/LongBench, MIT). The prompts themselves come with the data, or from
 lm-evaluation-harness where its wording differs only in the ways listed here.

@@ -1,4 +1,4 @@
-"""Where a result was measured: versions, device, revision. Knows no tasks."""
+"""Result records: what a task measured, of what, and where (versions, device, revision). Knows no tasks."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""Confidence intervals by resampling examples. Knows numbers only."""
+"""Mean scores of examples, and confidence intervals by resampling them. Knows numbers only."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

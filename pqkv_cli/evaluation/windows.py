@@ -1,4 +1,4 @@
-"""The compressed side of an evaluation: gives fresh caches in the mode asked for. Knows no tasks."""
+"""Windows of text through both models, their distributions compared, and the caches this takes. Knows no tasks."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

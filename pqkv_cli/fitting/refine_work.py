@@ -1,4 +1,4 @@
-"""A product codec that can be watched: what it was given, what it made of it, and what that matters. Knows no model.
+"""One round of refining: codecs whose inputs and codes are recorded, and the sums that move centroids. Knows no model.
 
 Codes are chosen as always; gradients take the decoded vector for the vector itself (straight-through, Bengio et al. 2013), so
 that what later layers make of an error reaches the layers before.

@@ -1,4 +1,4 @@
-"""What every config of transformers says in the same words: where its text decoder is, which classes models have."""
+"""What configs of transformers say: the text decoder, classes of models, and which kind of cache each layer has."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
-"""Scaled rotary embedding of a GGUF file. Knows how llama.cpp writes it; its own reader in transformers leaves it out.
+"""A GGUF file converted to safetensors once, kept in a cache, with its scaled rotary embedding put right.
 
-Left out, a model would be another one: right on the first tokens, and worse the longer the text.
+The reader in transformers leaves scaled rotary embedding out: the model would be another one, right on the first tokens and
+worse the longer the text.
 """
 
 import struct

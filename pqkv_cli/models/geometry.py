@@ -1,4 +1,4 @@
-"""From a config to how a layer's keys are rotated, and why they may have to be coded as they are. Knows configs only."""
+"""From a config to the shape of every layer's cache and how its keys are rotated. Knows configs only."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The hash of all weights of a model that its keys and values may depend on. Knows tensors and names; no attention.
+"""Which model this is: hashes of its config and of all weights that its keys and values may depend on.
 
 Every parameter and saved buffer counts, vectors and embeddings too; only the matrix that makes logits is left out: no key or
 value depends on it where it is not the embedding. Numbers are hashed as bfloat16 in pieces, several tensors at a time, so that

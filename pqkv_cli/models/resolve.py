@@ -1,6 +1,6 @@
-"""Do the files of a model hold what their names say? Reads beginnings and ends; no weights, no transformers.
+"""From what a user calls a model to its files, checked: beginnings and ends are read, no weights. No transformers.
 
-Told here in plain words: pointers of git-lfs in the place of files, empty and cut off files, and adapters.
+Refused in plain words: pointers of git-lfs in the place of files, empty and cut off files, and adapters.
 """
 
 import importlib.resources

@@ -1,4 +1,4 @@
-"""The text that a model wrote for its calibration, kept in its run: who wrote it, how far it is. Knows files, no windows."""
+"""The texts of a calibration: those of its recipe, and what the model wrote itself, kept in its run."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Which versions of libraries pqkv is tested with: those that its own tests install. Knows one folder, and no library."""
+"""What `pqkv doctor` checks: versions, compiler, devices, memory, and what a run or an artifact needs of them."""
 
 import codecs
 import importlib.metadata

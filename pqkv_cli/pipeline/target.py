@@ -1,4 +1,4 @@
-"""How something on the hub is named. Knows words only."""
+"""What a word of the command line means: a model, a run, an artifact, a recipe or a repository of the hub."""
 
 import re
 from dataclasses import dataclass

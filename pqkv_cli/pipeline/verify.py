@@ -1,4 +1,4 @@
-"""Measures again a part of what was recorded about an artifact's quality, on the same windows. Knows no terminal."""
+"""Is an artifact whole, does it belong to a model, and is it as good as its records say? Knows no terminal."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""k-means++ seeding of many subspaces at once (Arthur and Vassilvitskii, 2007). Knows points and weights only.
+"""k-means of many subspaces at once, seeded by k-means++ (Arthur and Vassilvitskii, 2007). Knows points and weights only.
 
 Once there are many seeds, several are drawn at a time, as in k-means|| (Bahmani et al., 2012): none of them changes much for
 the others, and distances to all come from one matrix product.
