@@ -8,7 +8,6 @@ all. Only centroids move: maps, layouts and how codes are chosen stay.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -17,15 +16,13 @@ import torch
 
 from pqkv_cli.errors import UsageError
 from pqkv_cli.fitting.fit import FittedLayer
-from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork, Simulation, WatchedCodec, Weighting
+from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork, WatchedCodec, Weighting
 from pqkv_cli.models.frozen import frozen
+from pqkv_cli.runtime.attach import simulate
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.format.tables import CodecTables
 
 LayerCodecs = dict[Side, WatchedCodec]
-
-# `pqkv_cli.runtime.attach.simulate`, which this room may not import.
-Simulate = Callable[[Any, Any], AbstractContextManager[Simulation]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,6 @@ class Refinement:
 
 def refine(
     model: Any,
-    simulate: Simulate,
     layers: Sequence[FittedLayer],
     windows: torch.Tensor,
     held_out: torch.Tensor,
@@ -69,8 +65,6 @@ def refine(
     ----------
     model
         A transformers causal language model; it needs the memory of a backward pass over one window.
-    simulate
-        Prepares it for caches that quantize everything.
     layers
         What `fit_codebooks` gave, in order.
     windows

@@ -45,7 +45,7 @@ def calibrate(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
     outcome = do_stage(run, recipe, StageWork("calibrate", inputs, run.calibration, prepare), reporter)
     if outcome.was_done:
         tell_written(recipe, run)
-        current_ranks().told(True)  # what `collect` says where it finds everything finished
+        current_ranks().broadcast(True)  # what `collect` says where it finds everything finished
     return outcome
 
 

@@ -4,10 +4,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pqkv_cli.artifact.schema import ARTIFACT_FILE
 from pqkv_cli.errors import ModelError, RunError, UsageError, did_you_mean
 from pqkv_cli.models.gguf import only_gguf
 from pqkv_cli.models.resolve import check_no_adapter
-from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, MODEL_FILE, RECIPE_FILE, PathKind, Run, kind_of, runs_under
+from pqkv_cli.pipeline.rundir import MODEL_FILE, RECIPE_FILE, PathKind, Run, kind_of, runs_under
 from pqkv_cli.recipe import Recipe, load_recipe, named_recipe, recipe_names
 
 _PART = r"[A-Za-z0-9][\w.-]*"
