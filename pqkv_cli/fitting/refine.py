@@ -18,6 +18,7 @@ from pqkv_cli.errors import UsageError
 from pqkv_cli.fitting.fit import FittedLayer
 from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork, WatchedCodec, Weighting
 from pqkv_cli.models.frozen import frozen
+from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.runtime.attach import simulate
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.format.tables import CodecTables
@@ -90,7 +91,8 @@ def refine(
     # The last windows are those that the fit has not seen, if there are any.
     training, selection = windows[:-num_selected], windows[-num_selected:]
     codecs = [_codecs(layer) for layer in layers]
-    with frozen(model), simulate(model, codecs) as simulation:
+    simulated: list[dict[Side, VectorCodec] | None] = [None if layer is None else {**layer} for layer in codecs]
+    with frozen(model), simulate(model, simulated) as simulation:
         passes = 2 * len(held_out) + (settings.rounds + len(settings.weightings)) * len(selection)
         counter = PassCounter(passes + settings.rounds * len(training), on_progress)
         flat = [layer[side] for layer in codecs if layer is not None for side in SIDES]
