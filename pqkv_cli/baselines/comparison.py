@@ -20,11 +20,18 @@ from pqkv_cli.baselines.registry import is_at_rest
 from pqkv_cli.baselines.stored import StoredBits
 from pqkv_cli.calibration.store import SampleStore
 from pqkv_cli.errors import DataError, PqkvError
-from pqkv_cli.evaluation.bits import codec_bits
 from pqkv_cli.evaluation.perplexity import perplexity_metric
-from pqkv_cli.evaluation.record import SCHEMA, circumstances, model_facts
+from pqkv_cli.evaluation.record import SCHEMA, circumstances, codec_bits, model_facts
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
-from pqkv_cli.evaluation.windows import Divergence, check_context, diverge, divergence_metrics, positions_of, scored, windows_of
+from pqkv_cli.evaluation.text_windows import (
+    Divergence,
+    check_context,
+    diverge,
+    divergence_metrics,
+    positions_of,
+    scored,
+    windows_of,
+)
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.runtime.attach import artifact_codecs, simulate

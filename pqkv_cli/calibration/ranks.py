@@ -8,8 +8,10 @@ many, which shares of windows do not; its ``reduce`` adds in whatever order the 
 their own, which takes a process with a GPU to want its tensors there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -109,3 +111,20 @@ def current_ranks() -> Ranks:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     # Not every transport knows every dtype.
     return tensor.view(-1).view(torch.uint8)
+
+
+# The others may wait for the first process as long as one stage lasts.
+_PATIENCE = timedelta(days=7)
+
+
+@contextmanager
+def process_group(local_rank: int) -> Iterator[int]:
+    """Join the group that the environment announces, on the GPU `local_rank` where there are GPUs; yield the process's rank."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    # Sums and samples lie on the CPU when they are exchanged, so gloo serves every device.
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.evaluation.windows import diverge
+from pqkv_cli.evaluation.text_windows import diverge
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec, VectorCodec
 from pqkv_cli.runtime.attach import simulate

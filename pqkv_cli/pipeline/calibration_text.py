@@ -15,7 +15,7 @@ from pqkv_cli.errors import DataError, RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.models.prefix import plain_ids
 from pqkv_cli.models.resolve import resolve_model
-from pqkv_cli.pipeline.content import model_fingerprint
+from pqkv_cli.pipeline.fingerprints import model_fingerprint
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.reporter import Reporter

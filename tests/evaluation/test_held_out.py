@@ -2,7 +2,7 @@ import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
 from pqkv_cli.evaluation.held_out import held_out_losses
-from pqkv_cli.evaluation.windows import diverge
+from pqkv_cli.evaluation.text_windows import diverge
 from pqkv_cli.quantizers.codec import ExactCodec
 from pqkv_cli.runtime import load
 from pqkv_cli.runtime.attach import artifact_codecs, simulate
