@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer, and giving memory back. Knows transformers and the hub's cache; knows nothing of quantization.
+"""Loading a model and its tokenizer, and giving memory back. Knows transformers and the hub's cache; nothing of quantization.
 
 Remote code is never run. A hub id is looked up in the local cache first, so a run without network is as fast as can be.
 """
