@@ -130,7 +130,11 @@ def _locked_temporary(path: Path) -> tuple[int, Path]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file until it is closed; False if another process holds it. The kernel frees what the dead have locked."""
+    """Lock an open file until it is closed; False if another process holds it. The kernel frees what the dead have locked.
+
+    By hand, because ``filelock`` opens a lock file of its own. Here the file being written is itself the lock, and so is the
+    directory being filled: nothing beside them is left over, and whatever nobody has locked belongs to the dead.
+    """
     if sys.platform != "win32":
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,19 +179,24 @@ def free_bytes(path: Path) -> int:
 
 @contextmanager
 def turn(path: Path) -> Iterator[None]:
-    """Wait until no other process is in a block of the same `path`, a file that is made and stays empty.
+    """Wait until no other process is in a block of the same `path`, an empty file that is made for this.
 
     Raises
     ------
     OSError
         If the file cannot be made.
     """
+    from filelock import FileLock  # here, because it takes a third of the time that the command's help may take
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        if sys.platform != "win32":
-            with suppress(OSError):  # a file system without locks: everybody is on their own
-                fcntl.flock(file, fcntl.LOCK_EX)
+    path.touch()
+    lock = FileLock(path, fallback_to_soft=False)
+    with suppress(OSError):  # a file system without locks: everybody is on their own
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _remove_left_behind(path: Path) -> None:

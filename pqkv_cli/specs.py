@@ -16,6 +16,18 @@ SIDES: tuple[Side, Side] = ("keys", "values")
 
 
 @dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Hashes that together name a model; a fine-tune shares only the first.
+
+    `former_weights_sha256` is what earlier artifacts carry: of the attention of three layers only.
+    """
+
+    config_sha256: str
+    weights_sha256: str
+    former_weights_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LayerGeometry:
     """The attention of one layer. `dense_reason` says why its cache is left as it is; empty means it can be quantized."""
 

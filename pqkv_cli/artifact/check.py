@@ -1,11 +1,10 @@
 """Does an artifact belong to a model? Compares hashes and geometry; knows no model class."""
 
 from dataclasses import replace
-from typing import Protocol
 
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.errors import ArtifactError
-from pqkv_cli.specs import LayerGeometry, ModelGeometry
+from pqkv_cli.specs import LayerGeometry, ModelGeometry, ModelIdentity
 
 EARLIER = (
     "the artifact is of an earlier version, which noted the attention weights of three layers only; that other weights are the "
@@ -13,23 +12,13 @@ EARLIER = (
 )
 
 
-class Identity(Protocol):
-    """What tells one model from another: hashes of its configuration and of its weights.
-
-    One may also have `former_weights_sha256`, of the attention of three layers, which artifacts of earlier versions carry.
-    """
-
-    @property
-    def config_sha256(self) -> str:
-        """Hash of the configuration."""
-
-    @property
-    def weights_sha256(self) -> str:
-        """Hash over weights."""
-
-
 def check_model(
-    artifact: Artifact, identity: Identity, geometry: ModelGeometry, *, label: str = "the loaded model", force: bool = False
+    artifact: Artifact,
+    identity: ModelIdentity,
+    geometry: ModelGeometry,
+    *,
+    label: str = "the loaded model",
+    force: bool = False,
 ) -> tuple[str, ...]:
     """Refuse an artifact that was made for another model than `identity`.
 
@@ -64,11 +53,11 @@ def check_model(
     return (*differences, EARLIER) if _is_earlier(artifact, identity) else differences
 
 
-def _is_earlier(artifact: Artifact, identity: Identity) -> bool:
-    return artifact.header.model.weights_sha256 == getattr(identity, "former_weights_sha256", None)
+def _is_earlier(artifact: Artifact, identity: ModelIdentity) -> bool:
+    return artifact.header.model.weights_sha256 == identity.former_weights_sha256
 
 
-def _hash_differences(artifact: Artifact, identity: Identity, label: str) -> tuple[str, ...]:
+def _hash_differences(artifact: Artifact, identity: ModelIdentity, label: str) -> tuple[str, ...]:
     model = artifact.header.model
     weights = model.weights_sha256 if _is_earlier(artifact, identity) else identity.weights_sha256
     pairs = (

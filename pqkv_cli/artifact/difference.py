@@ -1,14 +1,15 @@
-"""What differs between two artifacts: fields of the header, codecs, layers, numbers. Knows no files and no terminal."""
+"""What differs between two artifacts: fields of the header, codecs, layers, numbers."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pqkv_cli.artifact.schema import header_document, map_word
-from pqkv_cli.artifact.store import Artifact
-from pqkv_cli.artifact.summary import LayerRow, summarize
+from pqkv_cli.artifact.store import Artifact, open_artifact
+from pqkv_cli.artifact.summary import LayerRow, Summary, summarize
 from pqkv_cli.artifact.tensors import flatten_tables
 from pqkv_cli.specs import CodecSpec
 
@@ -143,3 +144,55 @@ def _layer_pairs(a: Artifact, b: Artifact) -> tuple[LayerPair, ...]:
 def _layer_numbers(row: LayerRow) -> tuple[float | None, float | None, float | None]:
     keys, values = (None if side is None else side.mean_error for side in (row.keys, row.values))
     return row.bits_per_channel, keys, values
+
+
+SCHEMA = "pqkv.diff/1"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedArtifact:
+    """One of the two: its file and its numbers."""
+
+    path: Path
+    file_bytes: int
+    summary: Summary
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactDiff:
+    """Both artifacts and what differs between them."""
+
+    a: OpenedArtifact
+    b: OpenedArtifact
+    difference: Difference
+
+    def document(self) -> dict[str, Any]:
+        """Return the comparison as JSON; its keys stay."""
+        sides = {name: _side_document(side) for name, side in (("a", self.a), ("b", self.b))}
+        return {"schema": SCHEMA, **sides, **asdict(self.difference)}
+
+
+def diff(a: Path, b: Path) -> ArtifactDiff:
+    """Compare the artifacts at `a` and `b`.
+
+    Raises
+    ------
+    ArtifactError
+        If one of them is missing or damaged.
+    """
+    first, second = open_artifact(a), open_artifact(b)
+    return ArtifactDiff(_opened(first), _opened(second), compare(first, second))
+
+
+def _opened(artifact: Artifact) -> OpenedArtifact:
+    return OpenedArtifact(artifact.path, artifact.file_bytes, summarize(artifact))
+
+
+def _side_document(side: OpenedArtifact) -> dict[str, Any]:
+    return {
+        "path": str(side.path),
+        "sha256": side.summary.sha256,
+        "model": side.summary.label,
+        "bits_per_channel": side.summary.total_bits,
+        "file_bytes": side.file_bytes,
+    }

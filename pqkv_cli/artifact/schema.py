@@ -13,6 +13,8 @@ from pqkv_kernels.format.layout import CodeGroup
 
 FORMAT = "pqkv"
 VERSION = 1
+# What an artifact is called in its directory.
+ARTIFACT_FILE = "pqkv.safetensors"
 MAX_CODECS = 6
 MAX_GROUPS = 3
 MAX_STAGES = 4

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from pqkv_cli.artifact.header import listed, parse_document, parse_header
-from pqkv_cli.artifact.schema import Header, canonical_json, header_document
+from pqkv_cli.artifact.schema import ARTIFACT_FILE, Header, canonical_json, header_document
 from pqkv_cli.artifact.tensors import (
     DTYPES,
     LayerTables,
@@ -152,9 +152,6 @@ def _check_spans(spans: Mapping[str, tuple[int, int]], data_bytes: int) -> None:
         due = end
     if due != data_bytes:
         raise ArtifactError(f"the file holds {data_bytes} tensor bytes and its head promises {due}; {_CUT_OFF}")
-
-
-ARTIFACT_FILE = "pqkv.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,16 +14,24 @@ import numpy as np
 import torch
 
 from pqkv_cli.artifact.store import Artifact
-from pqkv_cli.baselines.fit import SampleSource, fit_rival
+from pqkv_cli.baselines.fit import fit_rival
 from pqkv_cli.baselines.protocol import Rival, RivalCodec
 from pqkv_cli.baselines.registry import is_at_rest
 from pqkv_cli.baselines.stored import StoredBits
+from pqkv_cli.calibration.store import SampleStore
 from pqkv_cli.errors import DataError, PqkvError
-from pqkv_cli.evaluation.bits import codec_bits
 from pqkv_cli.evaluation.perplexity import perplexity_metric
-from pqkv_cli.evaluation.record import SCHEMA, circumstances, model_facts
+from pqkv_cli.evaluation.record import SCHEMA, circumstances, codec_bits, model_facts
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
-from pqkv_cli.evaluation.windows import Divergence, check_context, diverge, divergence_metrics, positions_of, scored, windows_of
+from pqkv_cli.evaluation.text_windows import (
+    Divergence,
+    check_context,
+    diverge,
+    divergence_metrics,
+    positions_of,
+    scored,
+    windows_of,
+)
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.runtime.attach import artifact_codecs, simulate
@@ -97,7 +105,7 @@ def own_contestant(artifact: Artifact, name: str = OWN) -> Contestant:
     return Contestant(name, bits.codes, artifact_codecs(artifact), bits.document, artifact.table_bytes, artifact.sha256)
 
 
-def rival_contestant(rival: Rival, source: SampleSource, model: Any, seed: int) -> Contestant:
+def rival_contestant(rival: Rival, source: SampleStore, model: Any, seed: int) -> Contestant:
     """Return the row of `rival`, fitted on `source`; where it cannot be fitted, the row says why and has no codecs."""
     started = time.perf_counter()
     try:

@@ -1,13 +1,13 @@
 """Rivals calibrated on the same samples as we are. Knows the calibration store and the model's angles; no metric."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from pqkv_cli.baselines.protocol import Rival, RivalCodec, Samples
 from pqkv_cli.calibration.rotated import rotated
-from pqkv_cli.calibration.store import LayerSamples
+from pqkv_cli.calibration.store import LayerSamples, SampleStore
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.rotary import rotary_angles
 from pqkv_cli.specs import SIDES, LayerGeometry, Side
@@ -16,15 +16,7 @@ from pqkv_kernels.format.layout import RotaryLayout
 LayerCodecs = dict[Side, RivalCodec]
 
 
-class SampleSource(Protocol):
-    """Whoever has the samples of every quantizable layer: a finished calibration, or something derived from one."""
-
-    def layer(self, index: int) -> LayerSamples:
-        """Return the samples of one layer."""
-        ...
-
-
-def fit_rival(rival: Rival, source: SampleSource, model: Any, seed: int) -> list[LayerCodecs | None]:
+def fit_rival(rival: Rival, source: SampleStore, model: Any, seed: int) -> list[LayerCodecs | None]:
     """Return the fitted codecs of `rival` for every layer of `model`, None where the layer stays dense.
 
     Raises

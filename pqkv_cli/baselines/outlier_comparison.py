@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from pqkv_cli.baselines.comparison import MODE, TASK, Codecs, Contestant, compare, own_contestant, peer_records
-from pqkv_cli.baselines.fit import SampleSource
 from pqkv_cli.baselines.outliers import OUTLIER_SHARE, LayerGauge, check_scale, injected, outlier_gauges
 from pqkv_cli.baselines.protocol import Rival
 from pqkv_cli.baselines.registry import METHODS, parse_rivals
 from pqkv_cli.baselines.run import fitted_rivals, open_comparison
-from pqkv_cli.calibration.store import LayerSamples
+from pqkv_cli.calibration.store import LayerSamples, SampleStore
 from pqkv_cli.calibration.text import token_windows
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
@@ -69,7 +68,7 @@ class GaugedCodec:
 class GaugedSource:
     """The calibration that the model with outliers would have."""
 
-    def __init__(self, source: SampleSource, gauges: Mapping[int, LayerGauge], layers: Sequence[LayerGeometry]) -> None:
+    def __init__(self, source: SampleStore, gauges: Mapping[int, LayerGauge], layers: Sequence[LayerGeometry]) -> None:
         self._source, self._gauges, self._layers = source, gauges, layers
 
     def layer(self, index: int) -> LayerSamples:

@@ -11,10 +11,9 @@ from typing import Any
 from pqkv_cli.artifact.check import check_model
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.baselines.comparison import MODE, OWN, TASK, Contestant, compare, own_contestant, peer_records, rival_contestant
-from pqkv_cli.baselines.fit import SampleSource
 from pqkv_cli.baselines.protocol import Rival
 from pqkv_cli.baselines.registry import parse_rivals
-from pqkv_cli.calibration.store import CalibrationStore
+from pqkv_cli.calibration.store import CalibrationStore, SampleStore
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
 from pqkv_cli.evaluation.pareto import MISSING, can_draw, draw_pareto, pareto_document
@@ -69,7 +68,7 @@ def compare_peers(
 
 
 def fitted_rivals(
-    rivals: Sequence[Rival], samples: SampleSource, subject: Subject, seed: int, reporter: Reporter
+    rivals: Sequence[Rival], samples: SampleStore, subject: Subject, seed: int, reporter: Reporter
 ) -> list[Contestant]:
     """Return `rivals` fitted on `samples`; those that cannot be fitted say why."""
     contestants = []

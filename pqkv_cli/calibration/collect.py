@@ -135,7 +135,7 @@ def collect(model: Any, windows: torch.Tensor, directory: Path, settings: Collec
     ranks = current_ranks()
     parts = Parts(directory, ranks)
     share = ranks.share(settings.num_windows, settings.batch_size)
-    if ranks.told(ranks.is_first and _is_finished(directory, identity)):
+    if ranks.broadcast(ranks.is_first and _is_finished(directory, identity)):
         parts.remove()  # A kill may have come between the manifest and the clean-up.
         on_progress(len(share), len(share))
         return
@@ -244,11 +244,11 @@ class _Run:
 
     def merge(self, moments: Moments) -> None:
         """Bring the shares together; the first process writes the store's tensors from them."""
-        settings, moments = self.settings, self.ranks.total(moments)
+        settings, moments = self.settings, self.ranks.reduce_sum(moments)
         attention = attention_modules(self.model)
         num_tokens = settings.num_windows * settings.seq_len
         for i in (index for index, layer in enumerate(self.shape.layers) if not layer.dense_reason):
-            tensors = self.ranks.joined(self.parts.samples(i), self._sample_counts())
+            tensors = self.ranks.gather(self.parts.samples(i), self._sample_counts())
             if not self.ranks.is_first:
                 continue
             for field in (field for field in MOMENT_FIELDS if f"{i}.{field}" in moments):

@@ -1,11 +1,17 @@
-"""Several processes that share one calibration, started by a launcher: which windows are whose, and how sums and samples meet.
+"""Several processes that share one calibration: which windows are whose, and how their sums and samples come together.
 
-The first process (rank 0) owns the result. Everything goes through ``torch.distributed`` on the CPU, in the order of the ranks,
-so that the same number of processes gives the same bits. Knows tensors; nothing of models or files.
+A launcher starts them. The first process (rank 0) owns the result. Everything goes through ``torch.distributed`` on the CPU,
+in the order of the ranks, so that the same number of processes gives the same bits.
+
+Not through ``accelerate.utils``: its ``gather`` gives every process the samples of all, and takes them only if all have equally
+many, which shares of windows do not; its ``reduce`` adds in whatever order the transport likes; and both go by a state of
+their own, which takes a process with a GPU to want its tensors there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -45,7 +51,7 @@ class Ranks:
         first, last = (num_batches * rank // self.size * batch_size for rank in (self.rank, self.rank + 1))
         return range(first, min(last, num_windows))
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return what the first process gives as `value`, on all processes."""
         if self.size == 1:
             return value
@@ -53,35 +59,35 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def total(self, tensors: Tensors) -> Tensors:
+    def reduce_sum(self, tensors: Tensors) -> Tensors:
         """Return on the first process the sums of all processes' `tensors`, in the order of the ranks."""
-        return self._met(tensors, lambda own, rank: own.shape, lambda parts: torch.stack(parts).sum(0))
+        return self._collected(tensors, lambda own, rank: own.shape, lambda parts: torch.stack(parts).sum(0))
 
-    def joined(self, tensors: Tensors, counts: Mapping[int, int]) -> Tensors:
+    def gather(self, tensors: Tensors, counts: Mapping[int, int]) -> Tensors:
         """Return on the first process all processes' `tensors` one behind the other along dimension 1.
 
         Process `rank` has ``counts[rank]`` entries there.
         """
-        return self._met(
+        return self._collected(
             tensors,
             lambda own, rank: torch.Size((own.shape[0], counts[rank], *own.shape[2:])),
             lambda parts: torch.cat(parts, dim=1),
         )
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when every process has come here."""
         if self.size > 1:
             dist.barrier()
 
-    def _met(
+    def _collected(
         self,
         tensors: Tensors,
         shape: Callable[[torch.Tensor, int], torch.Size],
-        unite: Callable[[list[torch.Tensor]], torch.Tensor],
+        combine: Callable[[list[torch.Tensor]], torch.Tensor],
     ) -> Tensors:
         if self.size == 1:
             return tensors
-        met: Tensors = {}
+        collected: Tensors = {}
         for name in sorted(tensors):
             own = tensors[name].cpu().contiguous()
             if not self.is_first:
@@ -91,8 +97,8 @@ class Ranks:
             for rank in range(1, self.size):
                 parts.append(own.new_empty(shape(own, rank)))
                 dist.recv(_bytes(parts[-1]), src=rank)
-            met[name] = unite(parts)
-        return met if self.is_first else tensors
+            collected[name] = combine(parts)
+        return collected if self.is_first else tensors
 
 
 def current_ranks() -> Ranks:
@@ -105,3 +111,20 @@ def current_ranks() -> Ranks:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     # Not every transport knows every dtype.
     return tensor.view(-1).view(torch.uint8)
+
+
+# The others may wait for the first process as long as one stage lasts.
+_PATIENCE = timedelta(days=7)
+
+
+@contextmanager
+def process_group(local_rank: int) -> Iterator[int]:
+    """Join the group that the environment announces, on the GPU `local_rank` where there are GPUs; yield the process's rank."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    # Sums and samples lie on the CPU when they are exchanged, so gloo serves every device.
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()

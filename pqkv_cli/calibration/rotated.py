@@ -1,17 +1,15 @@
 """Calibration samples with the keys of some layers as a cache is given them. Knows the store and angles; no model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pqkv_cli.calibration.store import CalibrationStore, LayerSamples
+from pqkv_cli.models.rotary import AngleSource
 from pqkv_kernels.format.layout import RotaryLayout
 from pqkv_kernels.format.rotary import rotate
-
-# From positions [B, T] to (cos, sin), each [B, T, rotary_dim / 2] fp32 (`pqkv_cli.models.rotary.rotary_angles`).
-AngleSource = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def rotated(keys: torch.Tensor, positions: torch.Tensor, angles: AngleSource, rotary: RotaryLayout) -> torch.Tensor:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -102,6 +102,14 @@ class LayerSamples:
     key_weight: torch.Tensor | None = None
     value_weight: torch.Tensor | None = None
     key_space: KeySpace = "pre_rope"
+
+
+class SampleStore(Protocol):
+    """Whoever has the samples of every quantizable layer: a finished calibration, or something derived from one."""
+
+    def layer(self, index: int) -> LayerSamples:
+        """Return the samples of one layer."""
+        ...
 
 
 class CalibrationStore:

@@ -10,8 +10,7 @@ from pqkv_cli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from pqkv_cli.artifact.difference import LayerPair
-    from pqkv_cli.pipeline.diff import ArtifactDiff
+    from pqkv_cli.artifact.difference import ArtifactDiff, LayerPair
 
 _MOST_ROWS = 20
 
@@ -35,11 +34,11 @@ def diff(
     if len(named) != 2:
         raise UsageError(f"found {len(named)} names, expected two runs or artifacts: pqkv diff A B")
 
-    from pqkv_cli.pipeline.diff import diff as compare_artifacts
-    from pqkv_cli.pipeline.place import artifact_place
+    from pqkv_cli.artifact.difference import diff as compare_artifacts
+    from pqkv_cli.pipeline.start import target_artifact
     from pqkv_cli.pipeline.target import resolve_target
 
-    a, b = (artifact_place(resolve_target(name)) for name in named)
+    a, b = (target_artifact(resolve_target(name)) for name in named)
     found = compare_artifacts(a, b)
     output.result(found.document(), *_shown(found))
 

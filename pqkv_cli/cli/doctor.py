@@ -30,9 +30,9 @@ def doctor(
     if target is not None or run is not None:
         # Only then: what a target is found with may itself be what is broken here.
         from pqkv_cli.cli.words import target_of
-        from pqkv_cli.pipeline.place import artifact_place
+        from pqkv_cli.pipeline.start import target_artifact
 
-        place = artifact_place(target_of(target, run, TerminalReporter()))
+        place = target_artifact(target_of(target, run, TerminalReporter()))
     made = diagnose(os.environ, place)
     rows = [(finding.name, finding.state, finding.found) for finding in made.findings]
     output.result(made.document(), table("this machine", ("what", "state", "what was found"), rows))

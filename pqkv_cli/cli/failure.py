@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 
 from pqkv_cli.cli.imports import ImportNote, failed_import
-from pqkv_cli.cli.voice import Voice, own_words
+from pqkv_cli.cli.log_setup import Voice, own_words
 from pqkv_cli.errors import PqkvError, UsageError, is_out_of_memory
 
 _LESS = "a smaller --batch-size, --seq-len or --context, or another --device"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from pqkv_cli.cli.voice import current_voice
+from pqkv_cli.cli.log_setup import current_voice
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec

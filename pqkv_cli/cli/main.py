@@ -25,6 +25,7 @@ from pqkv_cli.cli.fit_codebooks import fit_codebooks
 from pqkv_cli.cli.generate import generate
 from pqkv_cli.cli.imports import failed_import, quiet_imports
 from pqkv_cli.cli.inspect import inspect
+from pqkv_cli.cli.log_setup import current_voice, own_words, speaking, wanted_voice
 from pqkv_cli.cli.option_set import with_all_options
 from pqkv_cli.cli.processes import joined_processes
 from pqkv_cli.cli.recipes import recipes
@@ -32,7 +33,6 @@ from pqkv_cli.cli.report import report
 from pqkv_cli.cli.run import run
 from pqkv_cli.cli.streams import lasting_streams
 from pqkv_cli.cli.verify import verify
-from pqkv_cli.cli.voice import current_voice, own_words, speaking, wanted_voice
 from pqkv_cli.errors import UsageError, did_you_mean
 
 VERBS: dict[str, Callable[..., None]] = {

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
 
+from pqkv_cli.cli.log_setup import LOG_FORMATS
 from pqkv_cli.cli.options import LogFormatOption, QuietOption
 from pqkv_cli.cli.recipe_options import with_recipe_options
-from pqkv_cli.cli.voice import LOG_FORMATS
 from pqkv_cli.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def with_all_options(name: str, verb: Callable[..., None]) -> Callable[..., None
 def with_common_options(verb: Callable[..., None]) -> Callable[..., None]:
     """Return `verb` with the options that every verb has and none needs to know: how stderr is written.
 
-    They are obeyed from the first word on (`voice.wanted_voice`), before typer has read a line that may be wrong; here they
+    They are obeyed from the first word on (`log_setup.wanted_voice`), before typer has read a line that may be wrong; here they
     are declared and checked.
     """
 

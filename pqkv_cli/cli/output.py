@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from pqkv_cli.cli.log_setup import Heartbeat, current_voice
 from pqkv_cli.cli.streams import json_text, write_result
-from pqkv_cli.cli.voice import Heartbeat, current_voice
 from pqkv_cli.errors import UsageError
 from pqkv_cli.files import write_text
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 
-from pqkv_cli.cli.voice import Voice, speaking
+from pqkv_cli.cli.log_setup import Voice, speaking
 from pqkv_cli.errors import UsageError
 
 SHARED_VERBS = ("calibrate", "fit-codebooks")
@@ -32,7 +32,7 @@ def joined_processes(words: Sequence[str], environment: Mapping[str, str] = os.e
             f"{verb} was started in {size} processes; expected one: call it without a launcher ({' and '.join(SHARED_VERBS)} "
             "are what several processes can share)"
         )
-    from pqkv_cli.pipeline.process_group import process_group
+    from pqkv_cli.calibration.ranks import process_group
 
     with process_group(int(environment.get("LOCAL_RANK", "0"))) as rank:
         if rank == 0:

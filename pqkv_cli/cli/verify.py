@@ -48,13 +48,12 @@ def verify(
         raise UsageError("--quality-windows measures with a model; name it with --against")
     found = target_of(target, run, reporter)
 
-    from pqkv_cli.pipeline.place import artifact_place
-    from pqkv_cli.pipeline.start import artifact_source, file_reference
+    from pqkv_cli.pipeline.start import artifact_source, file_reference, target_artifact
     from pqkv_cli.pipeline.verify import QualityRequest
     from pqkv_cli.pipeline.verify import verify as verify_artifact
 
     if quality_windows is None:
-        made = verify_artifact(artifact_place(found), against, note=reporter.note)
+        made = verify_artifact(target_artifact(found), against, note=reporter.note)
     else:
         source = artifact_source(found, against, {"evaluation.data": file_reference(data)})
         made = verify_artifact(source.artifact, against, QualityRequest(source, quality_windows), reporter.note)

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from pqkv_cli.errors import DataError, UsageError, did_you_mean
-from pqkv_cli.evaluation.asking import answering_cost
-from pqkv_cli.evaluation.bits import fullest_bits
 from pqkv_cli.evaluation.longbench_metrics import INSTALL
-from pqkv_cli.evaluation.record import TaskOutcome
+from pqkv_cli.evaluation.qa_runner import answering_cost
+from pqkv_cli.evaluation.record import TaskOutcome, fullest_bits
 from pqkv_cli.evaluation.scores import Floats, interval95
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 

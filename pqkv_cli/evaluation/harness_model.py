@@ -16,12 +16,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from pqkv_cli.cache.cache import QuantizedCache
-from pqkv_cli.evaluation.bits import cache_bits
 from pqkv_cli.evaluation.costs import GenerationWatch, peak_memory, watching
 from pqkv_cli.evaluation.prompts import num_positions
-from pqkv_cli.evaluation.samples import Sample
+from pqkv_cli.evaluation.record import cache_bits
+from pqkv_cli.evaluation.sample_log import Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
-from pqkv_cli.evaluation.windows import CacheFactory, contender
+from pqkv_cli.evaluation.text_windows import CacheFactory, contender
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.prefix import end_ids
 from pqkv_cli.runtime.generate import own_settings

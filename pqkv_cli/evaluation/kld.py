@@ -12,12 +12,11 @@ import torch
 
 from pqkv_cli.calibration.text import token_windows
 from pqkv_cli.errors import DataError
-from pqkv_cli.evaluation.bits import fullest_bits
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.prompts import num_positions, shorter
-from pqkv_cli.evaluation.record import TaskOutcome
+from pqkv_cli.evaluation.record import TaskOutcome, fullest_bits
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
-from pqkv_cli.evaluation.windows import (
+from pqkv_cli.evaluation.text_windows import (
     CacheFactory,
     Compared,
     by_context,

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.evaluation.asking import ask
+from pqkv_cli.evaluation.generation import Question
 from pqkv_cli.evaluation.prompts import num_positions, prompt_ids, prompt_lengths, require_room
+from pqkv_cli.evaluation.qa_runner import ask
 from pqkv_cli.evaluation.record import TaskOutcome
-from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.rows import Row, checked_text, read_rows, shown
 from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.evaluation.asking import Answers, ask
+from pqkv_cli.evaluation.generation import Question
 from pqkv_cli.evaluation.longbench_data import LongBenchRow, is_longbench_e, load_longbench, tasks_in
 from pqkv_cli.evaluation.longbench_metrics import ENDS_WITH_LINE, TASKS, require_packages, score
 from pqkv_cli.evaluation.prompts import num_positions, prompt_ids
+from pqkv_cli.evaluation.qa_runner import Answers, ask
 from pqkv_cli.evaluation.record import TaskOutcome
-from pqkv_cli.evaluation.replies import Question
-from pqkv_cli.evaluation.samples import Sample
+from pqkv_cli.evaluation.sample_log import Sample
 from pqkv_cli.evaluation.scores import Floats, compared, compared_samples, grouped, interval95, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.models.chat import chat_text, has_chat_template, template_notes

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pqkv_cli.evaluation.asking import ask
+from pqkv_cli.evaluation.generation import Question
 from pqkv_cli.evaluation.passkey import filler_slice, grid_outcome
 from pqkv_cli.evaluation.prompts import prompt_lengths, require_room
+from pqkv_cli.evaluation.qa_runner import ask
 from pqkv_cli.evaluation.record import TaskOutcome
-from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.models.prefix import plain_ids, prefix_ids
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.evaluation.asking import Answers, ask
+from pqkv_cli.evaluation.generation import Question
 from pqkv_cli.evaluation.prompts import prompt_lengths, require_room
+from pqkv_cli.evaluation.qa_runner import Answers, ask
 from pqkv_cli.evaluation.record import TaskOutcome
-from pqkv_cli.evaluation.replies import Question
 from pqkv_cli.evaluation.scores import compared, compared_samples, grid, grouped, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.models.prefix import plain_ids, prefix_ids

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pqkv_cli.evaluation.bits import fullest_bits
-from pqkv_cli.evaluation.record import TaskOutcome
+from pqkv_cli.evaluation.record import TaskOutcome, fullest_bits
 from pqkv_cli.evaluation.scores import Floats, interval95
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
-from pqkv_cli.evaluation.windows import (
+from pqkv_cli.evaluation.text_windows import (
     Compared,
     by_context,
     check_context,

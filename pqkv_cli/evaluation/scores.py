@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pqkv_cli.evaluation.samples import Sample
+from pqkv_cli.evaluation.sample_log import Sample
 
 Floats = npt.NDArray[np.float64]
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.errors import UsageError, did_you_mean
-from pqkv_cli.evaluation.replies import Replies
-from pqkv_cli.evaluation.samples import SampleLog
+from pqkv_cli.evaluation.generation import Replies
+from pqkv_cli.evaluation.sample_log import SampleLog
 
 Mode = Literal["all", "cache"]
 MODES: tuple[Mode, Mode] = ("all", "cache")

@@ -1,10 +1,11 @@
-"""All tasks by name, ours and those of lm-evaluation-harness, and how one becomes a result record."""
+"""All tasks by name, ours and those of lm-evaluation-harness, how one becomes a result record, and what ours measure."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pqkv_cli.errors import did_you_mean
 from pqkv_cli.evaluation.harness import harness, require_harness_task
 from pqkv_cli.evaluation.kld import kld, kld_generated
 from pqkv_cli.evaluation.lines import check_line_rows, lines
@@ -15,6 +16,7 @@ from pqkv_cli.evaluation.passkey import passkey
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.record import SCHEMA, TaskOutcome, circumstances, model_facts
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.gates import ANY_TASK, Gate
 
 Task = Callable[[Subject, EvaluationSettings, Callable[[int, int], None]], TaskOutcome]
 TASKS: Mapping[str, Task] = {
@@ -101,3 +103,44 @@ def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: 
 def _cache_bytes(outcome: TaskOutcome) -> dict[str, int]:
     counted = {"num_tokens": outcome.bits.num_tokens, "num_read_as_codes": outcome.bits.num_read_as_codes}
     return {**outcome.bits.cache_bytes, **{name: count for name, count in counted.items() if count is not None}}
+
+
+# Which metrics our own tasks have, so that a gate on something else is found before anything is measured.
+_DIVERGENCE = ("kl_bits", "top1_agreement", "top5_agreement")
+_METRICS: Mapping[str, tuple[str, ...]] = {
+    "perplexity": (*_DIVERGENCE, "perplexity"),
+    "kld": _DIVERGENCE,
+    "kld_generated": _DIVERGENCE,
+    "passkey": ("accuracy",),
+    "needle": ("recall",),
+    "lines": ("accuracy",),
+}
+_WITHOUT_RECOVERY = frozenset({"kld", "kld_generated"})
+# Numbers that every record has beside its metrics.
+_OF_RECORDS = frozenset({"bits_per_channel", "table_bytes", "cache_bytes", "cost", "calibration_overlap", "settings", "notes"})
+
+
+def unmeasured(gate: Gate, tasks: Sequence[str], data: Path | None) -> str | None:
+    """Return why none of `tasks` on the rows at `data` has what `gate` judges; None where one has or may have it.
+
+    Of tasks of lm-evaluation-harness nothing is known before they have run.
+    """
+    name = gate.path.partition(".")[0].partition("@")[0]
+    concerned = [task for task in tasks if gate.task in (ANY_TASK, task)]
+    reasons = []
+    for task in concerned:
+        names = _names(task, data)
+        if names is None or name in names or name in _OF_RECORDS:
+            return None
+        reasons.append(f"{task} measures {', '.join(names)}{did_you_mean(name, names)}")
+    return "; ".join(reasons) or None
+
+
+def _names(task: str, data: Path | None) -> tuple[str, ...] | None:
+    if task == "longbench":
+        names: tuple[str, ...] = ("average", *tasks_in(data), "samples")
+    elif task in _METRICS:
+        names = _METRICS[task]
+    else:
+        return None
+    return names if task in _WITHOUT_RECOVERY else (*names, "recovery")

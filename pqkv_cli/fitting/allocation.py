@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from pqkv_cli.artifact.schema import MAX_CODECS
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.files import write_text
@@ -31,7 +32,6 @@ from pqkv_cli.reporter import Reporter
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry
 from pqkv_kernels.format.layout import PAGE_TOKENS
 
-MAX_CODECS = 6
 # The gap to the optimum at which the solver stops: far below what losses are known to.
 RELATIVE_GAP = 1e-3
 

@@ -8,7 +8,6 @@ all. Only centroids move: maps, layouts and how codes are chosen stay.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -17,15 +16,14 @@ import torch
 
 from pqkv_cli.errors import UsageError
 from pqkv_cli.fitting.fit import FittedLayer
-from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork, Simulation, WatchedCodec, Weighting
+from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork, WatchedCodec, Weighting
 from pqkv_cli.models.frozen import frozen
+from pqkv_cli.quantizers.codec import VectorCodec
+from pqkv_cli.runtime.attach import simulate
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.format.tables import CodecTables
 
 LayerCodecs = dict[Side, WatchedCodec]
-
-# `pqkv_cli.runtime.attach.simulate`, which this room may not import.
-Simulate = Callable[[Any, Any], AbstractContextManager[Simulation]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,6 @@ class Refinement:
 
 def refine(
     model: Any,
-    simulate: Simulate,
     layers: Sequence[FittedLayer],
     windows: torch.Tensor,
     held_out: torch.Tensor,
@@ -69,8 +66,6 @@ def refine(
     ----------
     model
         A transformers causal language model; it needs the memory of a backward pass over one window.
-    simulate
-        Prepares it for caches that quantize everything.
     layers
         What `fit_codebooks` gave, in order.
     windows
@@ -96,7 +91,8 @@ def refine(
     # The last windows are those that the fit has not seen, if there are any.
     training, selection = windows[:-num_selected], windows[-num_selected:]
     codecs = [_codecs(layer) for layer in layers]
-    with frozen(model), simulate(model, codecs) as simulation:
+    simulated: list[dict[Side, VectorCodec] | None] = [None if layer is None else {**layer} for layer in codecs]
+    with frozen(model), simulate(model, simulated) as simulation:
         passes = 2 * len(held_out) + (settings.rounds + len(settings.weightings)) * len(selection)
         counter = PassCounter(passes + settings.rounds * len(training), on_progress)
         flat = [layer[side] for layer in codecs if layer is not None for side in SIDES]

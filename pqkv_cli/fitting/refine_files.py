@@ -24,14 +24,14 @@ SCHEMA = "pqkv.refinement/1"
 OUTCOME_NAME = "refinement.json"
 REFINED_NAME = "refined"
 # Raised whenever the same request would give other bytes.
-METHOD_VERSION = 1
+REFINE_VERSION = 1
 
 
 def refine_request(record: FitRecord, windows: torch.Tensor, held_out: torch.Tensor, settings: RefineSettings) -> str:
     """Return the hash of everything that refining the fit of `record` depends on, beside the model that it was fitted for."""
     return digest(
         {
-            "method": METHOD_VERSION,
+            "method": REFINE_VERSION,
             "torch": torch.__version__,
             "layers": list(record.layers_sha256),
             "settings": asdict(settings),

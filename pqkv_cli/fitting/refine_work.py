@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.quantizers.product import stored
+from pqkv_cli.runtime.attach import Simulation
 from pqkv_kernels.format.layout import CodeGroup, RotaryLayout
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.reference.encode import dequantize, from_code_space, quantize, to_code_space
@@ -187,14 +188,6 @@ def _weight(score: torch.Tensor, num_subspaces: int, weighting: Weighting) -> to
 
 
 _LN2 = 0.6931471805599453
-
-
-class Simulation(Protocol):
-    """A model prepared for caches of mode ``all``."""
-
-    def new_cache(self) -> Any:
-        """Return an empty cache that quantizes every key and value."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

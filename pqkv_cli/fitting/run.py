@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from pqkv_cli.calibration.ranks import Ranks
-from pqkv_cli.calibration.store import LayerSamples
+from pqkv_cli.calibration.store import LayerSamples, SampleStore
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import FittedLayer, fit_layer
@@ -21,15 +20,7 @@ from pqkv_cli.fitting.side_by_side import side_by_side
 from pqkv_cli.specs import SIDES, CodecSpec, CompressionPlan, LayerGeometry, ModelGeometry, Side
 
 # Raised whenever the same request would give other bytes: layers fitted by older code are then fitted again.
-METHOD_VERSION = 7
-
-
-class SampleStore(Protocol):
-    """Where calibration samples come from (`pqkv_cli.calibration.store.CalibrationStore`)."""
-
-    def layer(self, index: int) -> LayerSamples:
-        """Return the samples of one layer."""
-        ...
+FIT_VERSION = 7
 
 
 def fit_codebooks(
@@ -107,7 +98,7 @@ def fit_share(
     make_directory(directory)
     fit = partial(_layer, store, geometry, plan, directory, settings)
     side_by_side(fit, range(ranks.rank, len(plan.layers), ranks.size), geometry)
-    ranks.wait()
+    ranks.barrier()
 
 
 def load_fitted(directory: Path) -> list[FittedLayer]:
@@ -142,7 +133,7 @@ def layer_request(index: int, layer: LayerGeometry, codecs: object, settings: Fi
     """Return the hash of everything that the codecs of a layer depend on; `codecs` is what is asked for, as in JSON."""
     return digest(
         {
-            "method": METHOD_VERSION,
+            "method": FIT_VERSION,
             "torch": torch.__version__,
             "layer": index,
             "geometry": asdict(layer),

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from pqkv_cli.hf.configs import text_config
 from pqkv_cli.hf.modules import attention_modules, stored_tensors
 from pqkv_cli.models.config_reader import layer_config
+from pqkv_cli.specs import ModelIdentity
 
 _PIECE = 1 << 23  # numbers converted at a time
 _THREADS = 4
@@ -82,18 +82,6 @@ _CONFIG_KEYS = (
     "query_pre_attn_scalar", "num_experts", "num_local_experts", "num_experts_per_tok",
 )
 # fmt: on
-
-
-@dataclass(frozen=True, slots=True)
-class ModelIdentity:
-    """Hashes that together name a model; a fine-tune shares only the first.
-
-    `former_weights_sha256` is what earlier artifacts carry: of the attention of three layers only.
-    """
-
-    config_sha256: str
-    weights_sha256: str
-    former_weights_sha256: str = ""
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:

@@ -1,8 +1,9 @@
-"""Loading a model and its tokenizer. Knows transformers and the hub's cache; knows nothing of quantization.
+"""Loading a model and its tokenizer, and giving memory back. Knows transformers and the hub's cache; nothing of quantization.
 
 Remote code is never run. A hub id is looked up in the local cache first, so a run without network is as fast as can be.
 """
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,14 @@ def _unreadable(resolved: ResolvedModel, error: Exception) -> ModelError:
         f"the model {place} cannot be loaded: {lines[0]} Expected config.json, weights and tokenizer of a transformers "
         "model. Copy it again, or name another directory."
     )
+
+
+def free_memory() -> None:
+    """Drop what nobody refers to any more, and hand devices' unused blocks back to them."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.xpu.is_available():
+        torch.xpu.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()

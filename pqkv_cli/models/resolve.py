@@ -202,7 +202,7 @@ def check_model_directory(path: Path) -> None:
 
 
 def _demo_directory() -> Path:
-    # Through the package, not through pqkv_cli.demo, which nobody imports.
+    # By its folder: nobody imports pqkv_cli.demo, which holds data only.
     path = Path(str(importlib.resources.files("pqkv_cli").joinpath("demo", "model")))
     if not path.is_dir():
         raise ModelError(

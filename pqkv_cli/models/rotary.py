@@ -13,10 +13,11 @@ from pqkv_cli.hf.modules import attention_modules
 from pqkv_cli.models.geometry import geometry, layer_types
 from pqkv_kernels.format.rotary import unit_angles
 
-Angles = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# From positions [B, T] int64 to (cos, sin), each [B, T, rotary_dim / 2] fp32 of unit modulus.
+AngleSource = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def rotary_angles(model: nn.Module, layer_index: int) -> Angles:
+def rotary_angles(model: nn.Module, layer_index: int) -> AngleSource:
     """Return the function from positions [B, T] int64 to ``(cos, sin)`` [B, T, rotary_dim / 2] fp32 of unit modulus.
 
     The angles are the fp32 product that the model itself computes, before it casts them to its own dtype; they lie on the

@@ -14,10 +14,10 @@ from pqkv_cli.calibration.windows import mixed_windows, with_recall
 from pqkv_cli.errors import RunError, is_out_of_memory
 from pqkv_cli.files import free_bytes
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.models.memory import free_memory
+from pqkv_cli.models.load import free_memory
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.calibration_text import named_texts, tell_written, written_texts
-from pqkv_cli.pipeline.content import model_fingerprint, texts_identity
+from pqkv_cli.pipeline.fingerprints import model_fingerprint, texts_identity
 from pqkv_cli.pipeline.loading import open_model
 from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
 from pqkv_cli.pipeline.rundir import Run
@@ -45,7 +45,7 @@ def calibrate(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
     outcome = do_stage(run, recipe, StageWork("calibrate", inputs, run.calibration, prepare), reporter)
     if outcome.was_done:
         tell_written(recipe, run)
-        current_ranks().told(True)  # what `collect` says where it finds everything finished
+        current_ranks().broadcast(True)  # what `collect` says where it finds everything finished
     return outcome
 
 

@@ -15,7 +15,7 @@ from pqkv_cli.errors import DataError, RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.models.prefix import plain_ids
 from pqkv_cli.models.resolve import resolve_model
-from pqkv_cli.pipeline.content import model_fingerprint
+from pqkv_cli.pipeline.fingerprints import model_fingerprint
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.reporter import Reporter
@@ -159,7 +159,7 @@ def written_texts(
     written = own_text(run.texts, recipe)
     if ranks.is_first:
         written.write(model, tokenizer, recipe.seed, reporter)
-    own = ranks.told(written.read() if ranks.is_first else None)
+    own = ranks.broadcast(written.read() if ranks.is_first else None)
     return [named.get(source, own) for source in recipe.calibration.data]
 
 
@@ -167,7 +167,7 @@ def tell_written(recipe: Recipe, run: Run) -> None:
     """Tell the other processes what was written before, where a finished calibration asks nothing of them."""
     ranks = current_ranks()
     if SELF in recipe.calibration.data and ranks.size > 1:
-        ranks.told(_read(recipe, run))
+        ranks.broadcast(_read(recipe, run))
 
 
 def _read(recipe: Recipe, run: Run | None) -> str:

@@ -10,15 +10,14 @@ from pqkv_cli.artifact.card import write_derived
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
-from pqkv_cli.evaluation.measures import unmeasured
 from pqkv_cli.evaluation.report_tables import headline_rows
 from pqkv_cli.evaluation.settings import Mode, Subject
-from pqkv_cli.evaluation.tasks import check_rows, reads_text, require_tasks, run_task
+from pqkv_cli.evaluation.tasks import check_rows, reads_text, require_tasks, run_task, unmeasured
 from pqkv_cli.files import write_text
 from pqkv_cli.gates import Gate, judge, parse_gates, split_gates
-from pqkv_cli.pipeline.content import text_identity
+from pqkv_cli.pipeline.contamination import Overlap, overlap, overlaps
 from pqkv_cli.pipeline.evaluation_settings import modes_of, open_log, rows_path, task_settings
-from pqkv_cli.pipeline.honesty import Overlap, overlap, overlaps
+from pqkv_cli.pipeline.fingerprints import text_identity
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.lock import locked_task
 from pqkv_cli.pipeline.outcome import Facts, StageWork, do_stage

@@ -11,11 +11,11 @@ from pqkv_cli.calibration.text import HUB, load_text
 from pqkv_cli.calibration.text_files import named_file
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.prompts import num_positions
-from pqkv_cli.evaluation.samples import SampleLog
+from pqkv_cli.evaluation.sample_log import SampleLog
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
 from pqkv_cli.evaluation.tasks import TASKS
 from pqkv_cli.models.footprint import layer_footprints
-from pqkv_cli.pipeline.content import text_identity
+from pqkv_cli.pipeline.fingerprints import text_identity
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.recipe import Recipe
 

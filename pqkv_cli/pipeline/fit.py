@@ -49,7 +49,7 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
 
         def act() -> Facts:
             ranks = current_ranks()
-            plan = ranks.told(planned())
+            plan = ranks.broadcast(planned())
             store = _store(run, shape, planned_spaces(shape, plan), opened)
             fit_share(store, shape, plan, run.codebooks, settings, ranks)
             with reporter.progress("fit-codebooks") as advance:
@@ -71,14 +71,14 @@ def fit(run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
 
     outcome = do_stage(run, recipe, StageWork("fit-codebooks", inputs, run.codebooks, prepare, read=read), reporter)
     if outcome.was_done:
-        current_ranks().told(None)
+        current_ranks().broadcast(None)
     return outcome
 
 
 def assist_fit(run: Run, recipe: Recipe, reporter: Reporter) -> None:
     """Fit this process's share of the layers, once the first process has planned them."""
     ranks = current_ranks()
-    plan = ranks.told(None)
+    plan = ranks.broadcast(None)
     if plan is not None:
         shape = geometry(load_config(resolve_model(recipe.model)))
         store = _store(run, shape, planned_spaces(shape, plan), partial(open_model, recipe, reporter))

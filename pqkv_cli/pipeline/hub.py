@@ -16,8 +16,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from pqkv_cli.artifact.schema import ARTIFACT_FILE
 from pqkv_cli.errors import ArtifactError
-from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, MODEL_FILE, RECIPE_FILE, kind_of
+from pqkv_cli.pipeline.rundir import MODEL_FILE, RECIPE_FILE, kind_of
 from pqkv_cli.pipeline.target import HubName, Target
 
 _TIMEOUT_S = 10.0

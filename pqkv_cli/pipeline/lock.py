@@ -1,11 +1,11 @@
 """One process at a time works on a run, and measures one task into the same files. Knows file locks only."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from pqkv_cli.errors import RunError
 from pqkv_cli.pipeline.rundir import Run
@@ -52,25 +52,30 @@ def locked_task(results: Path, task: str, mode: str) -> Iterator[None]:
 @contextmanager
 def _held(path: Path, remedy: str) -> Iterator[str]:
     """Hold the lock file `path`; yield nothing, or who holds it already."""
-    with _opened(path, remedy) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            yield file.read().strip() or "unknown"
-            return
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield ""
-
-
-def _opened(path: Path, remedy: str) -> IO[str]:
+    # Where the kernel knows no locks, a file that stands for one would outlive a killed process: better no lock and an error.
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "a+", encoding="ascii")  # noqa: SIM115 (the caller closes it)
+        lock.acquire()
+    except Timeout:
+        yield _holder(path)
+        return
     except OSError as error:
         raise RunError(f"{path.parent} cannot be worked in ({error.strerror or error}): {remedy}") from error
+    try:
+        with suppress(OSError):  # the number only helps others; Windows lets nobody write what is locked
+            path.write_text(str(os.getpid()), encoding="ascii")
+        yield ""
+    finally:
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    """Return what whoever holds the lock file has written there: the number of its process."""
+    try:
+        return path.read_text(encoding="ascii").strip() or "unknown"
+    except (OSError, ValueError):
+        return "unknown"
 
 
 def _remove_what_stayed_empty(run: Run, made: list[Path]) -> None:

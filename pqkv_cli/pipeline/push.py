@@ -10,13 +10,14 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from pqkv_cli import __version__
 from pqkv_cli.artifact.card import CARD_FILE, HEADER_FILE, header_text, model_card
+from pqkv_cli.artifact.schema import ARTIFACT_FILE
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.pipeline.evaluation_settings import BUILT_IN
 from pqkv_cli.pipeline.export import export
 from pqkv_cli.pipeline.lock import locked
 from pqkv_cli.pipeline.outcome import StageOutcome
-from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, RECIPE_FILE, Run
+from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run
 from pqkv_cli.pipeline.target import parse_hub_name
 from pqkv_cli.recipe import Recipe, override
 from pqkv_cli.recipe_files import dump_recipe

@@ -19,7 +19,6 @@ from pqkv_cli.pipeline.outcome import Facts
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.reporter import Reporter
-from pqkv_cli.runtime.attach import simulate
 
 # More text than was calibrated on, if there is more; so many windows at most.
 MOST_WINDOWS = 192
@@ -55,7 +54,6 @@ class RefineStage:
             with self._reporter.progress("refine") as advance:
                 found = refine(
                     self._model,
-                    simulate,
                     load_fitted(directory),
                     self._windows,
                     self._held_out,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pqkv_cli.artifact.schema import ARTIFACT_FILE
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.artifact.summary import summarize
 from pqkv_cli.calibration.store import CalibrationStore
@@ -13,7 +14,7 @@ from pqkv_cli.evaluation.channels import ChannelPeaks, channel_peaks
 from pqkv_cli.evaluation.record import SCHEMA
 from pqkv_cli.evaluation.report import ReportSource, report_page
 from pqkv_cli.files import write_text
-from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, BENCH_FILE, PARETO_FILE, PEERS_FOLDER
+from pqkv_cli.pipeline.rundir import BENCH_FILE, PARETO_FILE, PEERS_FOLDER
 from pqkv_cli.pipeline.start import started_run
 from pqkv_cli.pipeline.target import Target
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pqkv_cli.artifact.schema import ARTIFACT_FILE
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.models.gguf import is_gguf
@@ -11,7 +12,6 @@ from pqkv_cli.recipe import Recipe
 from pqkv_cli.recipe_files import dump_recipe, load_recipe
 
 RECIPE_FILE = "recipe.yaml"
-ARTIFACT_FILE = "pqkv.safetensors"
 MODEL_FILE = "config.json"
 # Where a comparison with rivals lies among the results, and its numbers.
 PEERS_FOLDER = "peers"

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pqkv_cli.calibration.ranks import current_ranks
-from pqkv_cli.pipeline.assist import assist
-from pqkv_cli.pipeline.calibrate import calibrate
+from pqkv_cli.errors import UsageError
+from pqkv_cli.pipeline.calibrate import assist_calibrate, calibrate
 from pqkv_cli.pipeline.evaluate import evaluate
 from pqkv_cli.pipeline.export import export
-from pqkv_cli.pipeline.fit import fit
+from pqkv_cli.pipeline.fit import assist_fit, fit
 from pqkv_cli.pipeline.generate import generate_from
 from pqkv_cli.pipeline.lock import locked
 from pqkv_cli.pipeline.outcome import StageOutcome
@@ -24,6 +24,11 @@ _STAGES: Mapping[Stage, Callable[[Run, Recipe, Reporter], StageOutcome]] = {
     "calibrate": calibrate,
     "fit-codebooks": fit,
     "export": export,
+}
+# What the other processes of a launcher do meanwhile. They write no run: only the first one does.
+_WORKERS: Mapping[Stage, Callable[[Run, Recipe, Reporter], None]] = {
+    "calibrate": assist_calibrate,
+    "fit-codebooks": assist_fit,
 }
 
 
@@ -42,10 +47,11 @@ def run_stage(stage: Stage, run: Run, recipe: Recipe, reporter: Reporter) -> Sta
     Raises
     ------
     PqkvError
-        Whatever the stage raises; RunError if another process works on the run.
+        Whatever the stage raises; RunError if another process works on the run, UsageError if several processes were started
+        and the stage cannot be shared.
     """
     if not current_ranks().is_first:
-        return assist(stage, run, recipe, reporter)
+        return _work_beside(stage, run, recipe, reporter)
     with locked(run):
         return _STAGES[stage](run, recipe, reporter)
 
@@ -63,3 +69,11 @@ def run_all(run: Run, recipe: Recipe, reporter: Reporter) -> Whole:
         records = evaluate(run, recipe, reporter)
         source = Source(run.artifact_file, recipe, run.results, run)
         return Whole(stages, tuple(records), generate_from(source, recipe.generation.prompt, reporter))
+
+
+def _work_beside(stage: Stage, run: Run, recipe: Recipe, reporter: Reporter) -> StageOutcome:
+    """Do this process's share of `stage`, which is not the first one's."""
+    if stage not in _WORKERS:
+        raise UsageError(f"{stage} works in one process; call it without a launcher")
+    _WORKERS[stage](run, recipe, reporter)
+    return StageOutcome(stage, str(run.path), {}, False)

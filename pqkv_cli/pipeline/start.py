@@ -1,4 +1,4 @@
-"""Which run and which effective recipe a verb works with. Opens no model."""
+"""Which run, which effective recipe and which artifact a verb works with. Opens no model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,3 +149,22 @@ def _model_reference(model: str) -> str:
 def _foreign_entries(run: Run) -> list[Path]:
     # A run that was killed before its recipe was written holds a lock and half of that recipe, and is ours.
     return [entry for entry in run.path.iterdir() if entry != run.lock_file and not is_temporary(entry)]
+
+
+def target_artifact(target: Target) -> Path:
+    """Return the artifact that `target` is, or that the run it leads to has exported.
+
+    Raises
+    ------
+    RunError
+        If there is no run, or it has no artifact yet.
+    ArtifactError
+        If the hub does not give it.
+    """
+    target = located(target)
+    if target.kind == "artifact" and target.path is not None:
+        return target.path
+    run = started_run(target)
+    if not run.artifact_file.is_file():
+        raise RunError(f"{run.path} has no artifact yet; make it with: pqkv export {run.path}")
+    return run.artifact_file

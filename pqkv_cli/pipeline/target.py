@@ -4,10 +4,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pqkv_cli.artifact.schema import ARTIFACT_FILE
 from pqkv_cli.errors import ModelError, RunError, UsageError, did_you_mean
 from pqkv_cli.models.gguf import only_gguf
 from pqkv_cli.models.resolve import check_no_adapter
-from pqkv_cli.pipeline.rundir import ARTIFACT_FILE, MODEL_FILE, RECIPE_FILE, PathKind, Run, kind_of, runs_under
+from pqkv_cli.pipeline.rundir import MODEL_FILE, RECIPE_FILE, PathKind, Run, kind_of, runs_under
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.recipe_files import load_recipe, named_recipe, recipe_names
 
@@ -41,7 +42,7 @@ class Target:
     """A resolved reference: `path` for what lies on disk, `recipe` for what a pipeline can start from.
 
     `has_default_recipe` is set for a bare model, which brings no settings of its own. `hub` is the name of what lies on the
-    hub; once it has been fetched (`pqkv_cli.pipeline.place.located`), `path` is where the hub's cache holds it.
+    hub; once it has been fetched (`pqkv_cli.pipeline.start.located`), `path` is where the hub's cache holds it.
     """
 
     reference: str

@@ -15,14 +15,14 @@ from pqkv_cli.artifact.store import Artifact, artifact_file, open_artifact
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import ArtifactError, GateError, PqkvError, RunError
 from pqkv_cli.evaluation.perplexity import perplexity
-from pqkv_cli.evaluation.samples import SCHEMA
+from pqkv_cli.evaluation.sample_log import SCHEMA
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.models.converted import Note, nobody
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.load import load_model, settled
 from pqkv_cli.models.resolve import ResolvedModel, resolve_model
-from pqkv_cli.pipeline.content import text_identity
+from pqkv_cli.pipeline.fingerprints import text_identity
 from pqkv_cli.pipeline.start import Source
 
 RECORD = "perplexity-all.jsonl"

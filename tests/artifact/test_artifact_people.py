@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,12 @@ from pqkv_cli.artifact.schema import Header
 from pqkv_cli.artifact.store import open_artifact, save_artifact
 from pqkv_cli.artifact.summary import summarize
 from pqkv_cli.errors import ArtifactError
-from pqkv_cli.specs import ModelGeometry
+from pqkv_cli.specs import ModelGeometry, ModelIdentity
 from pqkv_kernels.format.layout import RotaryLayout
 
 
-@dataclass
-class Identity:
-    config_sha256: str = "c" * 64
-    weights_sha256: str = "d" * 64
+def identity(config: str = "c" * 64, weights: str = "d" * 64, former: str = "") -> ModelIdentity:
+    return ModelIdentity(config, weights, former)
 
 
 def geometry(header: Header) -> ModelGeometry:
@@ -31,47 +29,43 @@ def geometry(header: Header) -> ModelGeometry:
 
 
 def test_the_right_model_passes(saved: Path, header: Header) -> None:
-    assert check_model(open_artifact(saved), Identity(), geometry(header)) == ()
+    assert check_model(open_artifact(saved), identity(), geometry(header)) == ()
 
 
 def test_another_model_is_refused(saved: Path, header: Header) -> None:
     artifact = open_artifact(saved)
-    other = Identity(weights_sha256="9" * 64)
+    other = identity(weights="9" * 64)
     with pytest.raises(ArtifactError) as caught:
         check_model(artifact, other, geometry(header), label="org/fine-tune")
     for text in ("weights", "demo (dddddddddddd)", "org/fine-tune has 999999999999", "--force"):
         assert text in str(caught.value)
     assert "configuration" not in str(caught.value)
-    warnings = check_model(artifact, Identity("1" * 64, "2" * 64), geometry(header), force=True)
+    warnings = check_model(artifact, identity("1" * 64, "2" * 64), geometry(header), force=True)
     assert [w.split(":")[0] for w in warnings] == ["configuration", "weights"]
 
 
 def test_an_artifact_of_an_earlier_version_says_what_it_checks(saved: Path, header: Header) -> None:
-    @dataclass
-    class Both(Identity):
-        former_weights_sha256: str = "d" * 64
-
     artifact = open_artifact(saved)
-    (note,) = check_model(artifact, Both(weights_sha256="9" * 64), geometry(header))
+    (note,) = check_model(artifact, identity(weights="9" * 64, former="d" * 64), geometry(header))
     assert "attention weights of three layers only" in note and "could not be checked" in note
     with pytest.raises(ArtifactError, match="has 999999999999"):
-        check_model(artifact, Both(weights_sha256="9" * 64, former_weights_sha256="8" * 64), geometry(header))
+        check_model(artifact, identity(weights="9" * 64, former="8" * 64), geometry(header))
 
 
 def test_words_of_a_reason_are_no_geometry(saved: Path, header: Header) -> None:
     layers = tuple(
         replace(layer, dense_reason="put in other words") if layer.dense_reason else layer for layer in header.geometry
     )
-    assert check_model(open_artifact(saved), Identity(), ModelGeometry("llama", layers, 4096)) == ()
+    assert check_model(open_artifact(saved), identity(), ModelGeometry("llama", layers, 4096)) == ()
 
 
 def test_force_cannot_bend_geometry(saved: Path, header: Header) -> None:
     artifact = open_artifact(saved)
     layers = (replace(header.geometry[0], num_kv_heads=1, rotary=RotaryLayout(8, True)), *header.geometry[1:])
     with pytest.raises(ArtifactError, match="layer 0 has 4 heads, 1 key/value.*rotary_dim 8 interleaved; expected 4"):
-        check_model(artifact, Identity(), ModelGeometry("llama", layers, 1), force=True)
+        check_model(artifact, identity(), ModelGeometry("llama", layers, 1), force=True)
     with pytest.raises(ArtifactError, match="it has 2 layers; expected 3"):
-        check_model(artifact, Identity(), ModelGeometry("llama", layers[:2], 1), force=True)
+        check_model(artifact, identity(), ModelGeometry("llama", layers[:2], 1), force=True)
 
 
 def test_summary(saved: Path) -> None:

@@ -61,9 +61,10 @@ def test_an_interrupted_evaluation_goes_on(
 ) -> None:
     line = ("--task", "passkey", "--mode", "cache", "--context", 128, "--limit", 20, "--data", texts[1])
     whole = evaluate(pqkv, run, *line).json
-    from pqkv_cli.evaluation import asking
 
-    plain, calls = asking.reply, {"left": 3}
+    from pqkv_cli.evaluation import qa_runner
+
+    plain, calls = qa_runner.reply, {"left": 3}
 
     def dying(*words: Any) -> Any:
         calls["left"] -= 1
@@ -71,7 +72,7 @@ def test_an_interrupted_evaluation_goes_on(
             raise KeyboardInterrupt
         return plain(*words)
 
-    monkeypatch.setattr(asking, "reply", dying)
+    monkeypatch.setattr(qa_runner, "reply", dying)
     stopped = pqkv("eval", run, *line)
     assert (stopped.code, "the same command goes on" in stopped.err) == (130, True)
     monkeypatch.undo()
@@ -79,7 +80,7 @@ def test_an_interrupted_evaluation_goes_on(
     assert list((run / "results" / "samples").glob("*.part.jsonl"))
     other = evaluate(pqkv, run, *line[:-4], "--limit", 1, "--data", texts[1])
     assert "going on" not in other.err  # other settings start anew, and take the file
-    monkeypatch.setattr(asking, "reply", dying)
+    monkeypatch.setattr(qa_runner, "reply", dying)
     calls["left"] = 3
     assert pqkv("eval", run, *line).code == 130
     monkeypatch.undo()
@@ -118,16 +119,16 @@ def test_broken_logits_make_a_result_incomplete(
 ) -> None:
     from dataclasses import replace
 
-    from pqkv_cli.evaluation import asking
+    from pqkv_cli.evaluation import qa_runner
 
-    plain, calls = asking.reply, {"count": 0}
+    plain, calls = qa_runner.reply, {"count": 0}
 
     def breaking(*words: Any) -> Any:
         calls["count"] += 1
         found = plain(*words)
         return replace(found, texts=[None, *found.texts[1:]]) if calls["count"] == 1 else found
 
-    monkeypatch.setattr(asking, "reply", breaking)
+    monkeypatch.setattr(qa_runner, "reply", breaking)
     answer = pqkv("eval", run, "--task", "passkey", "--mode", "all", "--context", 128, "--limit", 1, "--data", texts[1])
     assert answer.code == 1
     assert (

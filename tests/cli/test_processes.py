@@ -112,9 +112,9 @@ def test_windows_are_dealt_in_whole_batches() -> None:
 
 def test_one_process_gives_back_what_it_is_given() -> None:
     alone, tensors = Ranks(), {"a": torch.ones(2, 3)}
-    assert alone.told("x") == "x"
-    assert alone.total(tensors) is tensors and alone.joined(tensors, {0: 3}) is tensors
-    alone.wait()
+    assert alone.broadcast("x") == "x"
+    assert alone.reduce_sum(tensors) is tensors and alone.gather(tensors, {0: 3}) is tensors
+    alone.barrier()
 
 
 def test_other_verbs_refuse_a_launcher() -> None:

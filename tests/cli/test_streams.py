@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from pqkv_cli.cli.log_setup import Voice
 from pqkv_cli.cli.streams import json_text, lasting_streams
-from pqkv_cli.cli.voice import Voice
 from pqkv_cli.files import write_text
 
 TEXT = "caf\u00e9 \u4e2d \U0001f600 \udce9"
@@ -22,7 +22,7 @@ from pathlib import Path
 from pqkv_cli.cli import recipes
 from pqkv_cli.cli.main import main
 from pqkv_cli.cli.output import Output
-from pqkv_cli.cli.voice import current_voice
+from pqkv_cli.cli.log_setup import current_voice
 def show(output):
     current_voice().say("warning", "warning", {text!a})
     if {streams}:

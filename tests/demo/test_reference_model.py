@@ -6,10 +6,10 @@ import torch
 from tokenizers import Tokenizer
 
 from pqkv_cli.calibration.stdlib_text import stdlib_text
-from pqkv_cli.demo.card import measure
-from pqkv_cli.demo.tasks import RowMaker
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from tools.demo_model.card import measure
+from tools.demo_model.tasks import RowMaker
 
 
 def quiet(done: int, total: int) -> None:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pqkv_cli.demo import train as subject
-from pqkv_cli.demo.architecture import reference_config
-from pqkv_cli.demo.curriculum import STAGES, Goal
+from tools.demo_model import train as subject
+from tools.demo_model.architecture import reference_config
+from tools.demo_model.curriculum import STAGES, Goal
 
 TEXT = "def area(width, height): return width * height  # the quick brown fox jumps over 1234 lazy dogs\n" * 40
 STEP_TOKENS = 256

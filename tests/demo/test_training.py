@@ -4,10 +4,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pqkv_cli.demo.checkpoint import load_checkpoint, save_checkpoint
-from pqkv_cli.demo.curriculum import STAGES
-from pqkv_cli.demo.tasks import RowMaker
-from pqkv_cli.demo.tokenizer import VOCAB_SIZE, train_tokenizer
+from tools.demo_model.checkpoint import load_checkpoint, save_checkpoint
+from tools.demo_model.curriculum import STAGES
+from tools.demo_model.tasks import RowMaker
+from tools.demo_model.tokenizer import VOCAB_SIZE, train_tokenizer
 
 
 @pytest.fixture(scope="module")

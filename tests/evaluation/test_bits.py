@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_chain import tokens
 
-from pqkv_cli.evaluation.bits import cache_bits, codec_bits
+from pqkv_cli.evaluation.record import cache_bits, codec_bits
 from pqkv_cli.evaluation.settings import Subject
 from pqkv_cli.runtime import attach
 from pqkv_cli.specs import CacheSpec

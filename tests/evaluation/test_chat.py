@@ -106,8 +106,8 @@ def test_advice_works_or_says_that_nothing_does(
 
     for module in ("prompts", "windows", "kld", "lines"):
         monkeypatch.setattr(f"pqkv_cli.evaluation.{module}.num_positions", lambda model: positions)
-    monkeypatch.setattr("pqkv_cli.evaluation.asking._asked", lambda *words: (_ for _ in ()).throw(InterruptedError))
-    monkeypatch.setattr("pqkv_cli.evaluation.windows._measure", lambda *words: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr("pqkv_cli.evaluation.qa_runner._asked", lambda *words: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr("pqkv_cli.evaluation.text_windows._measure", lambda *words: (_ for _ in ()).throw(InterruptedError))
     made = subject()
     for context in (2, 60, 300, 1000):
         changes: dict[str, int] = {"context": context, "max_new_tokens": 1000}
@@ -136,7 +136,7 @@ def test_advice_of_longbench_works_or_says_that_nothing_does(
     prompts = [{"dataset": name, "prompt": "p" * 900, "answers": ["a"]} for name in ("hotpotqa", "lcc")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     monkeypatch.setattr("pqkv_cli.evaluation.longbench.num_positions", lambda model: positions)
-    monkeypatch.setattr("pqkv_cli.evaluation.asking._asked", lambda *words: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr("pqkv_cli.evaluation.qa_runner._asked", lambda *words: (_ for _ in ()).throw(InterruptedError))
     made = replace(subject(), data=tmp_path, tokenizer=with_template("<long template>" + WORKS))
     context = 900
     for _ in range(2):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pqkv_cli.errors import DataError
-from pqkv_cli.evaluation.windows import diverge, joined
+from pqkv_cli.evaluation.text_windows import diverge, joined
 
 
 def dull(p: torch.Tensor, q: torch.Tensor, target: int) -> tuple[float, float, float]:

@@ -12,9 +12,9 @@ import torch
 from tiny_chain import tokens
 
 from pqkv_cli.evaluation import costs as module
-from pqkv_cli.evaluation.asking import ask
 from pqkv_cli.evaluation.costs import EnergyMeter, energy_meter
-from pqkv_cli.evaluation.replies import Question
+from pqkv_cli.evaluation.generation import Question
+from pqkv_cli.evaluation.qa_runner import ask
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 
 Maker = Callable[..., Subject]

@@ -12,7 +12,7 @@ import torch
 from tiny_chain import byte_tokenizer
 
 from pqkv_cli.errors import UsageError
-from pqkv_cli.evaluation.samples import SampleLog
+from pqkv_cli.evaluation.sample_log import SampleLog
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.tasks import require_tasks, run_task
 from pqkv_cli.hf.names import given_cache

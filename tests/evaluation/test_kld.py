@@ -8,7 +8,7 @@ from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.kld import kld, kld_generated
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
-from pqkv_cli.evaluation.windows import by_context, spans
+from pqkv_cli.evaluation.text_windows import by_context, spans
 from pqkv_cli.hf.names import cache_argument
 
 Maker = Callable[..., Subject]

@@ -9,7 +9,7 @@ import torch
 from tiny_chain import byte_tokenizer, tiny_llama, tokens
 from transformers import GenerationConfig
 
-from pqkv_cli.evaluation.replies import Question, reply
+from pqkv_cli.evaluation.generation import Question, reply
 from pqkv_cli.evaluation.settings import Subject
 from pqkv_cli.runtime import attach
 from pqkv_cli.runtime.generate import TEXT_SETTINGS, GenerateSettings, Generation, generate, own_settings

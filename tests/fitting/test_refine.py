@@ -40,7 +40,7 @@ def directory(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def refined(model: Any, directory: Path) -> Refinement:
-    return refine(model, simulate, load_fitted(directory), WINDOWS, HELD_OUT)
+    return refine(model, load_fitted(directory), WINDOWS, HELD_OUT)
 
 
 def every_table(layers: Any) -> list[CodecTables]:
@@ -75,7 +75,7 @@ def test_errors_are_measured_on_held_out_vectors(refined: Refinement) -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes(model: Any, directory: Path, refined: Refinement) -> None:
-    again = refine(model, simulate, load_fitted(directory), WINDOWS, HELD_OUT)
+    again = refine(model, load_fitted(directory), WINDOWS, HELD_OUT)
     assert again.before == refined.before and again.after == refined.after
     for one, other in zip(every_table(refined.layers), every_table(again.layers), strict=True):
         assert all(map(torch.equal, sum(one.codebooks, ()), sum(other.codebooks, ())))
@@ -192,15 +192,14 @@ def test_an_improvement_must_be_more_than_chance() -> None:
 
 def test_what_does_not_improve_is_kept(model: Any, directory: Path) -> None:
     layers = load_fitted(directory)
-    found = refine(
-        model, simulate, layers, WINDOWS[:8], HELD_OUT[:3], RefineSettings(rounds=1)
-    )  # three windows can prove nothing
+    # Three windows can prove nothing.
+    found = refine(model, layers, WINDOWS[:8], HELD_OUT[:3], RefineSettings(rounds=1))
     assert not found.is_better and all(map(lambda a, b: a is b, found.layers, layers))
 
 
 def test_too_little_text_is_refused(model: Any, directory: Path) -> None:
     with pytest.raises(UsageError, match="3 windows to refine with; expected at least 4"):
-        refine(model, simulate, load_fitted(directory), WINDOWS[:3], HELD_OUT)
+        refine(model, load_fitted(directory), WINDOWS[:3], HELD_OUT)
 
 
 def copy_of(directory: Path, target: Path) -> FitRecord:

@@ -2,14 +2,15 @@
 
 import ast
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from tools.house import circles, import_graph, imported, modules, parsed
+
 # Rooms of one row are siblings and never import each other.
 ROWS = (
-    ("pqkv_kernels", "pqkv_kernels.errors"),
+    ("pqkv_kernels", "pqkv_kernels.errors", "pqkv_recipes"),
     ("pqkv_kernels.format",),
     ("pqkv_cli", "errors", "pqkv_kernels.reference"),
     ("specs", "rates", "recipe_faults", "recipe_sources", "setting", "strict_yaml", "files", "gates", "reporter"),
@@ -36,43 +37,25 @@ RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 def room_of(module: str) -> str:
     """Return the room that the module called `module` lies in."""
     parts = module.split(".")
+    if parts[0] == "pqkv_recipes":
+        return "pqkv_recipes"
     if parts[0] == "pqkv_kernels":
         precise = ".".join(parts[:2])
         return precise if precise in RANK else "pqkv_kernels"
     return parts[1] if len(parts) > 1 else "pqkv_cli"
 
 
-def modules(root: Path) -> Iterator[tuple[str, Path]]:
-    for base, package in ((root, "pqkv_cli"), (root / "kernels", "pqkv_kernels")):
-        for path in sorted((base / package).rglob("*.py")):
-            yield ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__"), path
-
-
-def imported(path: Path, known: set[str]) -> Iterator[tuple[int, str]]:
-    """Yield line and module of each import of ours, wherever in the file it stands."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.startswith("pqkv_"))
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            if node.module and node.module.startswith("pqkv_"):
-                # `from package import module` imports the module.
-                for alias in node.names:
-                    full = f"{node.module}.{alias.name}"
-                    yield node.lineno, full if full in known else node.module
-
-
 def edges(root: Path) -> Iterator[tuple[str, str, str]]:
     """Yield ``(where, importing room, imported room)`` for every import that crosses rooms."""
-    all_modules = dict(modules(root))
-    for module, path in all_modules.items():
-        for line, target in imported(path, set(all_modules)):
+    known = modules(root)
+    for module, path in known.items():
+        for line, target in imported(path, known):
             if room_of(module) != room_of(target):
                 yield f"{path.relative_to(root)}:{line}", room_of(module), room_of(target)
 
 
 def test_every_room_has_a_place(root: Path) -> None:
-    rooms = {room_of(module) for module, _ in modules(root)}
+    rooms = {room_of(module) for module in modules(root)}
     assert rooms - set(RANK) == set()
 
 
@@ -83,14 +66,7 @@ def test_imports_flow_one_way(root: Path) -> None:
 
 def test_no_circle_of_files(root: Path) -> None:
     """Imports for type checkers alone count too: a circle of ideas is one, whoever reads it."""
-    all_modules = dict(modules(root))
-    graph = {
-        m: {target for _, target in imported(path, set(all_modules))} & set(all_modules) for m, path in all_modules.items()
-    }
-    try:
-        tuple(TopologicalSorter(graph).static_order())
-    except CycleError as error:
-        pytest.fail(f"files import each other in a circle: {' -> '.join(reversed(error.args[1]))}")
+    assert circles(import_graph(root)) == []
 
 
 def test_nobody_imports_the_demo(root: Path) -> None:
@@ -118,7 +94,7 @@ def test_torch_free_rooms_import_no_torch(root: Path) -> None:
         "cli",
     }
     wrong = []
-    for module, path in modules(root):
+    for module, path in modules(root).items():
         if room_of(module) in free or module in free:
             names = _top_level_names(path)
             wrong += [f"{module} imports {name}" for name in names & {"torch", "transformers", "numpy", "safetensors"}]
@@ -141,13 +117,13 @@ def test_the_small_runtime_needs_no_front_end(root: Path, foreign: str) -> None:
         "benchmarks",
         "__main__",
     }
-    wrong = [m for m, path in modules(root) if room_of(m) not in front and foreign in _top_level_names(path)]
+    wrong = [m for m, path in modules(root).items() if room_of(m) not in front and foreign in _top_level_names(path)]
     assert wrong == []
 
 
 def _top_level_names(path: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -15,7 +15,7 @@ import pqkv_cli
 from pqkv_cli.recipe_files import recipe_names
 
 # What a checkout has that decides what is built.
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pqkv_cli", "kernels", "recipes", "tests")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pqkv_cli", "kernels", "recipes", "tests", "tools")
 PACKAGES = {"pqkv_cli": "pqkv_cli", "pqkv_kernels": "kernels/pqkv_kernels", "pqkv_recipes": "recipes"}
 
 

@@ -18,7 +18,7 @@ from pqkv_cli.models.gguf import content_key, is_gguf, read_header
 from pqkv_cli.models.identity import model_identity
 from pqkv_cli.models.load import load_config, load_model
 from pqkv_cli.models.resolve import resolve_model
-from pqkv_cli.pipeline.content import model_fingerprint
+from pqkv_cli.pipeline.fingerprints import model_fingerprint
 
 
 @pytest.fixture(autouse=True)

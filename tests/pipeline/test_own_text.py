@@ -14,7 +14,7 @@ from pqkv_cli.errors import DataError, RecipeError, RunError
 from pqkv_cli.pipeline import calibration_text as subject
 from pqkv_cli.pipeline.calibrate import calibrate
 from pqkv_cli.pipeline.calibration_text import calibration_texts, own_text
-from pqkv_cli.pipeline.content import texts_identity
+from pqkv_cli.pipeline.fingerprints import texts_identity
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.start import text_references
 from pqkv_cli.recipe import Recipe, override

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_chain import tokens
 
-from pqkv_cli.evaluation.windows import diverge
+from pqkv_cli.evaluation.text_windows import diverge
 from pqkv_cli.runtime import Artifact, attach, simulate_artifact
 
 NUM_TOKENS, CHUNK = 320, 32

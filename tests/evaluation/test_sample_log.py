@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pqkv_cli.errors import RunError
-from pqkv_cli.evaluation.samples import SampleLog
+from pqkv_cli.evaluation.sample_log import SampleLog
 
 KEY = {"task": "t", "settings": {"seed": 0}}
 

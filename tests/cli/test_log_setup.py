@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from pqkv_cli.cli import completion, voice
+from pqkv_cli.cli import completion, log_setup
+from pqkv_cli.cli.log_setup import Heartbeat, Voice, speaking, wanted_voice
 from pqkv_cli.cli.output import TerminalReporter
-from pqkv_cli.cli.voice import Heartbeat, Voice, speaking, wanted_voice
 
 ESCAPE = "\x1b"
 
@@ -203,7 +203,7 @@ def test_completion_offers_recipes_runs_and_tasks(tmp_path: Path, monkeypatch: p
 
 def test_the_seconds_are_documented() -> None:
     page = Path(__file__).parents[2] / "docs" / "machine-output.md"
-    assert f"every {voice.HEARTBEAT_SECONDS:g} seconds" in page.read_text(encoding="utf-8")
+    assert f"every {log_setup.HEARTBEAT_SECONDS:g} seconds" in page.read_text(encoding="utf-8")
 
 
 def test_every_exit_code_is_listed() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_chain import byte_tokenizer, tokens
 
-from pqkv_cli.evaluation.asking import _batches, ask
-from pqkv_cli.evaluation.replies import Question, reply
-from pqkv_cli.evaluation.samples import SampleLog
+from pqkv_cli.evaluation.generation import Question, reply
+from pqkv_cli.evaluation.qa_runner import _batches, ask
+from pqkv_cli.evaluation.sample_log import SampleLog
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.hf.names import given_cache
 
@@ -80,7 +80,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(subject: Maker, tmp
             raise KeyboardInterrupt
         return plain(*words)
 
-    monkeypatch.setattr("pqkv_cli.evaluation.asking.reply", dying)
+    monkeypatch.setattr("pqkv_cli.evaluation.qa_runner.reply", dying)
     with pytest.raises(KeyboardInterrupt):
         answers(logged, batch_tokens=200)
     done = asked["count"]
@@ -165,7 +165,7 @@ def test_the_uncompressed_model_answers_once_for_both_modes(subject: Maker, monk
         caches.append(cache)
         return plain(model, tokenizer, batch, cache)
 
-    monkeypatch.setattr("pqkv_cli.evaluation.asking.reply", counting)
+    monkeypatch.setattr("pqkv_cli.evaluation.qa_runner.reply", counting)
     first = answers(made, "all")
     second = answers(replace(made, log=SampleLog()), "cache")
     assert [cache is None for cache in caches] == [True, False, False]
@@ -187,7 +187,7 @@ def test_a_batch_too_large_for_memory_is_halved(mode: str, subject: Maker, tmp_p
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
         return reply(model, tokenizer, batch, cache)
 
-    monkeypatch.setattr("pqkv_cli.evaluation.asking.reply", small_machine)
+    monkeypatch.setattr("pqkv_cli.evaluation.qa_runner.reply", small_machine)
     logged = replace(made, log=SampleLog(tmp_path / "t.jsonl", {"task": "t"}), baseline={})
     with pytest.warns(UserWarning, match="out of memory with 5 prompts at once; going on with 3"):
         halved = answers(logged, mode, batch_tokens=100_000)
@@ -205,7 +205,7 @@ def test_batches_as_large_as_one_that_failed_are_not_tried(subject: Maker, monke
             raise MemoryError
         return reply(model, tokenizer, batch, cache)
 
-    monkeypatch.setattr("pqkv_cli.evaluation.asking.reply", small_machine)
+    monkeypatch.setattr("pqkv_cli.evaluation.qa_runner.reply", small_machine)
     asked = [Question(f"q{i}", tokens(40, seed=i), 5) for i in range(6)]
     with pytest.warns(UserWarning, match="out of memory with 2 prompts"):
         answers(subject(), batch_tokens=90, asked=asked)
@@ -217,7 +217,7 @@ def test_what_halving_does_not_help_is_raised(error: Exception, subject: Maker, 
     def fails(*words: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("pqkv_cli.evaluation.asking.reply", fails)
+    monkeypatch.setattr("pqkv_cli.evaluation.qa_runner.reply", fails)
     monkeypatch.setattr("warnings.warn", lambda *words, **options: None)
     with pytest.raises(type(error)):
         answers(subject(), batch_tokens=100_000)

@@ -1,4 +1,4 @@
-"""Trains the reference model: ``python -m pqkv_cli.demo.train --budget cpu --out DIR``.
+"""Trains the reference model: ``python -m tools.demo_model.train --budget cpu --out DIR``.
 
 Seeded and resumable: batches depend on the seed and the step alone, a checkpoint is written every five minutes, and the
 same command goes on where the last one stopped. Uses a GPU where there is one, else as many threads as `--threads` says.
@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 from transformers import AttentionInterface, LlamaForCausalLM
 
 from pqkv_cli.calibration.stdlib_text import split_documents
-from pqkv_cli.demo.architecture import MAX_POSITIONS, reference_config
-from pqkv_cli.demo.checkpoint import load_checkpoint, save_checkpoint
-from pqkv_cli.demo.curriculum import BUDGETS, STAGES, Stage
-from pqkv_cli.demo.tasks import Row, RowMaker
-from pqkv_cli.demo.tokenizer import save_tokenizer, train_tokenizer
+from tools.demo_model.architecture import MAX_POSITIONS, reference_config
+from tools.demo_model.checkpoint import load_checkpoint, save_checkpoint
+from tools.demo_model.curriculum import BUDGETS, STAGES, Stage
+from tools.demo_model.tasks import Row, RowMaker
+from tools.demo_model.tokenizer import save_tokenizer, train_tokenizer
 
 _CHECKPOINT_SECONDS = 300
 _PROBE_STEPS = 100

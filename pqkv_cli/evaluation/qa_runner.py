@@ -11,13 +11,12 @@ import numpy as np
 
 from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.errors import is_out_of_memory
-from pqkv_cli.evaluation.bits import cache_bits, fullest_bits
-from pqkv_cli.evaluation.record import BitsPerChannel
-from pqkv_cli.evaluation.replies import Question, Replies, reply
-from pqkv_cli.evaluation.samples import Group, Sample
+from pqkv_cli.evaluation.generation import Question, Replies, reply
+from pqkv_cli.evaluation.record import BitsPerChannel, cache_bits, fullest_bits
+from pqkv_cli.evaluation.sample_log import Group, Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
-from pqkv_cli.evaluation.windows import CacheFactory, contender
-from pqkv_cli.models.memory import free_memory
+from pqkv_cli.evaluation.text_windows import CacheFactory, contender
+from pqkv_cli.models.load import free_memory
 
 Batch = Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""Text sampled from a model itself, its in-distribution text: ``python -m pqkv_cli.demo.sample MODEL OUT --seed 0``."""
+"""Text sampled from a model itself, its in-distribution text: ``python -m tools.demo_model.sample MODEL OUT --seed 0``."""
 
 import argparse
 from pathlib import Path

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pqkv_cli.pipeline.content import text_identity
+from pqkv_cli.pipeline.fingerprints import text_identity
 
 
 def test_files_and_rows_are_known_by_what_they_hold(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Measures the reference model at full precision and writes its card: ``python -m pqkv_cli.demo.card DIR``."""
+"""Measures the reference model at full precision and writes its card: ``python -m tools.demo_model.card DIR``."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from pqkv_cli.calibration.stdlib_text import split_documents
-from pqkv_cli.demo.tasks import Row, RowMaker
+from tools.demo_model.tasks import Row, RowMaker
 
 _LENGTHS = (512, 1024, 2048, 4096)
 _TEXT = """---
@@ -19,14 +19,14 @@ license: apache-2.0
 # The pqkv reference model
 
 A Llama of {parameters:,} parameters ({layers} layers, {heads} query and {kv_heads} key/value heads of {head_dim} channels, a
-byte-level BPE of {vocab:,} tokens), trained by `python -m pqkv_cli.demo.train --budget cpu --out DIR` on the standard library
-and the language reference of Python, mixed with recall tasks (22 million tokens, one core, under
+byte-level BPE of {vocab:,} tokens), trained by `python -m tools.demo_model.train --budget cpu --out DIR` on the standard
+library and the language reference of Python, mixed with recall tasks (22 million tokens, one core, under
 two hours; the shares of the tasks were changed once on the way, so the command gives a model like this one, not these very
 weights). It continues Python and its documentation in the right style
 with little sense, and it finds numbers hidden in its context; it knows nothing else. It exists to test caches.
 
 Training, calibration and evaluation text are disjoint (`pqkv_cli.calibration.stdlib_text`). Measured in fp32 on the
-evaluation split by `python -m pqkv_cli.demo.card DIR`, {rows} rows per number; an answer counts if all its tokens are right.
+evaluation split by `python -m tools.demo_model.card DIR`, {rows} rows per number; an answer counts if all its tokens are right.
 
 Perplexity in windows of 512 tokens: {perplexity:.2f}
 

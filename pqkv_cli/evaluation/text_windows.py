@@ -12,10 +12,10 @@ import torch
 from pqkv_cli.cache.cache import QuantizedCache, TimedCache
 from pqkv_cli.calibration.text import token_windows
 from pqkv_cli.errors import DataError
-from pqkv_cli.evaluation.bits import cache_bits
 from pqkv_cli.evaluation.costs import peak_memory
 from pqkv_cli.evaluation.prompts import num_positions, shorter
-from pqkv_cli.evaluation.samples import Group, Sample
+from pqkv_cli.evaluation.record import cache_bits
+from pqkv_cli.evaluation.sample_log import Group, Sample
 from pqkv_cli.evaluation.scores import Floats, interval95
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
 from pqkv_cli.hf.names import cache_argument

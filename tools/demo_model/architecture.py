@@ -2,7 +2,7 @@
 
 from transformers import LlamaConfig
 
-from pqkv_cli.demo.tokenizer import VOCAB_SIZE
+from tools.demo_model.tokenizer import VOCAB_SIZE
 
 MAX_POSITIONS = 8192
 
