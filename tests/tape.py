@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pqkv_cli.runtime.step_graph import Captured
+from pqkv_cli.runtime.cuda_graph import Captured
 
 ATEN = torch.ops.aten
 WAITING = {ATEN._local_scalar_dense, ATEN.is_nonzero, ATEN.nonzero, ATEN.equal, ATEN.masked_select, ATEN.allclose}

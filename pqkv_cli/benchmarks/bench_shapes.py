@@ -20,7 +20,7 @@ from pqkv_cli.errors import RunError
 from pqkv_cli.evaluation.record import environment
 from pqkv_cli.reporter import Reporter
 from pqkv_cli.runtime.attach import Attached
-from pqkv_cli.runtime.step_graph import capture_cuda, choose_graph
+from pqkv_cli.runtime.cuda_graph import capture_cuda, choose_graph
 from pqkv_cli.specs import CacheSpec
 from pqkv_kernels.bench import copy_bandwidth, time_attention
 from pqkv_kernels.dispatch import BackendRequest, choose_backend

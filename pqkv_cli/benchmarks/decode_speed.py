@@ -21,7 +21,7 @@ from pqkv_cli.hf.attention import attending, attention_of
 from pqkv_cli.hf.cache_layers import tensor_bytes
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.runtime.attach import Attached
-from pqkv_cli.runtime.step_graph import Capture, capture_cuda, choose_graph, step_graph
+from pqkv_cli.runtime.cuda_graph import Capture, capture_cuda, choose_graph, step_graph
 from pqkv_kernels.bench import Quantiles, quantiles
 
 

@@ -14,11 +14,11 @@ from transformers import StaticCache
 from pqkv_cli.benchmarks.decode_speed import ROOM, Step, cache_bytes, captured_static, filled, plain_step, wall_ms
 from pqkv_cli.benchmarks.shapes import ModelShape
 from pqkv_cli.cache.schedule import most_exact, num_pages
-from pqkv_cli.cache.storage import SLAB_PAGES
+from pqkv_cli.cache.storage import BLOCK_PAGES
 from pqkv_cli.errors import CacheError
 from pqkv_cli.hf.attention import attending
 from pqkv_cli.runtime.attach import Attached
-from pqkv_cli.runtime.step_graph import Capture, step_graph
+from pqkv_cli.runtime.cuda_graph import Capture, step_graph
 from pqkv_cli.specs import CacheSpec
 from pqkv_kernels.bench import Quantiles, quantiles
 from pqkv_kernels.format.layout import PAGE_TOKENS
@@ -58,7 +58,7 @@ def codes_row_bytes(
 ) -> int:
     """Return what one row of `num_tokens` takes at most in a quantized cache: codes, exact tokens, positions and page angles.
 
-    At most, because a window may stand anywhere between two flushes, and the last slab of pages need not be full.
+    At most, because a window may stand anywhere between two flushes, and the last block of pages need not be full.
     """
     pages = num_pages(num_tokens, spec.window_tokens)
     page_bytes = shape.num_kv_heads * (keys.layout.page_bytes + values.layout.page_bytes)
@@ -66,7 +66,7 @@ def codes_row_bytes(
     pairs = 0 if keys.rotary is None else keys.rotary.num_pairs
     positions = 2 * 8 + 4 * num_tokens + pages * (4 + 2 * 4 * pairs)
     addresses = 2 * 8 * pages
-    return shape.num_layers * ((pages + SLAB_PAGES) * page_bytes + exact + addresses) + positions
+    return shape.num_layers * ((pages + BLOCK_PAGES) * page_bytes + exact + addresses) + positions
 
 
 @torch.no_grad()

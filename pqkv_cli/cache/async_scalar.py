@@ -1,10 +1,10 @@
-"""A small tensor on its way to the host, so that decoding never waits for it. Knows no meaning."""
+"""A number of the device on its way to the host, so that decoding never waits for it."""
 
 import torch
 
 
-class HostCopy:
-    """A copy of `tensor` in the memory of the host, started now and read later.
+class AsyncScalar:
+    """A copy of `tensor`, one number, in the memory of the host: started now and read later.
 
     Reading waits for the work that was given to the device before the copy, never for what came after it: read in a later
     step, it waits for nothing.
@@ -20,7 +20,7 @@ class HostCopy:
             self._event.record()
 
     def read(self) -> torch.Tensor:
-        """Return the copy."""
+        """Return the number, a tensor of no dimensions on the host."""
         if self._event is not None:
             self._event.synchronize()
         return self._host

@@ -1,22 +1,25 @@
 """The quantized cache as transformers sees it: a `Cache` whose full-attention layers hold codes."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pqkv_cli.cache.drift import DriftMeter, DriftVoice, Errors
+from pqkv_cli.cache.checks import WarnOnce
+from pqkv_cli.cache.drift import DriftAlarm, DriftMeter, Errors
 from pqkv_cli.cache.encoder import EncoderQueue
 from pqkv_cli.cache.layer import QuantizedLayer
-from pqkv_cli.cache.positions import AngleSource, Timeline
+from pqkv_cli.cache.positions import AngleSource, SlotPositions
 from pqkv_cli.cache.simulated import SimulatedLayer
 from pqkv_cli.errors import CacheError
 from pqkv_cli.hf.cache_layers import CacheLayerMixin, forget, grows, own_layers, tensor_bytes
 from pqkv_cli.hf.steps import SteppedCache
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import CacheSpec, Side
+from pqkv_kernels.dispatch import Backend
 from pqkv_kernels.format.tables import CodecTables
 
 
@@ -35,12 +38,21 @@ class CacheBytes:
         return self.codes + self.exact + self.dense + self.positions
 
 
-class TimedCache(SteppedCache):
-    """A cache that is told positions and padding of every step before its layers are updated."""
+class PositionedCache(SteppedCache):
+    """A cache that gets positions and padding of every step before its layers are updated.
 
-    def __init__(self, layers: list[CacheLayerMixin], timeline: Timeline) -> None:
+    Parameters
+    ----------
+    slots
+        Shared with the layers.
+    warn_once
+        Shared with the layers that warn.
+    """
+
+    def __init__(self, layers: list[CacheLayerMixin], slots: SlotPositions, warn_once: WarnOnce | None = None) -> None:
         super().__init__(layers=[*layers])
-        self.timeline = timeline
+        self.slots = slots
+        self._warn_once = WarnOnce() if warn_once is None else warn_once
         self._owner: weakref.ref[torch.nn.Module] | None = None
 
     def bind(self, model: torch.nn.Module) -> None:
@@ -63,26 +75,26 @@ class TimedCache(SteppedCache):
 
     def begin_step(self, positions: torch.Tensor, row_start: torch.Tensor | None) -> None:
         """Take the facts of the step to come: positions [B, T] of its tokens and first real slots [B] of the rows."""
-        self.timeline.begin(self.get_seq_length(), positions, row_start)
+        self.slots.begin(self.get_seq_length(), positions, row_start)
 
     def warn_once(self, key: str, text: str) -> None:
-        """Warn with `text` unless something was said under `key` before."""
-        self.timeline.notices.once(key, text)
+        """Warn with `text` unless a warning was given under `key` before."""
+        self._warn_once(key, text)
 
     def reset(self) -> None:
         """Drop all tokens."""
         for layer in self.layers:
             forget(layer)
         super().reset()  # type: ignore[no-untyped-call]
-        self.timeline.reset()
+        self.slots.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens."""
         if num_held := self.get_seq_length():
             # Whatever the next step would have read as code stays code: exact tokens before it may be gone.
-            self.timeline.settle(num_held)
+            self.slots.settle(num_held)
         super().crop(tokens_to_remove)
-        self.timeline.crop(self.get_seq_length())
+        self.slots.crop(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace row `i` by row ``beam_idx[i]``."""
@@ -100,10 +112,10 @@ class TimedCache(SteppedCache):
         self._map_rows(lambda t: t[indices])
 
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.timeline.map_rows(change)
+        self.slots.map_rows(change)
 
 
-class QuantizedCache(TimedCache):
+class QuantizedCache(PositionedCache):
     """Sinks, codes and window in every quantized layer; other layers stay as transformers makes them."""
 
     @property
@@ -122,6 +134,25 @@ class QuantizedCache(TimedCache):
             return self.quantized_layers[0].get_seq_length()
         return int(super().get_seq_length(layer_idx))
 
+    def has_room(self) -> bool:
+        """Return whether all quantized layers hold codes and can take one more token without a flush."""
+        return all(layer.num_coded and layer.fits(1) for layer in self.quantized_layers)
+
+    @contextmanager
+    def in_place(self, newest: torch.Tensor, coded_stop: torch.Tensor) -> Iterator[None]:
+        """Let updates of all layers be `QuantizedLayer.in_place`, in a step that `begin_step` has begun already."""
+        with ExitStack() as layers:
+            for layer in self.quantized_layers:
+                layers.enter_context(layer.in_place(newest, coded_stop))
+            self.stands = True
+            layers.callback(setattr, self, "stands", False)
+            yield
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Return everything that a step over the quantized layers reads or writes."""
+        row_start = [] if self.slots.row_start is None else [self.slots.row_start]
+        return [*row_start, *(tensor for layer in self.quantized_layers for tensor in layer.held_tensors)]
+
     def num_bytes(self) -> CacheBytes:
         """Return the bytes of all tensors held between steps."""
         dense = [layer for layer in self.layers if not isinstance(layer, QuantizedLayer)]
@@ -129,7 +160,7 @@ class QuantizedCache(TimedCache):
             codes=sum(layer.code_bytes for layer in self.quantized_layers),
             exact=sum(layer.exact_bytes for layer in self.quantized_layers),
             dense=sum(tensor_bytes(layer) for layer in dense),
-            positions=self.timeline.num_bytes,
+            positions=self.slots.num_bytes,
         )
 
 
@@ -143,32 +174,37 @@ def quantized_cache(
     angle_sources: AngleSources,
     errors: Errors | None = None,
     encoder: EncoderQueue | None = None,
-    voice: DriftVoice | None = None,
+    alarm: DriftAlarm | None = None,
+    backend: Backend = "torch",
 ) -> QuantizedCache:
     """Return an empty cache for a model of `config`; layers whose `tables` are None stay as transformers makes them.
 
-    Given the `errors` of calibration, the cache warns with `voice` of a text that quantizes far worse. All layers hand what
-    leaves their windows to one `encoder`; a new one by default.
+    Given the `errors` of calibration, the cache warns by `alarm` of a text that quantizes far worse. All layers hand what
+    leaves their windows to one `encoder`; a new one by default. `backend` encodes and attends to the codes.
 
     Raises
     ------
     CacheError
         If a layer has tables but is not a growing full-attention layer in transformers.
     """
-    timeline, encoder = Timeline(spec.window_tokens), EncoderQueue() if encoder is None else encoder
-    meter = None if errors is None else DriftMeter(errors, voice or DriftVoice())
+    slots, warn_once = SlotPositions(spec.window_tokens), WarnOnce()
+    encoder = EncoderQueue() if encoder is None else encoder
+    meter = None if errors is None else DriftMeter(errors, alarm or DriftAlarm())
 
     def make(index: int) -> CacheLayerMixin | None:
         layer_tables = tables[index]
         if layer_tables is None:
             return None
         drift = None if meter is None else meter.layer(index)
-        return QuantizedLayer(dict(layer_tables), spec, timeline, angle_sources[index], drift, encoder)
+        source = angle_sources[index]
+        return QuantizedLayer(dict(layer_tables), spec, slots, source, backend, drift, encoder, warn_once)
 
-    return QuantizedCache(_layers(config, len(tables), make), timeline)
+    return QuantizedCache(_layers(config, len(tables), make), slots, warn_once)
 
 
-def simulated_cache(config: Any, codecs: Sequence[dict[Side, VectorCodec] | None], angle_sources: AngleSources) -> TimedCache:
+def simulated_cache(
+    config: Any, codecs: Sequence[dict[Side, VectorCodec] | None], angle_sources: AngleSources
+) -> PositionedCache:
     """Return an empty cache of mode `all`.
 
     Raises
@@ -176,13 +212,13 @@ def simulated_cache(config: Any, codecs: Sequence[dict[Side, VectorCodec] | None
     CacheError
         As `quantized_cache`.
     """
-    timeline = Timeline()
+    slots = SlotPositions()
 
     def make(index: int) -> CacheLayerMixin | None:
         layer_codecs = codecs[index]
-        return None if layer_codecs is None else SimulatedLayer(layer_codecs, timeline, angle_sources[index])
+        return None if layer_codecs is None else SimulatedLayer(layer_codecs, slots, angle_sources[index])
 
-    return TimedCache(_layers(config, len(codecs), make), timeline)
+    return PositionedCache(_layers(config, len(codecs), make), slots)
 
 
 def _layers(config: Any, num_layers: int, make: Callable[[int], CacheLayerMixin | None]) -> list[CacheLayerMixin]:

@@ -1,5 +1,6 @@
-"""Refuses states that do not belong into a cache. Knows shapes; reads no values."""
+"""What a cache refuses, and what it warns of once. Knows shapes; reads no values."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -25,11 +26,11 @@ def check_states(states: Mapping[Side, torch.Tensor], held: Mapping[Side, torch.
     """
     for side, tensor in states.items():
         other = held[side]
-        found = (*tensor.shape[:2], tensor.shape[3], tensor.dtype, tensor.device)
+        given = (*tensor.shape[:2], tensor.shape[3], tensor.dtype, tensor.device)
         expected = (*other.shape[:2], other.shape[3], other.dtype, other.device)
-        if found != expected:
+        if given != expected:
             raise CacheError(
-                f"{side} of shape, dtype and device {found} on a cache of {expected}; "
+                f"{side} of shape, dtype and device {given} on a cache of {expected}; "
                 "a cache serves one model, dtype, device and batch: make a new one with Attached.new_cache()"
             )
     needed = num_held + states["keys"].shape[2]
@@ -66,3 +67,22 @@ def check_gradients(*lost: torch.Tensor) -> None:
             "gradients are asked for through quantized keys and values, and none pass through codes; expected a call under "
             "torch.no_grad(), or a model none of whose parameters asks for gradients: model.requires_grad_(False)"
         )
+
+
+DECODED = (
+    "keys and values are decoded as a whole at every step, because another attention function than 'pqkv' reads them: right, "
+    "but slow; use the model as attach() prepared it, or expect this where `pqkv inspect` says so"
+)
+
+
+class WarnOnce:
+    """Warnings that a cache gives once in its life, however many layers and steps would repeat them."""
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+
+    def __call__(self, key: str, text: str) -> None:
+        """Warn with `text` unless a warning was given under `key` before."""
+        if key not in self._given:
+            self._given.add(key)
+            warnings.warn(text, stacklevel=3)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pqkv_cli.cache.async_scalar import HostCopy
+from pqkv_cli.cache.async_scalar import AsyncScalar
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.rotary import Angles
@@ -24,26 +24,26 @@ class DriftWarning(UserWarning):
     """A text quantizes far worse than the calibration text did."""
 
 
-class DriftVoice:
+class DriftAlarm:
     """Warns for all caches of a model: of the first text that quantizes badly, then only of one that does twice as badly."""
 
     def __init__(self) -> None:
         self._worst: dict[Side, float] = {}
 
-    def say(self, side: Side, live: float, calibrated: float) -> None:
+    def compare(self, side: Side, live: float, calibrated: float) -> None:
         """Warn if `live`, a text's relative squared error, is beyond `RATIO` times what was `calibrated` or said before."""
         ratio = live / calibrated if calibrated else math.inf * live
         if not ratio > RATIO * self._worst.get(side, 1.0):
             return
         self._worst[side] = ratio
-        found = (
+        fault = (
             f"the {side} of this text quantize {ratio:.1f} times as badly as those of the calibration text "
             f"(relative squared error {live:.3g}, then {calibrated:.3g})"
             if calibrated
             else f"the {side} of this text lose {live:.3g} of their squares, those of the calibration text were all zero"
         )
         warnings.warn(
-            f"{found}; answers may be worse than measured: calibrate on text like this one",
+            f"{fault}; answers may be worse than measured: calibrate on text like this one",
             DriftWarning,
             stacklevel=3,
         )
@@ -56,15 +56,15 @@ class DriftMeter:
     ----------
     expected
         The errors of calibration.
-    voice
+    alarm
         Where warnings go.
     """
 
-    def __init__(self, expected: Errors, voice: DriftVoice) -> None:
-        self._expected, self._voice = expected, voice
+    def __init__(self, expected: Errors, alarm: DriftAlarm) -> None:
+        self._expected, self._alarm = expected, alarm
         self._last = max((index for index, errors in enumerate(expected) if errors), default=-1)
-        self._found: dict[Side, list[HostCopy]] = {side: [] for side in SIDES}
-        self._unread: dict[Side, list[HostCopy]] = {}
+        self._errors: dict[Side, list[AsyncScalar]] = {side: [] for side in SIDES}
+        self._unread: dict[Side, list[AsyncScalar]] = {}
 
     def layer(self, index: int) -> "LayerDrift":
         """Return the part of the meter that layer `index` feeds."""
@@ -73,20 +73,20 @@ class DriftMeter:
     def add(self, index: int, side: Side, error: torch.Tensor) -> None:
         """Take the error of one page, a scalar; with the last layer's values all layers are compared and forgotten."""
         self._judge()
-        self._found[side].append(HostCopy(error))  # layers may lie on several devices
+        self._errors[side].append(AsyncScalar(error))  # layers may lie on several devices
         if (index, side) != (self._last, "values"):
             return
-        self._unread, self._found = self._found, {kind: [] for kind in SIDES}
+        self._unread, self._errors = self._errors, {kind: [] for kind in SIDES}
         if not error.is_cuda:  # a GPU's answer is read with the next sample: nothing waits for it
             self._judge()
 
     def _judge(self) -> None:
         for kind, copies in self._unread.items():
-            found = [value for value in (float(copy.read()) for copy in copies) if not math.isnan(value)]
-            live = sum(found) / len(found) if found else 0.0
-            known = [errors[kind] for errors in self._expected if errors]
-            calibrated = sum(known) / len(known)
-            self._voice.say(kind, live, calibrated)
+            errors = [value for value in (float(copy.read()) for copy in copies) if not math.isnan(value)]
+            live = sum(errors) / len(errors) if errors else 0.0
+            expected = [layer[kind] for layer in self._expected if layer]
+            calibrated = sum(expected) / len(expected)
+            self._alarm.compare(kind, live, calibrated)
         self._unread = {}
 
 

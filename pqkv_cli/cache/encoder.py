@@ -18,7 +18,7 @@ _TOKENS = 4096  # encoded at a time; whole pages
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PageJob:
+class EncodeJob:
     """Holds everything it reads, so that nothing it depends on can change or go before it is called.
 
     Attributes
@@ -28,7 +28,7 @@ class PageJob:
     angles
         ``(cos, sin)`` of its slots where the codec works before rotary embedding.
     room
-        Where its pages belong: parts of slabs that take `P` pages together.
+        Where its pages belong: parts of page blocks that take `P` pages together.
     first_slot, text_start
         For `drift`, as `LayerDrift.observe` takes them.
     """
@@ -56,12 +56,12 @@ class PageJob:
     def _pages(self, side: Side) -> torch.Tensor:
         """Encode some tokens at a time: what encoding holds beside its result stays small beside a long prompt's states."""
         states, angles = self.states[side], self.angles[side]
-        made: list[torch.Tensor] = []
+        pages: list[torch.Tensor] = []
         for start in range(0, states.shape[2], _TOKENS):
             part = slice(start, start + _TOKENS)
-            turn = None if angles is None else (angles[0][:, part].contiguous(), angles[1][:, part].contiguous())
-            made.append(encode_pages(self.backend, states[:, :, part], self.tables[side], turn))
-        return made[0] if len(made) == 1 else torch.cat(made, dim=1)
+            rotated_by = None if angles is None else (angles[0][:, part].contiguous(), angles[1][:, part].contiguous())
+            pages.append(encode_pages(self.backend, states[:, :, part], self.tables[side], rotated_by))
+        return pages[0] if len(pages) == 1 else torch.cat(pages, dim=1)
 
 
 Job = Callable[[], None]

@@ -1,76 +1,99 @@
-"""One layer of the quantized cache: sinks | codes | window. Computes no attention."""
+"""One layer of the quantized cache: sinks | codes | window. Computes no attention.
+
+A slot is a column of the cache, padding included. These are the slots of a layer, and how one row of the batch reads them::
+
+    0         row_start                 first_exact    coded_stop    num_coded     num_slots
+    | padding | sinks |                 |              |             |                     |
+    |================ pages of codes, 64 slots each =================|
+              | exact |                 |================= window, exact ==================|
+    a row     | exact |------------ codes -------------|-------------- exact --------------|
+
+``row_start`` and ``coded_stop`` are [B], one of each row; the others count for all rows.
+
+row_start
+    First real token; its first ``num_sinks`` tokens are the row's sinks, kept exact as well once a page holds them.
+first_exact
+    First slot of the window, at the start of a page; nobody reads a slot before it exact, but the sinks.
+coded_stop
+    Slot behind the last that the row reads as code: at least ``first_exact``, at most ``num_coded`` unless the row reads no
+    code at all. Then it is ``row_start``. `pqkv_cli.cache.schedule` says when it moves.
+num_coded
+    Slots that pages hold. From ``first_exact`` to there, two pages at most, slots are held both as code and exact.
+num_slots
+    Slots held, ``first_exact`` + ``num_window``; what `get_seq_length` returns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from pqkv_cli.cache.checks import check_crop, check_gradients, check_states
+from pqkv_cli.cache.checks import DECODED, WarnOnce, check_crop, check_gradients, check_states
 from pqkv_cli.cache.drift import LayerDrift
-from pqkv_cli.cache.encoder import EncoderQueue, PageJob
-from pqkv_cli.cache.lazy_states import LazyStates, StepView
-from pqkv_cli.cache.positions import DECODED, AngleSource, Timeline
+from pqkv_cli.cache.encoder import EncodeJob, EncoderQueue
+from pqkv_cli.cache.lazy_states import LayerSnapshot, LazyStates, UpdateCounter
+from pqkv_cli.cache.positions import AngleSource, SlotPositions
 from pqkv_cli.cache.schedule import first_exact, most_exact, num_pages
-from pqkv_cli.cache.static_step import StaticStep
 from pqkv_cli.cache.storage import PageStore, coded_then_exact, sinks_among, with_room, with_sinks
 from pqkv_cli.hf.cache_layers import CacheLayerMixin
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.dispatch import Backend, prepare_tables
 from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.format.rotary import Angles, PageAngles
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.reference.encode import decode
-
-
-def cut_pages(layer: QuantizedLayer, kept: int) -> None:
-    """Drop the pages of `layer` that lack slots where `kept` are kept; the window gets what the first of them decodes to.
-
-    Where a row still reads a slot exact (``timeline.stops()``), it goes on doing so. The caller counts the window's tokens.
-    """
-    if kept >= layer.num_coded:
-        return
-    page = kept // PAGE_TOKENS
-    start = page * PAGE_TOKENS
-    for side in SIDES:
-        cut = layer.pages[side].page(page).to(layer.device)
-        coded = layer.decoded(side, cut, start, start + PAGE_TOKENS, layer.sinks[side])[:, :, : kept - start]
-        if layer.first_exact <= start:
-            exact = layer.window[side][:, :, : kept - layer.first_exact]
-            coded = coded_then_exact(coded, start, exact, layer.first_exact, layer.timeline.stops())
-        layer.window[side] = coded
-        layer.pages[side].truncate(page)
-    layer.first_exact = min(layer.first_exact, start)
 
 
 class QuantizedLayer(CacheLayerMixin):
     """Keys and values of one layer: pages of codes for old tokens, exact tensors for sinks and for the recent window.
 
-    Slots ``0 .. 64 * P`` are coded (padding and sinks too: a uniform layout costs less than it saves); the sinks of each
-    row are kept exact beside them. The window holds the slots from `first_exact` on, up to two pages of them coded as well:
-    which of these a row reads as code, ``timeline.coded_stop`` says (see `pqkv_cli.cache.schedule`).
+    Padding and sinks are coded too: a uniform layout costs less than it saves. The drawing above names the slots.
+
+    Parameters
+    ----------
+    tables
+        The codecs of ``keys`` and ``values``.
+    spec
+        How many first and recent tokens stay exact.
+    slots
+        Positions of the cache's slots, one for all its layers.
+    angle_source
+        The model's rotary angles, where keys are coded before rotary embedding.
+    backend
+        What encodes and attends to the codes.
+    drift
+        Receives samples of what encoding loses.
+    encoder
+        The queue that all layers of a cache hand their pages to.
+    warn_once
+        Where the cache's warnings go.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
-    backend: Backend = "torch"  # what attends to the codes; `attach` chooses
-    static: StaticStep | None = None  # set while a step is captured
 
     def __init__(
         self,
         tables: dict[Side, CodecTables],
         spec: CacheSpec,
-        timeline: Timeline,
+        slots: SlotPositions,
         angle_source: AngleSource | None,
+        backend: Backend = "torch",
         drift: LayerDrift | None = None,
         encoder: EncoderQueue | None = None,
+        warn_once: WarnOnce | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tables, self.spec, self.timeline, self.angle_source = tables, spec, timeline, angle_source
+        self.tables, self.spec, self.slots, self.angle_source, self.backend = tables, spec, slots, angle_source, backend
         self._drift, self.capacity = drift, most_exact(spec.window_tokens)  # tokens in the window
         self.encoder = EncoderQueue() if encoder is None else encoder
-        self.num_updates = self.num_materialized = self._last_job = 0
+        self._warn_once = WarnOnce() if warn_once is None else warn_once
+        self._updates, self.num_materialized, self._last_job = UpdateCounter(), 0, 0
+        self._in_place: tuple[torch.Tensor, torch.Tensor] | None = None  # set inside `in_place`
         self.pages: dict[Side, PageStore] = {side: PageStore() for side in SIDES}
         self._clear()
 
@@ -116,33 +139,100 @@ class QuantizedLayer(CacheLayerMixin):
         """
         check_gradients(key_states, value_states)
         states: dict[Side, torch.Tensor] = {"keys": key_states.detach(), "values": value_states.detach()}
-        if self.static is not None:
-            return self.static.update(self, states)
+        if self._in_place is not None:
+            return self._update_in_place(states, *self._in_place)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        check_states(states, self.window, self.get_seq_length(), self.timeline.num_slots)
+        check_states(states, self.window, self.get_seq_length(), self.slots.num_slots)
         self.encoder.wait(self._last_job)
-        self.num_updates += 1
+        self._updates.count += 1
         fits, num_slots = self.fits(key_states.shape[2]), self.get_seq_length() + key_states.shape[2]
         kept_from = self.first_exact if fits else max(self.first_exact, first_exact(num_slots, self.spec.window_tokens))
         exact = self._joined(states, stays=kept_from == self.first_exact)
-        held = self.num_coded, self.first_exact, {s: self.pages[s].views(self.device) for s in SIDES}, dict(self.sinks)
-        view = StepView(self, self.num_updates, *held, exact, self.timeline.stops())
+        handles = self._handles(exact, self.slots.stops())  # before pages and window change: they see what was there
         if fits:
             self.num_window = num_slots - self.first_exact
         else:
             self._flush(exact, num_slots, kept_from)
-        return LazyStates(view, "keys"), LazyStates(view, "values")
+        return handles
 
-    def materialize(self, view: StepView, side: Side) -> torch.Tensor:
-        """Return all keys or values of `view` decoded, [B, Hkv, T, D] in the cache's dtype."""
+    def _handles(
+        self, exact: dict[Side, torch.Tensor], coded_stop: torch.Tensor, newest: torch.Tensor | None = None
+    ) -> tuple[LazyStates, LazyStates]:
+        """Return handles on keys and values as the layer holds them now, `exact` in the window."""
+        snapshot = LayerSnapshot(
+            backend=self.backend,
+            tables=self.tables,
+            row_start=self.slots.starts(),
+            coded_stop=coded_stop,
+            num_coded=self.num_coded,
+            pages={side: self.pages[side].views(self.device) for side in SIDES},
+            angles=self.page_angles(),
+            sinks=dict(self.sinks),
+            first_exact=self.first_exact,
+            exact=dict(exact),
+            newest=newest,
+            mask_check=self.slots.mask_check,
+            decode=self._decode,
+            updates=self._updates,
+            update=self._updates.count,
+        )
+        return LazyStates(snapshot, "keys"), LazyStates(snapshot, "values")
+
+    def page_angles(self) -> Angles | PageAngles | None:
+        """Return the angles of all pages, where there are any and keys are coded before rotary embedding."""
+        if not self.num_coded or self.tables["keys"].rotary is None or self.angle_source is None:
+            return None
+        return self.slots.page_angles(self.angle_source, self.num_coded // PAGE_TOKENS)
+
+    def pin_window(self) -> None:
+        """Give the window all the room it may ever need: until the next flush it is written in place and never moves."""
+        self.encoder.finish()
+        for side, window in self.window.items():
+            self.window[side] = with_room(window, self.num_window, self.capacity, self.capacity)
+            self.window[side][:, :, self.num_window :] = 0  # its weight is 0, and 0 * NaN would be NaN
+
+    @contextmanager
+    def in_place(self, newest: torch.Tensor, coded_stop: torch.Tensor) -> Iterator[None]:
+        """Let updates of one token per row write at ``newest`` of the pinned window, and change nothing else.
+
+        They may run any number of times; `count_token` counts the token.
+
+        Parameters
+        ----------
+        newest
+            Which slot of the window gets the token, [1] int64 in the memory of the device.
+        coded_stop
+            Where the rows stop to read codes in the step, [B] int64.
+        """
+        self._in_place = newest, coded_stop
+        try:
+            yield
+        finally:
+            self._in_place = None
+
+    def _update_in_place(
+        self, states: dict[Side, torch.Tensor], newest: torch.Tensor, coded_stop: torch.Tensor
+    ) -> tuple[LazyStates, LazyStates]:
+        for side in SIDES:
+            self.window[side].index_copy_(2, newest, states[side])
+        return self._handles(self.window, coded_stop, newest)
+
+    def count_token(self) -> None:
+        """Count a token per row that was written in place."""
+        self.num_window += 1
+        self._updates.count += 1
+
+    def _decode(self, snapshot: LayerSnapshot, side: Side) -> torch.Tensor:
+        """Return all keys or values of `snapshot` decoded, [B, Hkv, T, D] in the cache's dtype."""
         self.num_materialized += 1
-        self.timeline.notices.once("decoded", DECODED)
-        exact = view.exact[side]
-        if not view.num_coded:
+        self._warn_once("decoded", DECODED)
+        exact = snapshot.exact[side]
+        if not snapshot.num_coded:
             return exact
-        coded = self.decoded(side, torch.cat(view.pages[side], dim=1), 0, view.num_coded, view.sinks[side])
-        return coded_then_exact(coded, 0, exact, view.first_exact, view.stop)
+        pages = torch.cat(snapshot.pages[side], dim=1)
+        coded = self._decode_pages(side, pages, 0, snapshot.num_coded, snapshot.sinks[side])
+        return coded_then_exact(coded, 0, exact, snapshot.first_exact, snapshot.coded_stop)
 
     def get_seq_length(self) -> int:
         """Return the number of slots held."""
@@ -171,8 +261,27 @@ class QuantizedLayer(CacheLayerMixin):
         """
         kept = check_crop(tokens_to_remove, self.get_seq_length())
         self.encoder.finish()
-        cut_pages(self, kept)
+        self._cut_pages(kept)
         self.num_window = kept - self.first_exact
+
+    def _cut_pages(self, kept: int) -> None:
+        """Drop the pages that lack slots where `kept` are kept; the window gets what the first of them decodes to.
+
+        Where a row still reads a slot exact, it goes on doing so.
+        """
+        if kept >= self.num_coded:
+            return
+        page = kept // PAGE_TOKENS
+        start = page * PAGE_TOKENS
+        for side in SIDES:
+            cut = self.pages[side].page(page).to(self.device)
+            coded = self._decode_pages(side, cut, start, start + PAGE_TOKENS, self.sinks[side])[:, :, : kept - start]
+            if self.first_exact <= start:
+                exact = self.window[side][:, :, : kept - self.first_exact]
+                coded = coded_then_exact(coded, start, exact, self.first_exact, self.slots.stops())
+            self.window[side] = coded
+            self.pages[side].truncate(page)
+        self.first_exact = min(self.first_exact, start)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace row `i` by row ``beam_idx[i]``."""
@@ -200,6 +309,12 @@ class QuantizedLayer(CacheLayerMixin):
             store.move(home)
 
     @property
+    def held_tensors(self) -> list[torch.Tensor]:
+        """All tensors that a step reads or writes."""
+        blocks = [block for store in self.pages.values() for block in store.blocks]
+        return [*self.sinks.values(), *self.window.values(), *blocks]
+
+    @property
     def code_bytes(self) -> int:
         """Bytes of code pages allocated."""
         return sum(store.num_bytes for store in self.pages.values())
@@ -222,15 +337,15 @@ class QuantizedLayer(CacheLayerMixin):
 
     def _flush(self, exact: dict[Side, torch.Tensor], num_slots: int, kept_from: int) -> None:
         """Hand new pages to the encoder; exact tokens before `kept_from` go, in new tensors: the handles keep the old ones."""
-        first, starts, before = self.num_coded, self.timeline.starts(), self.first_exact
+        first, starts, before = self.num_coded, self.slots.starts(), self.first_exact
         count = num_pages(num_slots, self.spec.window_tokens) - first // PAGE_TOKENS
         stop = first + count * PAGE_TOKENS
         leaving = {side: exact[side][:, :, first - before : stop - before] for side in SIDES}
-        job = PageJob(
+        job = EncodeJob(
             backend=self.backend,
             tables=dict(self.tables),
             states=leaving,
-            angles={side: self.angles(side, first, stop) for side in SIDES},
+            angles={side: self._angles(side, first, stop) for side in SIDES},
             room={s: self.pages[s].room(count, self.tables[s].layout.page_bytes, leaving[s]) for s in SIDES},
             drift=self._drift,
             first_slot=first,
@@ -246,14 +361,14 @@ class QuantizedLayer(CacheLayerMixin):
         for side in SIDES:
             self.pages[side].grow(count)
 
-    def decoded(self, side: Side, pages: torch.Tensor, start: int, stop: int, sinks: torch.Tensor) -> torch.Tensor:
+    def _decode_pages(self, side: Side, pages: torch.Tensor, start: int, stop: int, sinks: torch.Tensor) -> torch.Tensor:
         """Return what `pages` of the slots ``start:stop`` stand for, [B, Hkv, T, D] in the cache's dtype; `sinks` are exact."""
-        decoded = decode(pages, self.tables[side], self.angles(side, start, stop)).to(self.dtype)
-        return with_sinks(decoded, start, self.timeline.starts(), sinks)
+        decoded = decode(pages, self.tables[side], self._angles(side, start, stop)).to(self.dtype)
+        return with_sinks(decoded, start, self.slots.starts(), sinks)
 
-    def angles(self, side: Side, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _angles(self, side: Side, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return ``(cos, sin)`` of the slots ``start:stop`` where the codec of `side` works before rotary embedding."""
-        return None if self.tables[side].rotary is None else self.timeline.angles(self.angle_source, start, stop)
+        return None if self.tables[side].rotary is None else self.slots.angles(self.angle_source, start, stop)
 
     def __getstate__(self) -> dict[str, Any]:
         self.encoder.finish()  # a copy of what is being written would be neither old nor new

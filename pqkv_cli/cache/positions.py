@@ -1,35 +1,16 @@
-"""Warnings that a cache gives once in its life, however many layers and steps would repeat them."""
+"""Positions of a cache's slots, which of them each row reads as codes, and the rotary angles that follow from them."""
 
-import warnings
 from collections.abc import Callable
 from weakref import ref
 
 import torch
 
-from pqkv_cli.cache.async_scalar import HostCopy
+from pqkv_cli.cache.async_scalar import AsyncScalar
 from pqkv_cli.cache.schedule import coded_stops
 from pqkv_cli.errors import CacheError
 from pqkv_cli.hf.steps import NEXT_TEXT, require
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.rotary import Angles, PageAngles
-
-DECODED = (
-    "keys and values are decoded as a whole at every step, because another attention function than 'pqkv' reads them: right, "
-    "but slow; use the model as attach() prepared it, or expect this where `pqkv inspect` says so"
-)
-
-
-class Notices:
-    """What has been said already."""
-
-    def __init__(self) -> None:
-        self._said: set[str] = set()
-
-    def once(self, key: str, text: str) -> None:
-        """Warn with `text` unless something was said under `key` before."""
-        if key not in self._said:
-            self._said.add(key)
-            warnings.warn(text, stacklevel=3)
 
 
 class PageBases:
@@ -41,8 +22,8 @@ class PageBases:
 
     def __init__(self) -> None:
         self._bases: torch.Tensor | None = None
-        self._unread: list[HostCopy] = []
-        self._run_on = True
+        self._unread: list[AsyncScalar] = []
+        self._are_consecutive = True
 
     @property
     def num_pages(self) -> int:
@@ -66,7 +47,7 @@ class PageBases:
         expected = base[..., None] + torch.arange(PAGE_TOKENS, dtype=torch.int32, device=pages.device)
         slots = torch.arange(known * PAGE_TOKENS, positions.shape[1], device=pages.device)[: pages.shape[1] * PAGE_TOKENS]
         padding = slots.view(-1, PAGE_TOKENS) < starts[:, None, None]
-        self._unread.append(HostCopy(((pages == expected) | padding).all()))
+        self._unread.append(AsyncScalar(((pages == expected) | padding).all()))
         self._bases = base if self._bases is None else torch.cat((self._bases, base), dim=1)
 
     def up_to(self, num_pages: int) -> torch.Tensor | None:
@@ -76,15 +57,15 @@ class PageBases:
         positions mean nothing, may get any angle.
         """
         for answer in self._unread:
-            self._run_on = self._run_on and bool(answer.read())
+            self._are_consecutive = self._are_consecutive and bool(answer.read())
         self._unread.clear()
-        if self._bases is None or not self._run_on:
+        if self._bases is None or not self._are_consecutive:
             return None
         return self._bases[:, :num_pages].long()
 
     def clear(self) -> None:
         """Forget all pages."""
-        self._bases, self._run_on = None, True
+        self._bases, self._are_consecutive = None, True
         self._unread.clear()
 
 
@@ -92,8 +73,23 @@ AngleSource = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Maps positions [B, T] int64 to per-pair ``(cos, sin)``, each [B, T, rotary_dim / 2] fp32 of unit modulus."""
 
 
-class Timeline:
-    """Positions of the slots of one cache, and which of them count as codes.
+class MaskCheck:
+    """Which attention mask of one step was found to be causal: all layers get the same one, and one look at it is enough."""
+
+    def __init__(self) -> None:
+        self._causal: ref[torch.Tensor] | None = None
+
+    def has_passed(self, mask: torch.Tensor) -> bool:
+        """Return whether it was `mask`."""
+        return self._causal is not None and self._causal() is mask
+
+    def remember(self, mask: torch.Tensor) -> None:
+        """Remember that `mask` is causal."""
+        self._causal = ref(mask)
+
+
+class SlotPositions:
+    """Positions of the slots of one cache, and which of them count as codes; the drawing in `pqkv_cli.cache.layer` shows them.
 
     A slot is a column of the cache: with left padding, slot and position differ. The facts of a step arrive through
     `begin` before any layer is updated, because ``Cache.update`` itself gets neither positions nor padding.
@@ -105,21 +101,15 @@ class Timeline:
     row_start
         Slot of the first real token of each row, [B] int64.
     coded_stop
-        Slot behind the last that each row reads as code in the present step, [B] int64: never less than `row_start`, and never
-        less than before, unless the cache was cropped.
-    step
-        Number of steps begun; a handle of an earlier step is stale.
-    notices
-        What the cache has warned of.
-    checked_mask
-        The attention mask of the present step that was found to be causal.
+        Slot behind the last that each row reads as code in the present step, [B] int64: never less than before, unless the
+        cache was cropped.
+    mask_check
+        Which attention mask of the present step was found to be causal; every step has a new one.
     """
 
     def __init__(self, window_tokens: int = 0) -> None:
         self._window_tokens = window_tokens
-        self.step = 0
-        self.notices = Notices()
-        self.checked_mask: ref[torch.Tensor] | None = None
+        self.mask_check = MaskCheck()
         self.reset()
 
     def reset(self) -> None:
@@ -167,8 +157,7 @@ class Timeline:
                 f"the cache holds {num_past} tokens but knows the positions of {self.num_slots}; "
                 "it was filled without `attach`: make a new cache with Attached.new_cache()"
             )
-        self.step += 1
-        self.checked_mask = None
+        self.mask_check = MaskCheck()
         self._angles.clear()
         if num_past < self.num_slots:
             self._forget_angles()
@@ -218,7 +207,7 @@ class Timeline:
         if self.row_start is None:
             raise CacheError(
                 "the cache was updated without knowing the step's positions; expected a model prepared by "
-                "`pqkv_cli.runtime.attach` (or `simulate`), which tells them before every step"
+                "`pqkv_cli.runtime.attach` (or `simulate`), which gives the cache the positions of every step"
             )
         return self.row_start
 

@@ -2,8 +2,7 @@
 
 Alone, a row of `n` tokens has the first ``64 * ((n - W) // 64)`` coded, where `W` is the window. In a batch the pages lie on
 one grid of slots, which is a row's own grid only if its padding fills whole pages. So a page is encoded as soon as any row may
-count some of its slots as codes, and exact tokens are kept until no row needs them. A row reads its slots up to its own stop as
-codes and those behind it exact, whatever the pages hold.
+count some of its slots as codes, and exact tokens are kept until no row needs them (drawn in `pqkv_cli.cache.layer`).
 """
 
 import torch

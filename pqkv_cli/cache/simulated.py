@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicLayer
 
 from pqkv_cli.cache.checks import check_gradients
-from pqkv_cli.cache.positions import AngleSource, Timeline
+from pqkv_cli.cache.positions import AngleSource, SlotPositions
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import Side
 from pqkv_kernels.format.rotary import rotate, unrotate
@@ -19,9 +19,9 @@ from pqkv_kernels.format.rotary import rotate, unrotate
 class SimulatedLayer(DynamicLayer):
     """A dense layer whose content has passed through the codecs."""
 
-    def __init__(self, codecs: dict[Side, VectorCodec], timeline: Timeline, angle_source: AngleSource | None) -> None:
+    def __init__(self, codecs: dict[Side, VectorCodec], slots: SlotPositions, angle_source: AngleSource | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.codecs, self.timeline, self.angle_source = codecs, timeline, angle_source
+        self.codecs, self.slots, self.angle_source = codecs, slots, angle_source
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -45,7 +45,7 @@ class SimulatedLayer(DynamicLayer):
         codec = self.codecs["keys"]
         if codec.rotary is None:
             return codec.encode_decode(keys).to(keys.dtype)
-        angles = self.timeline.angles(self.angle_source, start, start + keys.shape[2])
+        angles = self.slots.angles(self.angle_source, start, start + keys.shape[2])
         assert angles is not None  # a codec before rotary embedding comes with an angle source
         cos, sin = angles[0][:, None], angles[1][:, None]
         plain = unrotate(keys.float(), cos, sin, codec.rotary)

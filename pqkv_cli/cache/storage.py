@@ -5,28 +5,28 @@ from typing import Any
 
 import torch
 
-from pqkv_kernels.format.addresses import Slabs
+from pqkv_kernels.format.addresses import PageBlocks
 
-SLAB_PAGES = 8
+BLOCK_PAGES = 8
 
 
 class PageStore:
-    """Pages [B, P, Hkv, page_bytes] uint8 of one layer's keys or values.
+    """Pages [B, P, Hkv, page_bytes] uint8 of one layer's keys or values, in page blocks: tensors of some pages each.
 
-    A prefill gets one slab of its exact size; later pages come in slabs of `SLAB_PAGES`, so storage never doubles and a
+    A prefill gets one block of its exact size; later pages come in blocks of `BLOCK_PAGES`, so storage never doubles and a
     finished page is never copied.
     """
 
     def __init__(self) -> None:
-        self._slabs: list[torch.Tensor] = []
+        self._blocks: list[torch.Tensor] = []
         self._home: torch.device | None = None  # None: wherever pages are made
         self.num_pages = 0
-        self._views: Slabs | None = None  # of all pages, until they change
+        self._views: PageBlocks | None = None  # of all pages, until they change
 
     @property
-    def slabs(self) -> tuple[torch.Tensor, ...]:
-        """All slabs, [B, P, Hkv, page_bytes] each, unused pages of the last included."""
-        return tuple(self._slabs)
+    def blocks(self) -> tuple[torch.Tensor, ...]:
+        """All blocks, [B, P, Hkv, page_bytes] each, unused pages of the last included."""
+        return tuple(self._blocks)
 
     @property
     def home(self) -> torch.device | None:
@@ -35,72 +35,72 @@ class PageStore:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes allocated, unused pages of the last slab and known addresses of pages included."""
+        """Bytes allocated, unused pages of the last block and known addresses of pages included."""
         addresses = None if self._views is None else self._views.addresses
-        return sum(slab.numel() for slab in self._slabs) + (0 if addresses is None else addresses.nbytes)
+        return sum(block.numel() for block in self._blocks) + (0 if addresses is None else addresses.nbytes)
 
     def room(self, num_pages: int, page_bytes: int, states: torch.Tensor) -> list[torch.Tensor]:
-        """Return where the next `num_pages` pages belong, as parts of slabs in order; `grow` counts them.
+        """Return where the next `num_pages` pages belong, as parts of blocks in order; `grow` counts them.
 
         Parameters
         ----------
         states
-            What they will stand for, [B, Hkv, T, D]; new slabs lie where it lies unless `move` has chosen another place.
+            What they will stand for, [B, Hkv, T, D]; new blocks lie where it lies unless `move` has chosen another device.
         """
-        missing = num_pages - (sum(slab.shape[1] for slab in self._slabs) - self.num_pages)
+        missing = num_pages - (sum(block.shape[1] for block in self._blocks) - self.num_pages)
         if missing > 0:
-            size = max(missing, SLAB_PAGES) if self.num_pages else missing
-            self._slabs.append(self._new_slab((states.shape[0], size, states.shape[1], page_bytes), states.device))
-        return [slab[:, start:stop] for slab, start, stop in self._parts(self.num_pages, self.num_pages + num_pages)]
+            size = max(missing, BLOCK_PAGES) if self.num_pages else missing
+            self._blocks.append(self._new_block((states.shape[0], size, states.shape[1], page_bytes), states.device))
+        return [block[:, start:stop] for block, start, stop in self._parts(self.num_pages, self.num_pages + num_pages)]
 
     def grow(self, num_pages: int) -> None:
         """Count the next `num_pages`, for which there is room."""
         self.num_pages += num_pages
         self._views = None
 
-    def views(self, device: torch.device | None = None) -> Slabs:
-        """Return the filled parts of the slabs, in order, on `device`: the same list until pages change, if they lie there."""
+    def views(self, device: torch.device | None = None) -> PageBlocks:
+        """Return the filled parts of the blocks, in order, on `device`: the same list until pages change, if they lie there."""
         if self._views is None:
-            self._views = Slabs(slab[:, start:stop] for slab, start, stop in self._parts(0, self.num_pages))
+            self._views = PageBlocks(block[:, start:stop] for block, start, stop in self._parts(0, self.num_pages))
         if device is None or all(part.device == device for part in self._views):
             return self._views
-        return Slabs(part.to(device, non_blocking=True) for part in self._views)
+        return PageBlocks(part.to(device, non_blocking=True) for part in self._views)
 
     def page(self, index: int) -> torch.Tensor:
         """Return one page, [B, 1, Hkv, page_bytes]."""
-        slab, start, stop = self._parts(index, index + 1)[0]
-        return slab[:, start:stop]
+        block, start, stop = self._parts(index, index + 1)[0]
+        return block[:, start:stop]
 
     def truncate(self, num_pages: int) -> None:
-        """Keep the first `num_pages` and free slabs that hold none of them."""
+        """Keep the first `num_pages` and free blocks that hold none of them."""
         self.num_pages, self._views = num_pages, None
-        used = len({id(slab) for slab, _, _ in self._parts(0, num_pages)})
-        self._slabs = self._slabs[:used]
+        used = len({id(block) for block, _, _ in self._parts(0, num_pages)})
+        self._blocks = self._blocks[:used]
 
     def move(self, home: torch.device) -> None:
         """Keep all pages, those to come too, in the memory of `home`."""
         self._home, self._views = home, None
-        self._slabs = [slab.to(home) for slab in self._slabs]
+        self._blocks = [block.to(home) for block in self._blocks]
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace every slab by `change` of it (rows reordered, moved to a device, ...)."""
-        self._slabs, self._views = [change(slab) for slab in self._slabs], None
+        """Replace every block by `change` of it (rows reordered, moved to a device, ...)."""
+        self._blocks, self._views = [change(block) for block in self._blocks], None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_views": None}  # a copy lies elsewhere
 
-    def _new_slab(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    def _new_block(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         home = self._home or device
         pinned = device.type == "cuda" and home.type == "cpu"  # copies from pinned memory do not wait for each other
         return torch.empty(shape, dtype=torch.uint8, device=home, pin_memory=pinned)
 
     def _parts(self, start: int, stop: int) -> list[tuple[torch.Tensor, int, int]]:
         parts, first = [], 0
-        for slab in self._slabs:
-            low, high = max(start - first, 0), min(stop - first, slab.shape[1])
+        for block in self._blocks:
+            low, high = max(start - first, 0), min(stop - first, block.shape[1])
             if low < high:
-                parts.append((slab, low, high))
-            first += slab.shape[1]
+                parts.append((block, low, high))
+            first += block.shape[1]
         return parts
 
 

@@ -159,8 +159,9 @@ def attention_weights(step: AttentionStep, queries: torch.Tensor, group_size: in
     later = torch.arange(num_tokens, device=queries.device) > queries[:, :, None]  # [B, Q, T]
     # Adding a float mask is several times faster than filling by a boolean one.
     scores += torch.zeros(later.shape, device=queries.device).masked_fill_(later, -torch.inf)[:, None, None]
-    if step.arguments.sinks is not None:
-        extra = step.arguments.sinks.float().view(1, num_kv_heads, group_size, 1, 1).expand(num_batch, -1, -1, num_queries, 1)
+    sink_logits = step.arguments.sink_logits
+    if sink_logits is not None:
+        extra = sink_logits.float().view(1, num_kv_heads, group_size, 1, 1).expand(num_batch, -1, -1, num_queries, 1)
         scores = torch.cat((scores, extra), dim=-1)
     grouped = chosen.float().view(num_batch, num_kv_heads, group_size, num_queries, head_dim)
     return grouped, scores.softmax(-1)[..., :num_tokens]

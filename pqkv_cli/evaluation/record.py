@@ -128,11 +128,11 @@ def cache_bits(cache: QuantizedCache) -> BitsPerChannel:
 
 def num_read_as_codes(cache: QuantizedCache) -> int:
     """Return how many tokens of all rows the newest step of `cache` read as codes; each layer reads the same ones."""
-    timeline = cache.timeline
-    if timeline.coded_stop is None:
+    slots = cache.slots
+    if slots.coded_stop is None:
         return 0
     sinks = min((layer.spec.num_sinks for layer in cache.quantized_layers), default=0)
-    return int((timeline.stops() - timeline.starts() - sinks).clamp(min=0).sum())
+    return int((slots.stops() - slots.starts() - sinks).clamp(min=0).sum())
 
 
 def _asymptotic(tables: Sequence[CodecTables]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pqkv_cli.cache.cache import QuantizedCache, TimedCache
+from pqkv_cli.cache.cache import PositionedCache, QuantizedCache
 from pqkv_cli.calibration.text import token_windows
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.costs import peak_memory
@@ -22,7 +22,7 @@ from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.prefix import prefix_ids
 from pqkv_cli.runtime.attach import attach, simulate_artifact
 
-CacheFactory = Callable[[], TimedCache]
+CacheFactory = Callable[[], PositionedCache]
 
 
 @contextmanager

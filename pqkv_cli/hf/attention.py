@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from pqkv_cli.errors import UnsupportedModelError
 
-SOFTCAP, SINKS, CAUSAL = "softcap", "s_aux", "is_causal"
+SOFTCAP, SINK_LOGITS, CAUSAL = "softcap", "s_aux", "is_causal"
 # They describe the call, its outputs or what the mask already holds, and change no attention weight.
 IRRELEVANT = frozenset(
     "position_ids cache_position position_embeddings use_cache return_dict num_items_in_batch logits_to_keep "
@@ -34,22 +34,22 @@ class AttentionArguments:
         Factor of the logits.
     softcap
         Bound of the logits' soft cap, None without one.
-    sinks
-        Learned extra logit per query head [H], None without one.
+    sink_logits
+        Learned extra logit per query head [H] that no token stands for, None without one.
     is_causal
         Whether a query sees no later key where no mask says what it sees.
     """
 
     scaling: float
     softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    sink_logits: torch.Tensor | None = None
     is_causal: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Declared:
     softcap: float | None
-    sinks: str
+    sink_parameter: str
 
 
 _declared: "WeakKeyDictionary[nn.Module, _Declared]" = WeakKeyDictionary()
@@ -75,28 +75,28 @@ def read_arguments(
     if unknown := [name for name, value in keywords.items() if not _is_known(name, value)]:
         raise UnsupportedModelError(
             f"{type(module).__name__} hands {', '.join(map(repr, unknown))} to its attention, which pqkv does not understand; "
-            f"expected no keywords but {SOFTCAP} and {SINKS}: its answers would be those of another model. "
+            f"expected no keywords but {SOFTCAP} and {SINK_LOGITS}: its answers would be those of another model. "
             "Use this model without pqkv"
         )
-    softcap, sinks = keywords.get(SOFTCAP), keywords.get(SINKS)
+    softcap, sink_logits = keywords.get(SOFTCAP), keywords.get(SINK_LOGITS)
     declared = _declared.get(module)
     if declared is None:
-        declared = _declared[module] = _Declared(_declared_softcap(module), _declared_sinks(module))
+        declared = _declared[module] = _Declared(_declared_softcap(module), _sink_parameter(module))
     if declared.softcap is not None and softcap is None:
         raise _missing(module, f"a soft cap of {declared.softcap:g} (attn_logit_softcapping)", SOFTCAP)
-    if declared.sinks and sinks is None:
-        raise _missing(module, f"learned sinks ({declared.sinks})", SINKS)
+    if declared.sink_parameter and sink_logits is None:
+        raise _missing(module, f"learned sink logits ({declared.sink_parameter})", SINK_LOGITS)
     causal = keywords.get(CAUSAL)
     return AttentionArguments(
         float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         softcap,
-        sinks,
+        sink_logits,
         bool(getattr(module, "is_causal", True) if causal is None else causal),
     )
 
 
 def _is_known(name: str, value: Any) -> bool:
-    return value is None or name in IRRELEVANT or name in (SOFTCAP, SINKS, CAUSAL)
+    return value is None or name in IRRELEVANT or name in (SOFTCAP, SINK_LOGITS, CAUSAL)
 
 
 def _declared_softcap(module: nn.Module) -> float | None:
@@ -108,8 +108,8 @@ def _declared_softcap(module: nn.Module) -> float | None:
     return None
 
 
-def _declared_sinks(module: nn.Module) -> str:
-    """Return the name of the module's learned sinks, empty where it has none."""
+def _sink_parameter(module: nn.Module) -> str:
+    """Return the name of the module's learned sink logits, empty where it has none."""
     return next((name for name, _ in module.named_parameters(recurse=False) if "sink" in name), "")
 
 
@@ -169,12 +169,12 @@ def dense_attention(
 
     Without a mask the queries are those of the last tokens where attention is causal.
     """
-    scale, softcap, sinks = arguments.scaling, arguments.softcap, arguments.sinks
+    scale, softcap, sink_logits = arguments.scaling, arguments.softcap, arguments.sink_logits
     num_queries, num_keys = query.shape[2], key.shape[2]
     if attention_mask is None and arguments.is_causal and 1 < num_queries < num_keys:  # sdpa would take them for the first
         slots = torch.arange(num_keys, device=query.device)
         attention_mask = (slots <= slots[num_keys - num_queries :, None])[None, None]
-    if softcap is None and sinks is None:
+    if softcap is None and sink_logits is None:
         output: torch.Tensor = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scale, is_causal=arguments.is_causal
         )[0]
@@ -185,18 +185,18 @@ def dense_attention(
     blocks = []
     for start in range(0, query.shape[2], _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)
-        blocks.append(_attend(query[:, :, rows], key, value, mask[:, :, rows], scale, softcap, sinks))
+        blocks.append(_attend(query[:, :, rows], key, value, mask[:, :, rows], scale, softcap, sink_logits))
     return torch.cat(blocks, dim=2).transpose(1, 2).to(query.dtype).contiguous()
 
 
-def sink_share(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+def sink_share(lse: torch.Tensor, sink_logits: torch.Tensor) -> torch.Tensor:
     """Return what is left to the tokens when an extra logit joins their softmax.
 
     Parameters
     ----------
     lse
         Log-sum-exp of the tokens' logits, [B, H, T] fp32.
-    sinks
+    sink_logits
         Extra logit per query head, [H]; it has no value, so outputs shrink by the returned factor.
 
     Returns
@@ -204,7 +204,7 @@ def sink_share(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         [B, H, T] fp32 in 0..1.
     """
-    return torch.sigmoid(lse - sinks.float().view(1, -1, 1))
+    return torch.sigmoid(lse - sink_logits.float().view(1, -1, 1))
 
 
 def _additive(mask: torch.Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
@@ -228,7 +228,7 @@ def _attend(
     mask: torch.Tensor,
     scaling: float,
     softcap: float | None,
-    sinks: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     grouped = query.float().unflatten(1, (key.shape[1], -1))
     logits = (torch.matmul(grouped, key.float()[:, :, None].mT) * scaling).flatten(1, 2)
@@ -238,4 +238,4 @@ def _attend(
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.exp(logits - lse[..., None]).unflatten(1, (key.shape[1], -1))
     output = torch.matmul(weights, value.float()[:, :, None]).flatten(1, 2)
-    return output if sinks is None else output * sink_share(lse, sinks)[..., None]
+    return output if sink_logits is None else output * sink_share(lse, sink_logits)[..., None]

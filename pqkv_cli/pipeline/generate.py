@@ -7,8 +7,8 @@ from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.reporter import Reporter
 from pqkv_cli.runtime.attach import attach
+from pqkv_cli.runtime.cuda_graph import GraphRequest
 from pqkv_cli.runtime.generate import GenerateSettings, Generation, generate
-from pqkv_cli.runtime.step_graph import GraphRequest
 
 
 def generate_from(

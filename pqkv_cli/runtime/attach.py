@@ -12,8 +12,8 @@ import torch
 from pqkv_cli.artifact.check import check_model
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.artifact.summary import calibration_errors
-from pqkv_cli.cache.cache import QuantizedCache, TimedCache, quantized_cache, simulated_cache
-from pqkv_cli.cache.drift import DriftVoice, Errors
+from pqkv_cli.cache.cache import PositionedCache, QuantizedCache, quantized_cache, simulated_cache
+from pqkv_cli.cache.drift import DriftAlarm, Errors
 from pqkv_cli.cache.positions import AngleSource
 from pqkv_cli.errors import CacheError, UnsupportedModelError, UsageError
 from pqkv_cli.hf.attention import attention_of
@@ -72,7 +72,7 @@ class Attached:
     ) -> None:
         self.model, self.spec = model, spec
         self.backend = backend_for(backend, torch.device(model.device), tables)
-        self._tables, self._errors, self._voice = tables, errors, DriftVoice()
+        self._tables, self._errors, self._alarm = tables, errors, DriftAlarm()
         self._angles = _angle_sources(model, [None if t is None else t["keys"].rotary is not None for t in tables])
         self._previous = attention_of(model)
         self._is_attached = True
@@ -99,13 +99,19 @@ class Attached:
         offload
             Keep the codes in the memory of the CPU; they visit the device one layer at a time.
         """
-        cache = quantized_cache(self.model.config, self._tables, self.spec, self._angles, self._errors, voice=self._voice)
+        cache = quantized_cache(
+            self.model.config,
+            self._tables,
+            self.spec,
+            self._angles,
+            self._errors,
+            alarm=self._alarm,
+            backend=self.backend.name,
+        )
         cache.bind(self.model.base_model)
         if offload:
             for layer in cache.quantized_layers:
                 layer.offload()
-        for layer in cache.quantized_layers:
-            layer.backend = self.backend.name
         return cache
 
     def self_test(self) -> None:
@@ -146,7 +152,7 @@ class Simulation:
         self._angles = _angle_sources(model, [None if c is None else c["keys"].rotary is not None for c in codecs])
         self._hook = install_step_hook(model)
 
-    def new_cache(self) -> TimedCache:
+    def new_cache(self) -> PositionedCache:
         """Return an empty cache that quantizes every key and value before anyone attends to it."""
         cache = simulated_cache(self.model.config, self._codecs, self._angles)
         cache.bind(self.model.base_model)

@@ -1,19 +1,14 @@
 """The attention function `pqkv`: attends to codes, sinks and window without rebuilding the cache."""
 
 from typing import Any
-from weakref import ref
 
 import torch
 
-from pqkv_cli.cache.layer import QuantizedLayer
-from pqkv_cli.cache.lazy_states import LazyStates, StepView
+from pqkv_cli.cache.lazy_states import LayerSnapshot, LazyStates
 from pqkv_cli.errors import CacheError, UnsupportedModelError
 from pqkv_cli.hf.attention import dense_attention, read_arguments, register, sink_share
 from pqkv_cli.hf.steps import require
 from pqkv_kernels.dispatch import attend_codes, attend_exact
-from pqkv_kernels.format.layout import PAGE_TOKENS
-from pqkv_kernels.format.rotary import Angles, PageAngles
-from pqkv_kernels.reference.attention import Part
 
 ATTENTION_NAME = "pqkv"
 
@@ -54,29 +49,37 @@ def pqkv_attention(
     arguments = read_arguments(module, query, scaling, kwargs)
     if not isinstance(key, LazyStates):
         return dense_attention(module, query, key, value, attention_mask, arguments, dropout), None
-    view = key.step_view
-    view.check_fresh()
-    if not view.num_coded:
-        keys, values = view.exact["keys"], view.exact["values"]
+    snapshot = key.snapshot
+    snapshot.check_fresh()
+    if not snapshot.num_coded:
+        keys, values = snapshot.exact["keys"], snapshot.exact["values"]
         return dense_attention(module, query, keys, values, attention_mask, arguments, dropout), None
     if dropout:
         raise CacheError(
             f"attention weights are to be dropped with probability {dropout:g}; over codes none are: call model.eval() first"
         )
-    row_start = view.layer.timeline.starts()
-    _check_visible(view, attention_mask, arguments.is_causal, query.shape[2])
+    _check_visible(snapshot, attention_mask, arguments.is_causal, query.shape[2])
     # Every query sees all codes, so a page is decoded once for the whole chunk; what is exact is causal.
-    coded = _coded_part(query, view, row_start, arguments.scaling, arguments.softcap)
-    output, lse = attend_exact(
-        view.layer.backend, coded, query, view.exact_tokens(row_start), arguments.scaling, arguments.softcap
+    coded = attend_codes(
+        snapshot.backend,
+        query,
+        snapshot.pages["keys"],
+        snapshot.pages["values"],
+        snapshot.tables["keys"],
+        snapshot.tables["values"],
+        snapshot.coded_spans(),
+        arguments.scaling,
+        snapshot.angles,
+        arguments.softcap,
     )
-    if arguments.sinks is not None:
-        output = output * sink_share(lse, arguments.sinks)[..., None]
+    output, lse = attend_exact(snapshot.backend, coded, query, snapshot.exact_tokens(), arguments.scaling, arguments.softcap)
+    if arguments.sink_logits is not None:
+        output = output * sink_share(lse, arguments.sink_logits)[..., None]
     # Some models take views of what attention returns, which only a contiguous tensor has.
     return output.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
-def _check_visible(view: StepView, mask: torch.Tensor | None, is_causal: bool, num_queries: int) -> None:
+def _check_visible(snapshot: LayerSnapshot, mask: torch.Tensor | None, is_causal: bool, num_queries: int) -> None:
     """Refuse a mask under which queries see other slots than the real ones up to their own, once per step and mask.
 
     Attention over codes reads no mask: padding is known from the step, and the rest is causal.
@@ -89,11 +92,10 @@ def _check_visible(view: StepView, mask: torch.Tensor | None, is_causal: bool, n
         if num_queries > 1 and not is_causal:
             raise UnsupportedModelError(message)
         return
-    timeline = view.layer.timeline
-    if timeline.checked_mask is not None and timeline.checked_mask() is mask:
+    if snapshot.mask_check.has_passed(mask):
         return
-    require(_is_causal(mask, timeline.starts(), view.num_slots), message, UnsupportedModelError)
-    timeline.checked_mask = ref(mask)
+    require(_is_causal(mask, snapshot.row_start, snapshot.num_slots), message, UnsupportedModelError)
+    snapshot.mask_check.remember(mask)
 
 
 def _is_causal(mask: torch.Tensor, starts: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -104,29 +106,3 @@ def _is_causal(mask: torch.Tensor, starts: torch.Tensor, num_slots: int) -> torc
     expected = (slots <= queries[:, None]) & (slots >= first)
     visible = mask[..., :num_slots] if mask.dtype == torch.bool else mask[..., :num_slots] > torch.finfo(mask.dtype).min / 2
     return (visible == expected) | (queries[:, None] < first)
-
-
-def _coded_part(query: torch.Tensor, view: StepView, row_start: torch.Tensor, scaling: float, softcap: float | None) -> Part:
-    layer = view.layer
-    tables, angles = layer.tables, angles_of_pages(layer, view.num_coded)
-    spans = torch.stack((row_start + view.sinks["keys"].shape[2], view.stop), dim=1)
-    pages = view.pages
-    return attend_codes(
-        layer.backend,
-        query,
-        pages["keys"],
-        pages["values"],
-        tables["keys"],
-        tables["values"],
-        spans,
-        scaling,
-        angles,
-        softcap,
-    )
-
-
-def angles_of_pages(layer: QuantizedLayer, num_coded: int) -> Angles | PageAngles | None:
-    """Return the angles of the first `num_coded` slots, whole pages, where keys are coded before rotary embedding."""
-    if layer.tables["keys"].rotary is None or layer.angle_source is None:
-        return None
-    return layer.timeline.page_angles(layer.angle_source, num_coded // PAGE_TOKENS)

@@ -18,7 +18,7 @@ from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.prefix import whole_ids
 from pqkv_cli.runtime.attach import Attached
-from pqkv_cli.runtime.step_graph import GraphChoice, GraphRequest, choose_graph, step_graph
+from pqkv_cli.runtime.cuda_graph import GraphChoice, GraphRequest, choose_graph, step_graph
 
 SPECIAL_TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"})
 # What its makers found good for the model's texts. Steps stay steps: one row, one token, one forward pass.

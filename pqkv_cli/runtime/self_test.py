@@ -14,7 +14,7 @@ from torch import nn
 
 from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.cache.layer import QuantizedLayer
-from pqkv_cli.cache.positions import AngleSource, Timeline
+from pqkv_cli.cache.positions import AngleSource, SlotPositions
 from pqkv_cli.errors import CacheError, PqkvError, UnsupportedModelError
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.runtime.attention import pqkv_attention
@@ -65,10 +65,9 @@ def _test_layer(tables: Mapping[Side, CodecTables], source: AngleSource | None, 
     newest = {side: torch.randn(1, heads, 1, dim, generator=generator) * scale[side] for side in SIDES}
     query = torch.randn(1, heads, 1, dim, generator=generator) / scale["keys"]
 
-    layer = QuantizedLayer(dict(tables), CacheSpec(0, 0), Timeline(), source)
-    layer.backend = backend
+    layer = QuantizedLayer(dict(tables), CacheSpec(0, 0), SlotPositions(), source, backend)
     for states, start in ((known, 0), (newest, PAGE_TOKENS)):
-        layer.timeline.begin(start, positions[:, start : start + states["keys"].shape[2]].to(device), None)
+        layer.slots.begin(start, positions[:, start : start + states["keys"].shape[2]].to(device), None)
         keys, values = layer.update(states["keys"].to(device), states["values"].to(device))
     found, _ = pqkv_attention(torch.nn.Module(), query.to(device), keys, values, None, scaling=dim**-0.5)
     pages = {side: torch.cat(layer.pages[side].views(), dim=1).cpu() for side in SIDES}
@@ -142,7 +141,7 @@ def check_step(model: Any, cache: QuantizedCache) -> None:
         with _evaluating(model):
             model(input_ids=token, **cache_argument(model, cache), use_cache=True)
     except (PqkvError, torch.OutOfMemoryError) as error:
-        if cache.timeline.num_slots or not isinstance(error, PqkvError):
+        if cache.slots.num_slots or not isinstance(error, PqkvError):
             raise
         raise UnsupportedModelError(_unannounced(name)) from error
     except Exception as error:  # a model's own code can raise anything, and all of it means that the model cannot be used
@@ -150,7 +149,7 @@ def check_step(model: Any, cache: QuantizedCache) -> None:
             f"{name} cannot take a step of one token over a quantized cache: {type(error).__name__}: {error}; "
             "expected a causal language model that reads input_ids alone. Use this model without pqkv"
         ) from error
-    if not cache.timeline.num_slots:
+    if not cache.slots.num_slots:
         raise UnsupportedModelError(_unannounced(name))
     if empty := [i for i, layer in enumerate(cache.layers) if layer in cache.quantized_layers and layer.get_seq_length() != 1]:
         raise UnsupportedModelError(

@@ -68,10 +68,10 @@ def use_tuned(tables: Tables, directory: Path, device: torch.device) -> str | No
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    found = read_tuned(directory, name)
+    configs = read_tuned(directory, name)
     used = False
     for layer in tables:
-        if layer is not None and (config := found.get(tables_format(layer))) is not None:
+        if layer is not None and (config := configs.get(tables_format(layer))) is not None:
             use_config(layer["keys"].to(device), config)
             used = True
     return kernels_file(directory, name).name if used else None

@@ -3,8 +3,8 @@
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from pqkv_cli.cache.cache import TimedCache
-from pqkv_cli.cache.positions import Timeline
+from pqkv_cli.cache.cache import PositionedCache
+from pqkv_cli.cache.positions import SlotPositions
 from pqkv_kernels.reference.encode import round_trip
 
 PAGE = 64
@@ -13,15 +13,15 @@ PAGE = 64
 class OracleLayer(DynamicLayer):
     """Dense keys and values; in each row, `coded` slots from the left are replaced by their round trip, except sinks."""
 
-    def __init__(self, tables, spec, timeline, source):
+    def __init__(self, tables, spec, slots, source):
         super().__init__()
-        self.tables, self.spec, self.timeline, self.source = tables, spec, timeline, source
+        self.tables, self.spec, self.slots, self.source = tables, spec, slots, source
         self.coded = None
 
     def update(self, key_states, value_states, *args, **kwargs):
         super().update(key_states, value_states)
         seen = self.keys.clone(), self.values.clone()  # what this step attends to: nothing newly coded
-        starts = self.timeline.starts()
+        starts = self.slots.starts()
         self.coded = starts.clone() if self.coded is None else self.coded
         for row, start in enumerate(starts.tolist()):
             self._code(row, start, int(self.coded[row]), max(int(self.coded[row]), self._stop(start)))
@@ -39,7 +39,7 @@ class OracleLayer(DynamicLayer):
         self.coded[row] = stop
         if text.start < text.stop:
             keys, values = (t[row : row + 1, :, text] for t in (self.keys, self.values))
-            angles = None if self.source is None else self.source(self.timeline.positions[row : row + 1, text].long())
+            angles = None if self.source is None else self.source(self.slots.positions[row : row + 1, text].long())
             self.keys[row, :, text] = round_trip(keys, self.tables["keys"], angles)[0]
             self.values[row, :, text] = round_trip(values, self.tables["values"])[0]
 
@@ -61,13 +61,13 @@ class OracleLayer(DynamicLayer):
 
 
 def oracle_cache(config, tables, spec, sources):
-    timeline = Timeline()
+    slots = SlotPositions()
     layers = DynamicCache(config=config).layers
     made = [
-        layer if t is None else OracleLayer(t, spec, timeline, s)
+        layer if t is None else OracleLayer(t, spec, slots, s)
         for layer, t, s in zip(layers, tables[: len(layers)], sources[: len(layers)], strict=True)
     ]
-    return TimedCache(made, timeline)
+    return PositionedCache(made, slots)
 
 
 def oracle_of(attached):
@@ -82,7 +82,7 @@ def plain_attention(model):
 
 def generate(attached, held, ids, **options):
     """Generate over a cache: codes by `pqkv`, an oracle by the model's own attention; greedy where `options` say nothing."""
-    attached.model.set_attn_implementation(plain_attention(attached.model) if type(held) is TimedCache else "pqkv")
+    attached.model.set_attn_implementation(plain_attention(attached.model) if type(held) is PositionedCache else "pqkv")
     torch.manual_seed(5)
     settings = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5, pad_token_id=0, eos_token_id=1)
     if ids is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pqkv_cli.cache import encoder as page_job
+from pqkv_cli.cache import encoder
 from pqkv_cli.cache.cache import quantized_cache
 from pqkv_cli.rates import key_layout, rate_layout
 from pqkv_cli.runtime.attention import pqkv_attention
@@ -61,7 +61,7 @@ def share(cache: Any, num_tokens: int) -> float:
     ("bits", "at_most", "chunk"), [(4, 0.27, 32768), (4, 0.27, 2000), (3, 0.21, 32768), (2, 0.145, 32768), (1, 0.085, 32768)]
 )
 def test_a_cache_of_32k_tokens_of_llama_3_8b(monkeypatch: pytest.MonkeyPatch, bits: int, at_most: float, chunk: int) -> None:
-    monkeypatch.setattr(page_job, "encode_pages", lambda backend, *args: blank_pages(*args))
+    monkeypatch.setattr(encoder, "encode_pages", lambda backend, *args: blank_pages(*args))
     cache = one_layer(bits)
     fill(cache, 32768, chunk)
     assert bits / 16 < share(cache, 32768) <= at_most
@@ -94,7 +94,7 @@ def test_a_prompts_exact_states_die_with_the_handles(bench: Any) -> None:
     handles = cache.update(states, states.clone(), 0)
     query = torch.randn(1, 2, 1000, 16)
     pqkv_attention(torch.nn.Module(), query, *handles, None, scaling=0.25)
-    alive = weakref.ref(handles[0].step_view.exact["keys"])
+    alive = weakref.ref(handles[0].snapshot.exact["keys"])
     del states, handles, query
     gc.collect()
     assert alive() is None
@@ -125,4 +125,4 @@ def test_pages_are_addressed_once_until_they_change(bench: Any) -> None:
     ]
     for change in changes:
         change()
-        assert addresses(store).shape == (store.slabs[0].shape[0], store.num_pages)
+        assert addresses(store).shape == (store.blocks[0].shape[0], store.num_pages)

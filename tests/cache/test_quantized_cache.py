@@ -71,7 +71,7 @@ def test_left_padded_rows_equal_their_unbatched_runs(bench, piece) -> None:
     batched = logits_in_steps(bench, quantized, tokens, [longest, *steps], "pqkv", mask)
     decoded = logits_in_steps(bench, bench.oracle(), tokens, [longest, *steps], "sdpa", mask)
     close(batched[mask.bool()], decoded[mask.bool()])
-    coded = quantized.timeline.stops() - quantized.timeline.starts()
+    coded = quantized.slots.stops() - quantized.slots.starts()
     assert int(coded.min()) >= 64
     if bench.spec.window_tokens < 63:
         return  # then a padded row's page may have to wait for slots of the page that holds its end

@@ -19,7 +19,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from transformers import LlamaConfig
 from test_memory import DIM, HEADS, blank_pages, blank_tables
-from pqkv_cli.cache import page_job
+from pqkv_cli.cache import encoder
 from pqkv_cli.cache.cache import quantized_cache
 from pqkv_cli.rates import key_layout, rate_layout
 from pqkv_cli.specs import CacheSpec
@@ -27,7 +27,7 @@ from pqkv_cli.specs import CacheSpec
 LAYERS, TOKENS, CHUNK = 4, 32768, 4096
 torch.set_num_threads(1)
 # Zeros instead of codes: what is coded does not change what it weighs.
-page_job.encode_pages = lambda backend, *args: blank_pages(*args)
+encoder.encode_pages = lambda backend, *args: blank_pages(*args)
 config = LlamaConfig(num_hidden_layers=LAYERS, num_attention_heads=32, num_key_value_heads=HEADS, hidden_size=4096)
 tables = {"keys": blank_tables(key_layout(4, DIM)), "values": blank_tables(rate_layout(4, DIM))}
 states = torch.ones(1, HEADS, CHUNK, DIM, dtype=torch.bfloat16)

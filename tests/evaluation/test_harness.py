@@ -140,7 +140,7 @@ def test_generation_runs_on_our_cache(mode: str, subject: Maker, tasks: Path, mo
     monkeypatch.setattr(made.model, "generate", spy)
     found = record(made, "tiny_write", tasks, mode)
     assert (found["mode"], found["notes"]["modes"]) == (mode, {"generation": mode})
-    assert set(kinds) == {"NoneType", "TimedCache" if mode == "all" else "QuantizedCache"}
+    assert set(kinds) == {"NoneType", "PositionedCache" if mode == "all" else "QuantizedCache"}
     assert found["metrics"]["exact_match"]["baseline"] == 0
     assert found["metrics"]["exact_match"]["recovery"] is None
     assert all(found["cost"][part][side]["p50"] > 0 for part in ("prefill_ms", "ms_per_token") for side in SIDES)

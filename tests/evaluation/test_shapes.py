@@ -12,7 +12,7 @@ from pqkv_cli.benchmarks.bench_shapes import SPEC, ShapeSettings, bench_shapes
 from pqkv_cli.benchmarks.decode_speed import filled, plain_step, time_tokens
 from pqkv_cli.benchmarks.equal_memory import codes_row_bytes
 from pqkv_cli.benchmarks.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
-from pqkv_cli.cache.storage import SLAB_PAGES
+from pqkv_cli.cache.storage import BLOCK_PAGES
 from pqkv_cli.evaluation.shape_picture import shape_picture
 from pqkv_cli.runtime.attach import Attached
 from pqkv_kernels.format.layout import PAGE_TOKENS
@@ -90,9 +90,9 @@ def test_footprints_are_what_caches_weigh(context: int, steps: int) -> None:
             plain_step(model, torch.ones(3, 1, dtype=torch.int64), cache, context + step)
         found = cache.num_bytes().total
     most = 3 * codes_row_bytes(TINY, keys, values, SPEC, context + steps, 4)
-    slab = 3 * SLAB_PAGES * TINY.num_kv_heads * (keys.layout.page_bytes + values.layout.page_bytes)
+    block = 3 * BLOCK_PAGES * TINY.num_kv_heads * (keys.layout.page_bytes + values.layout.page_bytes)
     window = 3 * 2 * TINY.num_kv_heads * TINY.head_dim * 4 * 3 * PAGE_TOKENS
-    assert most - slab - window <= found <= most
+    assert most - block - window <= found <= most
 
 
 def test_the_picture_has_a_line_for_every_cache(document: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def test_what_a_model_declares_must_arrive(family: str, keyword: str, declared: 
             read_arguments(module, QUERY, None, keywords)
     given: Any = 2.0 if keyword == "softcap" else module.sinks
     found = read_arguments(module, QUERY, None, {keyword: given})
-    assert (found.softcap if keyword == "softcap" else found.sinks) is given
+    assert (found.softcap if keyword == "softcap" else found.sink_logits) is given
 
 
 def test_causality_is_what_the_keyword_says_or_else_the_module() -> None:

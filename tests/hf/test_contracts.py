@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pqkv_cli.cache.layer import QuantizedLayer
-from pqkv_cli.hf.attention import CAUSAL, IRRELEVANT, SINKS, SOFTCAP, attention_of
+from pqkv_cli.hf.attention import CAUSAL, IRRELEVANT, SINK_LOGITS, SOFTCAP, attention_of
 from pqkv_cli.hf.gguf_files import (
     is_unknown_architecture,
     read_config,
@@ -106,10 +106,10 @@ def _attention_calls() -> dict[str, set[str]]:
 
 def test_every_keyword_that_attention_is_called_with_is_known() -> None:
     found = _attention_calls()
-    known = IRRELEVANT | set(REFUSED) | {SOFTCAP, SINKS, CAUSAL} | _OWN_PLACES
+    known = IRRELEVANT | set(REFUSED) | {SOFTCAP, SINK_LOGITS, CAUSAL} | _OWN_PLACES
     assert {name: sorted(models) for name, models in found.items() if name not in known} == {}
     assert SOFTCAP in found and "gemma2" in found[SOFTCAP], "soft caps have another name"
-    assert SINKS in found and "gpt_oss" in found[SINKS], "learned sinks have another name"
+    assert SINK_LOGITS in found and "gpt_oss" in found[SINK_LOGITS], "learned sink logits have another name"
     assert not IRRELEVANT & set(REFUSED)
 
 

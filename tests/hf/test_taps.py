@@ -84,7 +84,7 @@ def test_options_of_the_attention_are_seen(tiny: Any, ids: torch.Tensor) -> None
         assert recorder.steps[0].arguments.softcap == model.config.attn_logit_softcapping
         with tap(model := tiny("gpt_oss", "eager"), recorder):
             model(ids)
-    assert recorder.steps[0].arguments.sinks is not None and recorder.steps[0].arguments.sinks.shape == (4,)
+    assert recorder.steps[0].arguments.sink_logits is not None and recorder.steps[0].arguments.sink_logits.shape == (4,)
 
 
 def test_a_differentiable_tap_is_inert_and_shows_the_graph(tiny: Any, ids: torch.Tensor) -> None:

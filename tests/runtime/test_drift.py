@@ -8,7 +8,7 @@ from tiny_chain import fit_artifact, tiny_llama, tokens
 
 from pqkv_cli.artifact.summary import MIN_SAMPLES_PER_CENTROID, calibration_errors
 from pqkv_cli.benchmarks.decode_speed import filled
-from pqkv_cli.cache.drift import DriftMeter, DriftVoice, DriftWarning
+from pqkv_cli.cache.drift import DriftAlarm, DriftMeter, DriftWarning
 from pqkv_cli.runtime import Artifact, attach, load
 
 
@@ -79,7 +79,7 @@ def test_a_calibration_too_small_to_tell_tells_nothing(artifact: Artifact) -> No
 
 
 def test_rows_without_text_do_not_hide_the_others() -> None:
-    meter = DriftMeter([{"keys": 0.1, "values": 0.1}, None, {"keys": 0.1, "values": 0.1}], DriftVoice())
+    meter = DriftMeter([{"keys": 0.1, "values": 0.1}, None, {"keys": 0.1, "values": 0.1}], DriftAlarm())
     with pytest.warns(match="the values of this text quantize 4.0 times"):
         for index in (0, 2):
             meter.add(index, "keys", torch.tensor(float("nan")))
@@ -87,18 +87,18 @@ def test_rows_without_text_do_not_hide_the_others() -> None:
 
 
 def test_a_worse_text_is_told_again_and_only_that() -> None:
-    voice = DriftVoice()
+    alarm = DriftAlarm()
     told = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for live in (0.15, 0.3, 0.5, 0.59, 0.7, 0.2, 1.5):
             before = len(caught)
-            voice.say("keys", live, 0.1)
+            alarm.compare("keys", live, 0.1)
             told.append(len(caught) > before)
         assert told == [False, True, False, False, True, False, True]
-        voice.say("values", 0.3, 0.1)
+        alarm.compare("values", 0.3, 0.1)
         assert "values of this text quantize 3.0 times" in str(caught[-1].message)
-        voice.say("values", 0.0, 0.0)
+        alarm.compare("values", 0.0, 0.0)
         assert len(caught) == 4
 
 

@@ -19,7 +19,7 @@ def test_load_attach_generate(model: Any, artifact_file: Path) -> None:
         output = model.generate(prompt, past_key_values=cache, max_new_tokens=80, do_sample=False, eos_token_id=None)
     assert output.shape == (1, 230)
     assert cache.get_seq_length() == 229
-    assert cache.timeline.stops().tolist() == [128]  # read as codes in the last step, which 228 tokens preceded
+    assert cache.slots.stops().tolist() == [128]  # read as codes in the last step, which 228 tokens preceded
     assert cache.num_materialized == 0, "attention over codes must not rebuild the cache"
 
 

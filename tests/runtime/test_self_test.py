@@ -45,9 +45,9 @@ def test_wrong_attention_is_found_and_nothing_stays_attached(
 
 
 def test_wrong_encoding_is_found(model: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pqkv_cli.cache import encoder as page_job
+    from pqkv_cli.cache import encoder
 
-    right = page_job.encode_pages
-    monkeypatch.setattr(page_job, "encode_pages", lambda *args: right(*args).flip(-1))
+    right = encoder.encode_pages
+    monkeypatch.setattr(encoder, "encode_pages", lambda *args: right(*args).flip(-1))
     with pytest.raises(CacheError, match="self-test"):
         attach(model, artifact)

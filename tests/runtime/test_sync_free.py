@@ -8,7 +8,7 @@ import torch
 from tiny_chain import tokens
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pqkv_cli.cache import async_scalar as host_copy
+from pqkv_cli.cache.async_scalar import AsyncScalar
 from pqkv_cli.hf.steps import require
 from pqkv_cli.runtime import Artifact, attach
 from pqkv_kernels.cpu.build import find_compiler
@@ -53,7 +53,7 @@ class Landed:
 
 def read_later(monkeypatch: pytest.MonkeyPatch, clock: list[int]) -> None:
     """Let copies be read only in a later step than the one that made them, as values on the host."""
-    made = host_copy.HostCopy.__init__
+    made = AsyncScalar.__init__
 
     def make(self: Any, tensor: torch.Tensor) -> None:
         made(self, tensor)
@@ -64,8 +64,8 @@ def read_later(monkeypatch: pytest.MonkeyPatch, clock: list[int]) -> None:
         with _disable_current_modes():
             return Landed(self._host.tolist())
 
-    monkeypatch.setattr(host_copy.HostCopy, "__init__", make)
-    monkeypatch.setattr(host_copy.HostCopy, "read", read)
+    monkeypatch.setattr(AsyncScalar, "__init__", make)
+    monkeypatch.setattr(AsyncScalar, "read", read)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,7 +104,7 @@ def test_pages_are_looked_at_once_and_again_after_a_crop(model: Any, artifact: A
     with attach(model, artifact) as attached:
         cache = attached.new_cache()
         model(ids[:, :200], past_key_values=cache)
-        bases = cache.timeline._bases
+        bases = cache.slots._bases
         assert bases.num_pages == 3
         seen = bases.up_to(3)
         for at in range(200, 256):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pqkv_kernels.cpu.build import found_library, in_shares, native_library
-from pqkv_kernels.format.addresses import page_addresses, whole_slabs
+from pqkv_kernels.format.addresses import page_addresses, whole_blocks
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.pairs import PlaneGroup, Planes, step_factors
 from pqkv_kernels.format.rotary import Angles, PageAngles
@@ -132,7 +132,7 @@ def native_attention(
     batch, heads, group, num_queries, dim = query.shape
     rows = _blocks(query, keys, scaling)
     blocks, block = rows.shape[2:4]
-    key_pages, value_pages = whole_slabs(key_pages), whole_slabs(value_pages)
+    key_pages, value_pages = whole_blocks(key_pages), whole_blocks(value_pages)
     addresses = [page_addresses(slabs) for slabs in (key_pages, value_pages)]
     num_pages = addresses[0].shape[1]
     chunk_pages = _chunk_pages(num_pages, batch * heads * blocks)

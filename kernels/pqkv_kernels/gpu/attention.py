@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from pqkv_kernels.format.addresses import page_addresses, whole_slabs
+from pqkv_kernels.format.addresses import page_addresses, whole_blocks
 from pqkv_kernels.format.rotary import Angles, PageAngles
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.gpu.attention_kernels import merge_kernel, split_kernel
@@ -41,7 +41,7 @@ def triton_attention(
     if num_pages == 0 or num_queries == 0 or batch == 0:
         return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
     config = config or config_of(key_tables)
-    key_pages, value_pages = whole_slabs(key_pages), whole_slabs(value_pages)  # alive until the kernel is launched
+    key_pages, value_pages = whole_blocks(key_pages), whole_blocks(value_pages)  # alive until the kernel is launched
     keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
     grid = split_grid(config, num_pages, batch * heads, _num_processors(query.device))
     parts, part_lse = (query.new_empty(batch, heads, grid.num_splits, num_queries, *n) for n in ((2 * keys.num_planes,), ()))

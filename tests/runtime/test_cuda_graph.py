@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicLayer
 
 from pqkv_cli.errors import CacheError, UsageError
 from pqkv_cli.runtime import Artifact, attach
+from pqkv_cli.runtime.cuda_graph import capture_cuda, choose_graph, step_graph
 from pqkv_cli.runtime.generate import GenerateSettings, generate
-from pqkv_cli.runtime.step_graph import capture_cuda, choose_graph, step_graph
 from pqkv_cli.specs import SIDES
 from pqkv_kernels.format.layout import PAGE_TOKENS
 

@@ -1,11 +1,12 @@
 """Decode steps replayed from a CUDA graph: the host gives the device one command per token instead of one per operation.
 
-Between two flushes of pages a step of one token per row is always the same work on the same addresses (`cache.static_step`):
-it is captured once and replayed. The step that flushes runs as ever, and the next one is captured anew. Knows no kernels.
+Between two flushes a cache changes only in its windows. With windows at full capacity, and with their number of tokens in the
+memory of the device, a step of one token per row is always the same work on the same addresses: it is captured once and
+replayed. The step that flushes runs as ever, and the next one is captured anew. Knows no kernels.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
@@ -13,12 +14,10 @@ from typing import Any, Literal
 import torch
 
 from pqkv_cli.cache.cache import QuantizedCache
-from pqkv_cli.cache.static_step import StaticStep, has_room
 from pqkv_cli.errors import CacheError
 from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_argument, given_cache
 from pqkv_cli.hf.steps import step_positions
 from pqkv_cli.runtime.attach import Attached
-from pqkv_cli.runtime.attention import angles_of_pages
 from pqkv_kernels.format.rotary import PageAngles
 
 GraphRequest = Literal["auto", "on", "off"]
@@ -99,6 +98,57 @@ def step_graph(attached: Attached, cache: QuantizedCache, capture: Capture | Non
             model.forward = before
 
 
+class StaticStep:
+    """The step of `cache`, for as long as `tensors` are what it holds. Knows buffers; captures nothing.
+
+    Parameters
+    ----------
+    cache
+        All its layers are quantized and hold codes, and it `has_room`.
+
+    Attributes
+    ----------
+    coded_stop
+        Where the rows stop to read codes in the step, [B] int64.
+    newest
+        Tokens in the windows before the step, [1] int64: the new one goes behind them.
+    tensors
+        What a captured step reads and writes, held so that no address is given to anything else.
+    """
+
+    def __init__(self, cache: QuantizedCache) -> None:
+        self._cache, self._layers = cache, cache.quantized_layers
+        for layer in self._layers:
+            layer.pin_window()
+        self.coded_stop = cache.slots.stops().clone()
+        self.newest = torch.tensor([self._layers[0].num_window], device=self._layers[0].device)
+        self.tensors, self._num_coded = cache.held_tensors(), self._count_coded()
+        self._pages = [store.views() for layer in self._layers for store in layer.pages.values()]  # with their addresses
+
+    def begin(self) -> None:
+        """Write into the device's memory where the token of the step to come goes, and what the rows read as codes."""
+        self.newest.fill_(self._layers[0].num_window)
+        self.coded_stop.copy_(self._cache.slots.stops())
+
+    def end(self) -> None:
+        """Count the token that was put there."""
+        for layer in self._layers:
+            layer.count_token()
+
+    def is_valid(self) -> bool:
+        """Return whether the cache still holds the same tensors."""
+        held = self._cache.held_tensors()
+        same = len(held) == len(self.tensors) and all(a is b for a, b in zip(held, self.tensors, strict=True))
+        return same and self._num_coded == self._count_coded()
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Let updates of the cache be this step's, which changes nothing but the windows and may run any number of times."""
+        return self._cache.in_place(self.newest, self.coded_stop)
+
+    def _count_coded(self) -> list[int]:
+        return [layer.num_coded for layer in self._layers]
+
+
 class StepGraph:
     """Steps over one cache; what cannot be replayed runs as it would without.
 
@@ -116,7 +166,7 @@ class StepGraph:
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model's forward returns; a captured step's answer is valid until the next step."""
         options = {name: value for name, value in kwargs.items() if name not in _INPUTS}
-        if args or not self._is_known(kwargs, options) or not has_room(self._cache) or not self._pages_run_on():
+        if args or not self._is_known(kwargs, options) or not self._cache.has_room() or not self._has_page_angles():
             self.num_plain += 1
             return self._forward(*args, **kwargs)
         tokens = kwargs["input_ids"]
@@ -141,13 +191,13 @@ class StepGraph:
             return False
         return not torch.is_grad_enabled() and not any(isinstance(value, torch.Tensor) for value in options.values())
 
-    def _pages_run_on(self) -> bool:
-        # Also computes the angles of new pages, which a captured step finds and holds on to.
-        self._angles = [angles_of_pages(layer, layer.num_coded) for layer in self._cache.quantized_layers]
+    def _has_page_angles(self) -> bool:
+        # Also computes the angles of new pages, which a captured step reads and so must hold.
+        self._angles = [layer.page_angles() for layer in self._cache.quantized_layers]
         return all(angles is None or isinstance(angles, PageAngles) for angles in self._angles)
 
     def _is_current(self, tokens: torch.Tensor, options: dict[str, Any]) -> bool:
-        return self._tokens.shape == tokens.shape and self._options == options and self._static.is_of(self._cache)
+        return self._tokens.shape == tokens.shape and self._options == options and self._static.is_valid()
 
     def _renew(self, tokens: torch.Tensor, positions: torch.Tensor, options: dict[str, Any]) -> None:
         self._captured = None  # its memory first
@@ -159,7 +209,7 @@ class StepGraph:
         def run() -> Any:
             return self._forward(input_ids=self._tokens, position_ids=self._positions, **held, **options)
 
-        with self._static.on(self._cache):
+        with self._static.capturing():
             self._captured = self._capture(run)
         self.num_captured += 1
 
