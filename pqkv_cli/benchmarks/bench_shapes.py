@@ -6,7 +6,7 @@ What does not fit into memory is listed, not tried.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain, product
 from typing import Any
 
@@ -26,7 +26,6 @@ from pqkv_kernels.bench import copy_bandwidth, time_attention
 from pqkv_kernels.dispatch import BackendRequest, choose_backend
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.gpu.config import config_of, use_config
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]  # kind, row
@@ -169,14 +168,9 @@ class _Bench:
                         yield "equal_memory", named | _compared(context, budget, plain, coded)
 
     def _formats(self, shape: ModelShape) -> Iterator[tuple[str, CodecTables, CodecTables]]:
-        """Yield every format and its tables; for the Triton kernels then once more, with look-up tables of bytes."""
+        """Yield every format and its tables."""
         for label in FORMATS:
-            keys, values = random_tables(shape, label, self.device)
-            yield label, keys, values
-            if choose_backend(self.settings.backend, self.device, [(keys, values)]).name == "triton":
-                rounded = replace(keys)
-                use_config(rounded, replace(config_of(keys), tables="int8"))
-                yield f"{label}, int8", rounded, values
+            yield label, *random_tables(shape, label, self.device)
 
     def _static(self, name: str, shape: ModelShape, model: Any, context: int, budget: int) -> Throughput | None:
         row_bytes = static_row_bytes(shape, self._last(context), self.dtype.itemsize)

@@ -49,10 +49,8 @@ def require_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def tune_artifact(directory: Path, reporter: Reporter, *, in_bytes: bool = False) -> Tuned:
+def tune_artifact(directory: Path, reporter: Reporter) -> Tuned:
     """Measure every code format of the artifact in `directory` on the present GPU and write ``kernels.<gpu>.json``.
-
-    `in_bytes` also tries look-up tables of bytes, which round centroids.
 
     Raises
     ------
@@ -68,7 +66,7 @@ def tune_artifact(directory: Path, reporter: Reporter, *, in_bytes: bool = False
     def on_gpu(keys: CodecTables, values: CodecTables, group: int) -> Callable[[DecodeConfig], Measured]:
         return measurer(keys.to(device), values.to(device), group, 1, _CONTEXT, torch.bfloat16, _REPEATS)
 
-    return write_tuned(artifact, directory, name, on_gpu, environment(device), reporter, in_bytes=in_bytes)
+    return write_tuned(artifact, directory, name, on_gpu, environment(device), reporter)
 
 
 def write_tuned(
@@ -78,10 +76,8 @@ def write_tuned(
     measure: Measurer,
     where: dict[str, Any],
     reporter: Reporter,
-    *,
-    in_bytes: bool = False,
 ) -> Tuned:
-    """Tune with `measure` and write the winners for the device `device_name`; `in_bytes` as in `tune_artifact`.
+    """Tune with `measure` and write the winners for the device `device_name`.
 
     Raises
     ------
@@ -94,7 +90,7 @@ def write_tuned(
             if tables is not None and tables_format(tables) not in found:
                 keys, values = (tables[side] for side in SIDES)
                 group = artifact.header.geometry[index].group_size
-                first = candidates(looked_up=keys.rotary is None and group == 1, in_bytes=in_bytes)
+                first = candidates(looked_up=keys.rotary is None and group == 1)
                 try:
                     found[tables_format(tables)] = tune(first, measure(keys, values, group), device_name)
                 except KernelError as error:

@@ -28,9 +28,7 @@ TuneOption = Annotated[
 ]
 ByteTablesOption = Annotated[
     bool,
-    typer.Option(
-        "--byte-tables", help="With --tune, also try look-up tables of bytes: half as large, rounded to 255 or 127 steps."
-    ),
+    typer.Option("--byte-tables", hidden=True, help="Removed: see `_check_tuning`."),
 ]
 
 
@@ -68,7 +66,7 @@ def export(
 
         if tune:
             outcome = run_stage("export", found, recipe, reporter)
-            return _show_tuned(outcome, found.artifact, output, reporter, in_bytes=byte_tables)
+            return _show_tuned(outcome, found.artifact, output, reporter)
 
         return show_stage(run_stage("export", found, recipe, reporter), output, f"pqkv eval {found.path}")
 
@@ -80,8 +78,10 @@ def export(
 
 def _check_tuning(tune: bool, byte_tables: bool, push_to_hub: str | None) -> None:
     """Refuse what cannot be tuned, before anything is written."""
-    if byte_tables and not tune:
-        raise UsageError("--byte-tables says what --tune tries; expected both: pqkv export RUN --tune --byte-tables")
+    if byte_tables:
+        raise UsageError(
+            "--byte-tables is gone: look-up tables of bytes were never timed on a GPU. Use --tune alone: pqkv export RUN --tune"
+        )
     if tune:
         from pqkv_cli.benchmarks.tune import require_gpu
 
@@ -90,15 +90,13 @@ def _check_tuning(tune: bool, byte_tables: bool, push_to_hub: str | None) -> Non
         require_gpu()
 
 
-def _show_tuned(
-    outcome: "StageOutcome", directory: "Path", output: "Output", reporter: "TerminalReporter", *, in_bytes: bool
-) -> None:
+def _show_tuned(outcome: "StageOutcome", directory: "Path", output: "Output", reporter: "TerminalReporter") -> None:
     from pqkv_cli.benchmarks.tune import tune_artifact
     from pqkv_cli.cli.output import table
     from pqkv_cli.cli.tables import stage_document
     from pqkv_kernels.tuning import config_document
 
-    tuned = tune_artifact(directory, reporter, in_bytes=in_bytes)
+    tuned = tune_artifact(directory, reporter)
     winners = {name: config_document(config) for name, config in tuned.winners.items()}
     shown = ("num_warps", "max_registers", "tables", "programs_per_processor", "origin")
     rows = [(name, *(config[key] for key in shown)) for name, config in winners.items()]

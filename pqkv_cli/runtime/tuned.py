@@ -1,7 +1,7 @@
 """Kernel configurations that were measured on a GPU, in files beside the artifact. Measures nothing.
 
-``kernels.<gpu>.json`` changes speed, and rounding where tables of bytes were asked for: it is used where the name of the device
-is the one it was measured on, and the shipped table of configurations serves everywhere else.
+``kernels.<gpu>.json`` changes speed and nothing else: it is used where the name of the device is the one it was measured on,
+and the shipped table of configurations serves everywhere else.
 """
 
 import json

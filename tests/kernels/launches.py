@@ -18,19 +18,19 @@ from pqkv_kernels.gpu.config import EXACT, DecodeConfig
 from pqkv_kernels.gpu.encode import triton_encode
 from pqkv_kernels.reference.attention import code_queries
 
-FAST, BYTES, TABLE = DecodeConfig(), DecodeConfig(tables="int8"), DecodeConfig(key_scores="table")
+FAST, TABLE = DecodeConfig(), DecodeConfig(key_scores="table")
 WHOLE = torch.float16
 ATTENTION = (
-    (Case("8", 64, 130, 4, "pages", True, 5.0, "", 1, WHOLE), 2, (FAST, BYTES)),
+    (Case("8", 64, 130, 4, "pages", True, 5.0, "", 1, WHOLE), 2, (FAST,)),
     (Case("4", 64, 63, 1, "pages", False, None, "", 1, WHOLE), 1, (FAST, EXACT)),
-    (Case("4,4", 64, 130, 4, "pages", False, 5.0, "", 1, WHOLE), 2, (FAST, BYTES)),
-    (Case("4x4,4x4", 64, 130, 1, "pages", True, None, "", 1, WHOLE), 2, (FAST, BYTES)),
-    (Case("4,4,4", 64, 63, 7, "post", False, None, "", 2, WHOLE), 2, (BYTES,)),
+    (Case("4,4", 64, 130, 4, "pages", False, 5.0, "", 1, WHOLE), 2, (FAST,)),
+    (Case("4x4,4x4", 64, 130, 1, "pages", True, None, "", 1, WHOLE), 2, (FAST,)),
+    (Case("4,4,4", 64, 63, 7, "post", False, None, "", 2, WHOLE), 2, (FAST,)),
     (Case("8+6+4", 96, 130, 4, "tokens", True, None, "", 3, WHOLE), 2, (FAST,)),
     (Case("w8,4", 80, 130, 1, "partial", False, None, "", 1, WHOLE), 1, (FAST,)),
-    (Case("w10,8+6", 64, 130, 7, "interleaved", False, None, "", 3, WHOLE), 1, (BYTES,)),
+    (Case("w10,8+6", 64, 130, 7, "interleaved", False, None, "", 3, WHOLE), 1, (FAST,)),
     (Case("7", 64, 130, 1, "post", True, 5.0, "", 1, WHOLE), 2, (TABLE, EXACT)),
-    (Case("8", 64, 130, 4, "pages", False, None, "", 20, WHOLE), 2, (FAST, BYTES)),
+    (Case("8", 64, 130, 4, "pages", False, None, "", 20, WHOLE), 2, (FAST,)),
 )
 ENCODING = ("1", "2", "8", "4,4", "8+6+4", "w8,4", "w10,8+6")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 TYPES = {
     **dict.fromkeys(("p_key_pages", "p_value_pages", "p_spans", "p_factors"), "*i64"),
-    **dict.fromkeys(("p_pairs", "p_score_rows", "p_places", "p_few", "p_chosen", "p_offset"), "*i32"),
+    **dict.fromkeys(("p_pairs", "p_score_rows", "p_places", "p_few", "p_chosen"), "*i32"),
     **{f"p_{side}_{what}": "*i32" for side in ("key", "value") for what in ("parts", "rows", "entries")},
     **{
         "p_x": "*bf16",
@@ -56,8 +56,6 @@ def compiled(kernel: Any, constants: dict[str, Any], num_warps: int, **launch: i
     signature, known, types = {}, {}, dict(TYPES)
     if constants.get("WIDE"):
         types |= dict.fromkeys((*ENTRIES, "p_factors"), "*fp32")
-    elif constants.get("BYTES"):
-        types |= {name: "*i64" if constants[f"{side}_NIBBLES"] else "*i16" for name, side in zip(ENTRIES, "KV", strict=True)}
     for i, name in enumerate(kernel.arg_names):
         default = "*fp32" if name.startswith("p_") else "i32"
         signature[name] = "constexpr" if name in constants else types.get(name, default)

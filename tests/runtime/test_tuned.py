@@ -51,6 +51,13 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
             read_tuned(tmp_path, GPU)
 
 
+def test_tables_of_bytes_of_an_older_version_are_refused_in_words(artifact: Artifact, tmp_path: Path) -> None:
+    tuned = write_tuned(artifact, tmp_path, GPU, measure, {}, Silent())
+    tuned.path.write_text(tuned.path.read_text().replace('"float16"', '"int8"'))
+    with pytest.raises(ArtifactError, match="tables are 'int8', which this version no longer has.*delete it, or tune again"):
+        read_tuned(tmp_path, GPU)
+
+
 def test_the_loader_gives_them_to_the_keys_of_their_format(
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

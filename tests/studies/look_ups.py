@@ -3,21 +3,18 @@
     python tests/studies/look_ups.py
 
 The cache finds four lines of 128 bytes per cycle, as NVIDIA has said of Volta's, and reads one word of four bytes from each of
-32 banks; of entries of eight bytes half a warp's at a time. Both go on side by side, so the longer one counts. Tables of bytes
-for codes of four bits are not looked up there but loaded whole, 16 bytes for each lane: it hands out 128 per cycle.
+32 banks; of entries of eight bytes half a warp's at a time. Both go on side by side, so the longer one counts.
 """
 
 import torch
 
 LANES, LINE, BANKS, LINES_PER_CYCLE = 32, 128, 32, 4
 UNCOMPRESSED = 128 / (3.8e12 / 132 / 1.75e9)  # cycles in which a processor of an H200 reads 64 channels of bfloat16
-IN_REGISTERS = {"speed 4 b/ch, int8": 2, "speed 2 b/ch, int8": 2}  # stages
 # entries, bytes of one, its channels, stages
 FORMATS = {
-    "quality 4 b/ch, float16": (256, 4, 2, 1),
-    "quality 4 b/ch, int8": (256, 2, 2, 1),
-    "speed 4 b/ch, float16": (16, 4, 2, 2),
-    "speed 2 b/ch, float16": (16, 8, 4, 2),
+    "quality 4 b/ch": (256, 4, 2, 1),
+    "speed 4 b/ch": (16, 4, 2, 2),
+    "speed 2 b/ch": (16, 8, 4, 2),
 }
 
 
@@ -39,12 +36,6 @@ def mean_cycles(entries: int, size: int, tables: int, *, keys: bool, trials: int
     return sum(cycles(row, size) for row in (table * entries + codes) * size) / trials
 
 
-def loading_cycles(stages: int, words: int) -> float:
-    """Return the cycles of loading whole tables for 64 channels, where a lane looks up `words` of four tokens each in them."""
-    loads, per_load = 2 * stages, LANES * 16 // 128  # a table of either component
-    return loads * per_load * 64 / (LANES * words * 4 * 2)
-
-
 def main() -> None:
     for name, (entries, size, channels, stages) in FORMATS.items():
         scale = stages * 64 / (LANES * channels)
@@ -55,10 +46,6 @@ def main() -> None:
         print(
             f"{name}: {keys:.1f} cycles for 64 channels of keys, {values:.1f} of values: {ratio:.1f} x; two tables: {fewer:.1f}"
         )
-    for name, stages in IN_REGISTERS.items():
-        keys, values = loading_cycles(stages, 2), loading_cycles(stages, 4)
-        ratio = 2 * UNCOMPRESSED / (keys + values)
-        print(f"{name}: {keys:.1f} cycles for 64 channels of keys, {values:.1f} of values: {ratio:.1f} x")
 
 
 if __name__ == "__main__":

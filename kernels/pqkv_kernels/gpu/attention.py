@@ -10,7 +10,7 @@ from pqkv_kernels.format.rotary import Angles, PageAngles
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.gpu.attention_kernels import merge_kernel, split_kernel
 from pqkv_kernels.gpu.config import DecodeConfig, config_of, split_grid
-from pqkv_kernels.gpu.tables import CHUNK_PLANES, FACTOR, SUBNORMAL, DeviceTables, device_tables, step_factors
+from pqkv_kernels.gpu.tables import CHUNK_PLANES, DeviceTables, device_tables, step_factors
 from pqkv_kernels.gpu.version import dot_width, launch_options, least_columns
 from pqkv_kernels.reference.attention import Part
 from pqkv_kernels.reference.score_tables import score_rows, score_tables
@@ -47,10 +47,9 @@ def triton_attention(
     parts, part_lse = (query.new_empty(batch, heads, grid.num_splits, num_queries, *n) for n in ((2 * keys.num_planes,), ()))
     block = query_block(num_queries)
     turn, turning = _turning(keys, angles, query)
-    key_scale = _key_scale(keys, turn)
-    scored = _plane_queries(query, keys, key_scale * scaling)
+    scored = _plane_queries(query, keys, keys.scale * scaling)
     looked_up = config.key_scores == "table" and turn == 0 and num_queries == 1
-    scores, score_row = _score_tables(scored / key_scale[:, None, None], keys) if looked_up else (query, keys.rows)
+    scores, score_row = _score_tables(scored / keys.scale[:, None, None], keys) if looked_up else (query, keys.rows)
     split_kernel[(grid.num_programs, triton.cdiv(num_queries, block))](
         *(scored, page_addresses(key_pages), page_addresses(value_pages), spans.contiguous()),
         *(keys.part_bytes, keys.rows, keys.entries, values.part_bytes, values.rows, values.entries),
@@ -67,12 +66,11 @@ def triton_attention(
 
 
 def _numbers(config: DecodeConfig) -> dict[str, int]:
-    kinds = {"WIDE": config.tables == "float32", "BYTES": config.tables == "int8"}
-    return {**kinds, "ASM": not is_interpreted(), "WIDTH": dot_width()}
+    return {"WIDE": config.tables == "float32", "ASM": not is_interpreted(), "WIDTH": dot_width()}
 
 
 def _codes(side: str, tables: DeviceTables) -> dict[str, int]:
-    found = {"STAGES": tables.num_stages, "PARTS": tables.parts, "PAIRED": tables.paired, "NIBBLES": tables.nibbles}
+    found = {"STAGES": tables.num_stages, "PARTS": tables.parts, "PAIRED": tables.paired}
     return {f"{side}_{name}": value for name, value in found.items()}
 
 
@@ -89,9 +87,9 @@ def _launch(config: DecodeConfig, block: int) -> dict[str, int]:
 def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, values: DeviceTables) -> Part:
     batch, heads, num_splits, num_queries = part_lse.shape
     out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:-1])
-    rows = (parts, part_lse, values.scale, values.rows, out, lse, heads, num_queries, num_splits)
+    rows = (parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits)
     columns = triton.next_power_of_2(values.num_planes)
-    shape = {"D2": query.shape[-1] // 2, "BP": values.num_planes, "COLUMNS": columns, "BS": 16, "NIBBLES": values.nibbles}
+    shape = {"D2": query.shape[-1] // 2, "BP": values.num_planes, "COLUMNS": columns, "BS": 16}
     merge_kernel[(batch * heads, num_queries)](*rows, **shape, **launch_options(4))
     return out, lse
 
@@ -99,11 +97,6 @@ def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, va
 def prepare(tables: CodecTables) -> None:
     """Make the tables that `triton_attention` reads, once."""
     device_tables(tables, config_of(tables).tables)
-
-
-def _key_scale(keys: DeviceTables, turn: int) -> torch.Tensor:
-    """Return what the planes of keys are divided by as the kernel makes them, [Hkv, D / 2]."""
-    return keys.scale * (SUBNORMAL / (FACTOR if turn else 1.0)) if keys.nibbles else keys.scale
 
 
 def _plane_queries(query: torch.Tensor, keys: DeviceTables, scale: torch.Tensor) -> torch.Tensor:

@@ -4,17 +4,13 @@ import triton
 import triton.language as tl
 
 from pqkv_kernels.gpu.page_kernels import (
-    added,
     code_at,
     decoded,
     fetched,
     halves,
-    mixed,
     packed,
-    page_sums,
     page_words,
     scaled,
-    spread,
     stage_words,
 )
 
@@ -165,14 +161,11 @@ def key_operands(
     chunk: tl.constexpr,
     TURN: tl.constexpr,
     WIDE: tl.constexpr,
-    BYTES: tl.constexpr,
     ASM: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     PAIRED: tl.constexpr,
-    NIBBLES: tl.constexpr,
-    D2: tl.constexpr,
     BP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -183,27 +176,16 @@ def key_operands(
     a = chunk * CHUNK + tl.arange(0, CHUNK // 8)[:, None, None, None] * 8 + tl.arange(0, 4)[None, None, None, :] * 2
     b = a + 1
     word = tl.arange(0, 2)[None, :, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
-    if NIBBLES:
-        sums = page_sums(page, p_entries, a, word, STAGES, NIBBLES, D2, BP, ASM)
-        a_zero, b_zero = tl.load(p_rows + a).to(tl.uint32, bitcast=True), tl.load(p_rows + b).to(tl.uint32, bitcast=True)
-    else:
-        a_words = page_words(page, p_parts, a, word, STAGES, PARTS, BP, ASM)
-        b_words = a_words
-        if not PAIRED:
-            b_words = page_words(page, p_parts, b, word, STAGES, PARTS, BP, ASM)
+    a_words = page_words(page, p_parts, a, word, STAGES, PARTS, BP, ASM)
+    b_words = a_words
+    if not PAIRED:
+        b_words = page_words(page, p_parts, b, word, STAGES, PARTS, BP, ASM)
     if TURN == 1 and not WIDE:
         a_cosines, a_sines = step_words(p_factors, a, word, BP, ASM)
         b_cosines, b_sines = step_words(p_factors, b, word, BP, ASM)
     operands = ()
     for j in tl.static_range(4):
-        if NIBBLES:
-            a_x = added(spread(mixed(sums[0], sums[1], j // 2, ASM), j % 2, ASM), a_zero, ASM)
-            b_x = added(spread(mixed(sums[2], sums[3], j // 2, ASM), j % 2, ASM), b_zero, ASM)
-            a_y, b_y = a_x, b_x
-        else:
-            a_x, a_y, b_x, b_y = decoded(
-                p_rows, stride, p_entries, a, a_words, b_words, j, STAGES, PARTS, PAIRED, BP, WIDE, BYTES, ASM
-            )
+        a_x, a_y, b_x, b_y = decoded(p_rows, stride, p_entries, a, a_words, b_words, j, STAGES, PARTS, PAIRED, BP, WIDE, ASM)
         if TURN == 0:
             keys = key_operand(a_x, a_y, b_x, b_y, CHUNK, WIDTH) if WIDE else pair_operand(a_x, b_x, CHUNK, WIDTH)
             operands = operands + (keys, keys)
@@ -223,8 +205,6 @@ def key_operands(
                 across = key_operand(a_x * a_cos, a_y * a_cos, b_x * b_cos, b_y * b_cos, CHUNK, WIDTH)
                 along = key_operand(a_x * a_sin, a_y * a_sin, b_x * b_sin, b_y * b_sin, CHUNK, WIDTH)
             else:
-                if NIBBLES:  # as `step_factors` are
-                    a_cos, b_cos, a_sin, b_sin = a_cos * 16384.0, b_cos * 16384.0, a_sin * 16384.0, b_sin * 16384.0
                 across = times(a_x, b_x, twice(a_cos), twice(b_cos), 0, ASM, CHUNK, WIDTH)
                 along = times(a_x, b_x, twice(a_sin), twice(b_sin), 0, ASM, CHUNK, WIDTH)
             operands = operands + (across, along)
@@ -279,12 +259,6 @@ def value_operand(a, b, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def four(four_bytes, ASM: tl.constexpr):
-    """Return four bytes as float16 that are smaller by ``2 ** 24``."""
-    return halves(spread(four_bytes, False, ASM)) + halves(spread(four_bytes, True, ASM))
-
-
-@triton.jit
 def value_operands(
     page,
     p_parts,
@@ -292,36 +266,28 @@ def value_operands(
     stride,
     p_entries,
     WIDE: tl.constexpr,
-    BYTES: tl.constexpr,
     ASM: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     PAIRED: tl.constexpr,
-    NIBBLES: tl.constexpr,
-    D2: tl.constexpr,
     BP: tl.constexpr,
-    first: tl.constexpr,
 ):
     """Return both components of sixteen planes of a page's values, each as `value_operand` [16, 64 tokens]."""
     plane = 2 * tl.arange(0, 8)[None, None, :, None]
     word = tl.arange(0, 4)[None, :, None, None] * 4 + tl.arange(0, 4)[None, None, None, :]
-    if NIBBLES:
-        sums = page_sums(page, p_entries, first + plane, word, STAGES, NIBBLES, D2, BP, ASM)
-        a_x, a_y, b_x, b_y = four(sums[0], ASM), four(sums[1], ASM), four(sums[2], ASM), four(sums[3], ASM)
-    else:
-        words = page_words(page, p_parts, plane, word, STAGES, PARTS, BP, ASM)
-        words_b = words
-        if not PAIRED:
-            words_b = page_words(page, p_parts, plane + 1, word, STAGES, PARTS, BP, ASM)
-        a_x, a_y, b_x, b_y = (), (), (), ()
-        for j in tl.static_range(4):
-            found = decoded(p_rows, stride, p_entries, plane, words, words_b, j, STAGES, PARTS, PAIRED, BP, WIDE, BYTES, ASM)
-            if WIDE:
-                a_x, a_y, b_x, b_y = a_x + (found[0],), a_y + (found[1],), b_x + (found[2],), b_y + (found[3],)
-            else:
-                a, b = halves(found[0]), halves(found[2])
-                a_x, a_y, b_x, b_y = a_x + (a[0],), a_y + (a[1],), b_x + (b[0],), b_y + (b[1],)
+    words = page_words(page, p_parts, plane, word, STAGES, PARTS, BP, ASM)
+    words_b = words
+    if not PAIRED:
+        words_b = page_words(page, p_parts, plane + 1, word, STAGES, PARTS, BP, ASM)
+    a_x, a_y, b_x, b_y = (), (), (), ()
+    for j in tl.static_range(4):
+        found = decoded(p_rows, stride, p_entries, plane, words, words_b, j, STAGES, PARTS, PAIRED, BP, WIDE, ASM)
+        if WIDE:
+            a_x, a_y, b_x, b_y = a_x + (found[0],), a_y + (found[1],), b_x + (found[2],), b_y + (found[3],)
+        else:
+            a, b = halves(found[0]), halves(found[2])
+            a_x, a_y, b_x, b_y = a_x + (a[0],), a_y + (a[1],), b_x + (b[0],), b_y + (b[1],)
     return value_operand(a_x, b_x, WIDTH), value_operand(a_y, b_y, WIDTH)
 
 
@@ -386,17 +352,14 @@ def split_kernel(
     TURN: tl.constexpr,
     HAS_CAP: tl.constexpr,
     WIDE: tl.constexpr,
-    BYTES: tl.constexpr,
     ASM: tl.constexpr,
     WIDTH: tl.constexpr,
     K_STAGES: tl.constexpr,
     K_PARTS: tl.constexpr,
     K_PAIRED: tl.constexpr,
-    K_NIBBLES: tl.constexpr,
     V_STAGES: tl.constexpr,
     V_PARTS: tl.constexpr,
     V_PAIRED: tl.constexpr,
-    V_NIBBLES: tl.constexpr,
     D2: tl.constexpr,
     BP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -406,7 +369,7 @@ def split_kernel(
 
     p_query [B, Hkv, N, 2, D2] fp32; p_*_pages [B, P] int64 addresses; p_spans [B, 2] int64. TURN 0: keys are not turned, 1: by
     page and step, 2: by token. LOOKED_UP: one query, whose products with the centroids are in p_scores [B, Hkv, num_scores].
-    WIDE: float32 tables and products instead of float16. BYTES: tables of bytes. ASM: see `scaled`. WIDTH: see `dot_width`.
+    WIDE: float32 tables and products instead of float16. ASM: see `scaled`. WIDTH: see `dot_width`.
     p_out [B, Hkv, S, N, 2, BP] fp32, p_lse [B, Hkv, S, N] fp32 in base 2. `zero` is 0, which the compiler must not know: what
     belongs to planes alone is loaded anew for every page, since registers to keep it are too few.
     """
@@ -478,7 +441,7 @@ def split_kernel(
                     p_key_parts + anew,
                     p_key_rows + i_h * BP + anew,
                     heads * BP,
-                    p_key_entries + (i_h * K_STAGES * BP * 4 + anew if K_NIBBLES else 0),
+                    p_key_entries,
                     p_pairs + i_h * BP + anew,
                     p_factors + i_h * (BP * 32) * (4 if WIDE else 1) + anew,
                     p_cos + (i_b * angle_row + i_page * 64) * num_pairs,
@@ -487,14 +450,11 @@ def split_kernel(
                     chunk,
                     TURN,
                     WIDE,
-                    BYTES,
                     ASM,
                     WIDTH,
                     K_STAGES,
                     K_PARTS,
                     K_PAIRED,
-                    K_NIBBLES,
-                    D2,
                     BP,
                     CHUNK,
                 )
@@ -520,8 +480,6 @@ def split_kernel(
         keep = tl.exp2(high - safe)
         kind = tl.float32 if WIDE else tl.float16
         w_0, w_1, w_2, w_3 = s_0.to(kind), s_1.to(kind), s_2.to(kind), s_3.to(kind)
-        if V_NIBBLES != 0:  # offsets are added to the values' mean: their weights must be one together
-            s_0, s_1, s_2, s_3 = w_0.to(tl.float32), w_1.to(tl.float32), w_2.to(tl.float32), w_3.to(tl.float32)
         total = total * keep + tl.sum((s_0 + s_1) + (s_2 + s_3), 0)[None, :]
         high = higher
         weight = weight_operand(w_0, w_1, w_2, w_3, BN, WIDTH)
@@ -532,18 +490,14 @@ def split_kernel(
                 p_value_parts + chunk * CHUNK + anew,
                 p_value_rows + i_h * BP + chunk * CHUNK + anew,
                 heads * BP,
-                p_value_entries + (i_h * V_STAGES * BP * 4 + anew if V_NIBBLES else 0),
+                p_value_entries,
                 WIDE,
-                BYTES,
                 ASM,
                 WIDTH,
                 V_STAGES,
                 V_PARTS,
                 V_PAIRED,
-                V_NIBBLES,
-                D2,
                 BP,
-                chunk * CHUNK,
             )
             added_to = added_to + (
                 tl.dot(x, weight, sums[2 * chunk] * keep, input_precision="ieee"),
@@ -567,7 +521,6 @@ def merge_kernel(
     p_part,
     p_part_lse,
     p_scale,
-    p_offset,
     p_out,
     p_lse,
     heads,
@@ -577,13 +530,11 @@ def merge_kernel(
     BP: tl.constexpr,
     COLUMNS: tl.constexpr,
     BS: tl.constexpr,
-    NIBBLES: tl.constexpr,
 ):
     """Merge the splits of one query of one head, `BS` at a time, and give the planes their scales back.
 
     p_part [B, Hkv, S, N, 2, BP] fp32, p_part_lse [B, Hkv, S, N] fp32 in base 2, p_scale [Hkv, D2] fp32; p_out [B, Hkv, N, D]
-    fp32 with the planes' components side by side; p_lse [B, Hkv, N] fp32, natural logarithm. COLUMNS is at least BP. NIBBLES:
-    parts are sums of bytes, see `four`, and lack the offset p_offset [Hkv, BP] int32 (`DeviceTables.rows`).
+    fp32 with the planes' components side by side; p_lse [B, Hkv, N] fp32, natural logarithm. COLUMNS is at least BP.
     """
     i_head = tl.program_id(0).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
@@ -611,11 +562,6 @@ def merge_kernel(
     columns = tl.arange(0, COLUMNS)
     scale = tl.load(p_scale + (i_head % heads) * D2 + columns, mask=columns < D2, other=0.0)
     x, y = sum_x / norm, sum_y / norm
-    if NIBBLES:
-        offset = tl.load(p_offset + (i_head % heads) * BP + columns, mask=columns < D2, other=0).to(tl.uint32, bitcast=True)
-        more_x, more_y = halves(offset)
-        present = tl.where(total > 0, 16777216.0, 0.0)
-        x, y = (x + more_x.to(tl.float32)) * present, (y + more_y.to(tl.float32)) * present
     p_o = p_out + (i_head * num_queries + i_n) * (2 * D2) + 2 * columns
     tl.store(p_o, x * scale, mask=columns < D2)
     tl.store(p_o + 1, y * scale, mask=columns < D2)

@@ -7,8 +7,8 @@ import torch
 
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.gpu.tables import TableKind
 
-TableKind = Literal["float16", "float32", "int8"]
 KeyScores = Literal["decode", "table"]
 
 
@@ -25,8 +25,6 @@ class DecodeConfig:
         leaves it to the compiler. Fewer let more programs wait for memory at a time.
     tables
         Number format of the look-up tables; products are of float16, or fp32 where tables are, and sums are fp32 always.
-        ``int8`` rounds every channel to one of 255 steps, or of 127 where all codes have four bits, which is why nothing
-        chooses it unasked: tables are half as large, and those of codes of four bits are read in registers (`NibbleTables`).
     programs_per_processor
         Splits are as many as give each multiprocessor about this many programs (`split_grid`).
     min_split_pages
@@ -56,8 +54,10 @@ class DecodeConfig:
             raise KernelError(f"num_warps is {self.num_warps}; expected 1, 2, 4 or 8")
         if self.max_registers and (self.max_registers % 8 or not 64 <= self.max_registers <= 248):
             raise KernelError(f"max_registers is {self.max_registers}; expected 0 or a multiple of 8 from 64 to 248")
-        if self.tables not in ("float16", "float32", "int8"):
-            raise KernelError(f"tables are {self.tables!r}; expected float16, float32 or int8")
+        if self.tables == "int8":
+            raise KernelError("tables are 'int8', which this version no longer has; expected float16 or float32")
+        if self.tables not in ("float16", "float32"):
+            raise KernelError(f"tables are {self.tables!r}; expected float16 or float32")
         if self.key_scores not in ("decode", "table"):
             raise KernelError(f"key_scores is {self.key_scores!r}; expected decode or table")
         if min(self.programs_per_processor, self.min_split_pages) < 1:

@@ -1,7 +1,4 @@
-"""Look-up tables for codes of four bits, small enough for registers: sixteen bytes for each component of a plane.
-
-Knows planes; no kernel. `triton_nibbles` reads them.
-"""
+"""Codebooks as the decode kernel looks them up: where codes lie in a page, and pairs of channels side by side. No kernel."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,66 +11,7 @@ from pqkv_kernels.format.pairs import Planes, PlaneStage, planes_of
 from pqkv_kernels.format.rotary import PageAngles
 from pqkv_kernels.format.tables import CodecTables
 
-SUBNORMAL = 2.0**24
-"""By how much a float16 whose bits are a small number is smaller than the number."""
-_ENTRIES = 16
-_LARGEST_BYTE, _LARGEST_SUM = 127, 255
-_LARGEST_NUMBER = 1023  # which a subnormal float16 holds exactly
-
-
-@dataclass(frozen=True, slots=True)
-class NibbleTables:
-    """Tables of bytes whose sums over the stages are bytes, too.
-
-    Attributes
-    ----------
-    entries
-        [Hkv, stages, D / 2, 4] int64: bytes for the codes 0 to 7 and 8 to 15 of the first component, then of the second.
-    offset
-        What is to be added to a plane's sums, [Hkv, D / 2, 2] fp32, whole numbers from -1,023 to 1,023.
-    step
-        What one is worth, [Hkv, D / 2] fp32.
-    """
-
-    entries: torch.Tensor
-    offset: torch.Tensor
-    step: torch.Tensor
-
-
-def planes_per_code(planes: Planes) -> int:
-    """Return how many planes each code stands for where all have four bits and all stages are alike, else 0."""
-    forms = {(part.group.nbits, part.planes_per_code) for stage in planes.stages for part in stage.groups}
-    alike = len(forms) == 1 and all(len(stage.groups) == 1 for stage in planes.stages)
-    nbits, count = forms.pop()
-    return count if alike and nbits == 4 else 0
-
-
-def nibble_tables(planes: Planes) -> NibbleTables:
-    """Return tables for `planes` whose codes have four bits, in the smallest steps that bytes and their sums allow."""
-    rows = torch.stack([stage.first_row for stage in planes.stages]).long()  # [stages, Hkv, D / 2, 1]
-    rows = rows + torch.arange(_ENTRIES, device=rows.device)
-    values = torch.stack(
-        [stage.entries.view(torch.float32).view(-1, 2)[at] for stage, at in zip(planes.stages, rows, strict=True)]
-    )  # [stages, Hkv, D / 2, 16, 2]
-    step = _steps(values)
-    numbers = (values / step[..., None, None]).round()
-    lowest = numbers.amin(3)
-    found = (numbers - lowest[:, :, :, None]).to(torch.uint8)
-    entries = found.permute(1, 0, 2, 4, 3).contiguous().view(torch.int64).flatten(-2)
-    return NibbleTables(entries, lowest.sum(0), step)
-
-
-def _steps(values: torch.Tensor) -> torch.Tensor:
-    """Return `NibbleTables.step`; rounding may widen the range of every stage by one, and move what it adds by a half."""
-    stages = len(values)
-    ranges = values.amax(3) - values.amin(3)
-    widest = ranges.amax((0, -1)) / (_LARGEST_BYTE - 1)
-    summed = ranges.sum(0).amax(-1) / (_LARGEST_SUM - stages)
-    farthest = values.abs().amax((3, 4)).sum(0) / (_LARGEST_NUMBER - stages)
-    return torch.stack((widest, summed, farthest)).amax(0).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-TableType = Literal["float16", "float32", "int8"]
+TableKind = Literal["float16", "float32"]
 CHUNK_PLANES = 16
 PART_WIDTHS = (8, 4, 2, 1)
 
@@ -93,18 +31,14 @@ class DeviceTables:
         (2), then whether one code stands for the whole vector.
     paired
         Whether every code of every stage stands for an even plane and the next: their entries lie side by side.
-    nibbles
-        How many planes every code stands for where tables are `NibbleTables`, else 0.
     rows
         First entry of every plane, [stages, Hkv, BP] int32, into `entries` of all stages one after the other. Entries of a
         plane follow each other by one, by two where planes are paired, or by BP where a code stands for the whole vector, whose
-        planes lie together. Of `NibbleTables` their offset instead, [1, Hkv, BP]: two float16, smaller by ``2 ** 24``.
+        planes lie together.
     entries
-        Pairs of channels divided by their plane's `scale`: float16 pairs as [E] int32, [E, 2] float32, or pairs of bytes, of
-        numbers from -127 to 127 with 128 added, as [E] int16. Of `NibbleTables` [Hkv, stages, BP, 4] int64.
+        Pairs of channels divided by their plane's `scale`: float16 pairs as [E] int32, or [E, 2] float32.
     scale
-        Of every plane, [Hkv, D / 2] fp32: a power of two, so that float16 neither overflows nor loses small planes; for bytes a
-        127th of the largest component, or the step of `NibbleTables`.
+        Of every plane, [Hkv, D / 2] fp32: a power of two, so that float16 neither overflows nor loses small planes.
     pairs
         The rotary pair of every plane, or the number of pairs where it is not rotated, [Hkv, BP] int32; None as in `Planes`.
     """
@@ -113,7 +47,6 @@ class DeviceTables:
     part_bytes: torch.Tensor
     parts: int
     paired: bool
-    nibbles: int
     rows: torch.Tensor
     entries: torch.Tensor
     scale: torch.Tensor
@@ -130,7 +63,7 @@ class DeviceTables:
         return int(self.part_bytes.shape[-1])
 
 
-def device_tables(tables: CodecTables, table_type: TableType) -> DeviceTables:
+def device_tables(tables: CodecTables, kind: TableKind) -> DeviceTables:
     """Return `tables` for the decode kernel, made once and kept with them.
 
     Raises
@@ -138,12 +71,12 @@ def device_tables(tables: CodecTables, table_type: TableType) -> DeviceTables:
     KernelError
         If subspaces cut pairs of channels: such codecs have no fast form.
     """
-    key = f"device_tables.{table_type}"
+    key = f"device_tables.{kind}"
     if key not in tables.derived:
         planes = planes_of(tables)
         if planes is None:
             raise KernelError("subspaces cut pairs of channels; expected whole pairs in each: use the torch backend")
-        tables.derived[key] = _device_tables(planes, table_type)
+        tables.derived[key] = _device_tables(planes, kind)
     found: DeviceTables = tables.derived[key]
     return found
 
@@ -154,28 +87,20 @@ def padded(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, rows[..., :1].expand(*rows.shape[:-1], missing)], dim=-1).contiguous()
 
 
-def _device_tables(planes: Planes, table_type: TableType) -> DeviceTables:
+def _device_tables(planes: Planes, kind: TableKind) -> DeviceTables:
     paired = all(part.planes_per_code % 2 == 0 for stage in planes.stages for part in stage.groups)
-    nibbles = planes_per_code(planes) if table_type == "int8" else 0
-    rows, entries, scale = _in_registers(planes) if nibbles else _in_memory(planes, table_type, paired)
+    rows, entries, scale = _laid_out(planes, kind, paired)
     parts = [_part_bytes(stage, planes) for stage in planes.stages]
     part_bytes = padded(torch.stack(parts)).to(entries.device)
     pairs = None if planes.pairs is None else padded(planes.pairs).to(torch.int32)
     code = sum(_parts_code(stage, found) << (10 * i) for i, (stage, found) in enumerate(zip(planes.stages, parts, strict=True)))
-    return DeviceTables(planes, part_bytes, code, paired, nibbles, rows, entries, scale, pairs)
+    return DeviceTables(planes, part_bytes, code, paired, rows, entries, scale, pairs)
 
 
-def _in_registers(planes: Planes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `rows`, `entries` and `scale` of `NibbleTables`."""
-    found = nibble_tables(planes)
-    offset = (found.offset / SUBNORMAL).half().view(torch.int32)[None, ..., 0]
-    return padded(offset), padded(found.entries.mT).mT.contiguous(), found.step
-
-
-def _in_memory(planes: Planes, table_type: TableType, paired: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `rows`, `entries` and `scale` of tables of any other form."""
+def _laid_out(planes: Planes, kind: TableKind, paired: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `rows`, `entries` and `scale` of `DeviceTables`."""
     heads, count = planes.channels.shape[:2]
-    scale = _scales(planes, table_type)
+    scale = _scales(planes)
     entries, rows, start = [], [], 0
     for stage in planes.stages:
         found = stage.entries.view(torch.float32).view(-1, 2) / scale[_plane_of_entry(stage, planes)][:, None]
@@ -189,7 +114,7 @@ def _in_memory(planes: Planes, table_type: TableType, paired: bool) -> tuple[tor
         entries.append(found)
         rows.append(first + start)
         start += len(found)
-    table = _stored(torch.cat(entries), table_type)
+    table = _stored(torch.cat(entries), kind)
     return torch.stack(rows).to(torch.int32).contiguous(), table, scale.view(heads, -1)
 
 
@@ -234,24 +159,22 @@ def _even_first(entries: torch.Tensor, stage: PlaneStage, heads: int) -> tuple[t
     return entries.view(heads, -1, 2)[:, rows].reshape(-1, 2), padded(heads_first + first)
 
 
-def _stored(entries: torch.Tensor, table_type: TableType) -> torch.Tensor:
+def _stored(entries: torch.Tensor, kind: TableKind) -> torch.Tensor:
     """Return entries [E, 2], divided by scales, as `DeviceTables.entries`."""
-    if table_type == "float32":
+    if kind == "float32":
         return entries.contiguous()
-    if table_type == "float16":
-        return entries.half().contiguous().view(torch.int32).flatten()
-    return (entries.round() + 128).to(torch.uint8).contiguous().view(torch.int16).flatten()
+    return entries.half().contiguous().view(torch.int32).flatten()
 
 
-def _scales(planes: Planes, table_type: TableType) -> torch.Tensor:
-    """Return `DeviceTables.scale`, [Hkv * D / 2]: so large that no entry of any stage is above 1, or above 127."""
+def _scales(planes: Planes) -> torch.Tensor:
+    """Return `DeviceTables.scale`, [Hkv * D / 2]: so large that no entry of any stage is above 1."""
     heads, device = planes.channels.shape[0], planes.channels.device
     largest = torch.zeros(heads * planes.num_planes, device=device)
     for stage in planes.stages:
         found = stage.entries.view(torch.float32).view(-1, 2)
         largest = largest.scatter_reduce(0, _plane_of_entry(stage, planes), found.abs().amax(-1), "amax")
     largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
-    return largest / 127 if table_type == "int8" else torch.exp2(torch.ceil(torch.log2(largest))).clamp(max=2.0**126)
+    return torch.exp2(torch.ceil(torch.log2(largest))).clamp(max=2.0**126)
 
 
 def _is_whole(stage: PlaneStage) -> bool:
@@ -289,15 +212,11 @@ def _parts_code(stage: PlaneStage, part_bytes: torch.Tensor) -> int:
     return found | (256 if _is_whole(stage) else 0)
 
 
-FACTOR = 2.0**14
-"""By how much they are larger where they meet numbers smaller by `SUBNORMAL`: products are neither subnormal nor too large."""
-
-
 def step_factors(angles: PageAngles, tables: DeviceTables) -> torch.Tensor:
     """Return cosines and sines inside a page as `key_operands` reads them, kept as long as the angles are the same.
 
     [Hkv, 2, BP / 8, 2, 16 words, 4 planes, 4 tokens], even planes and then odd ones, in the type of the tables' entries;
-    float16 as words of 64 bits, one for the four tokens; times `FACTOR` for `NibbleTables`.
+    float16 as words of 64 bits, one for the four tokens.
     """
     kept, key = tables.planes.steps, f"device.{tables.entries.dtype}"
     step, factors = kept.get(key, (None, None))
@@ -307,7 +226,6 @@ def step_factors(angles: PageAngles, tables: DeviceTables) -> torch.Tensor:
         found = torch.stack([t[:, tables.pairs.long()] for t in both])  # [2, 64, Hkv, BP]
         found = found.unflatten(-1, (-1, 4, 2)).unflatten(1, (16, 4))  # [2, 16, 4, Hkv, BP / 8, 4, 2]
         found = found.permute(3, 0, 4, 6, 1, 5, 2).contiguous()
-        found = found * FACTOR if tables.nibbles else found
         factors = found if tables.entries.dtype == torch.float32 else found.half().view(torch.int64)
         kept[key] = (angles.step[0], factors)
     return factors
