@@ -259,9 +259,8 @@ def measure(root: Path) -> dict[str, Any]:
 
 def _rooms(known: Mapping[str, Path]) -> dict[str, list[Path]]:
     rooms: dict[str, list[Path]] = {}
-    packages = {name.rpartition(".")[0] for name in known}
     for name, path in known.items():
-        rooms.setdefault(room_of(f"{name}.__init__" if name in packages else name), []).append(path)
+        rooms.setdefault(room_of(f"{name}.__init__" if path.stem == "__init__" else name), []).append(path)
     return dict(sorted(rooms.items()))
 
 

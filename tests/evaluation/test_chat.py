@@ -104,7 +104,7 @@ def test_advice_works_or_says_that_nothing_does(
 ) -> None:
     import re
 
-    for module in ("prompts", "windows", "kld", "lines"):
+    for module in ("prompts", "text_windows", "kld", "lines"):
         monkeypatch.setattr(f"pqkv_cli.evaluation.{module}.num_positions", lambda model: positions)
     monkeypatch.setattr("pqkv_cli.evaluation.qa_runner._asked", lambda *words: (_ for _ in ()).throw(InterruptedError))
     monkeypatch.setattr("pqkv_cli.evaluation.text_windows._measure", lambda *words: (_ for _ in ()).throw(InterruptedError))

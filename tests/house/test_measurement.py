@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,7 +126,8 @@ def test_every_option_of_this_tree_is_counted(root: Path) -> None:
 
     from pqkv_cli.cli.main import app
 
-    commands = get_command(app).commands.values()  # type: ignore[attr-defined]
+    group: Any = get_command(app)
+    commands = [group.get_command(None, verb) for verb in group.list_commands(None)]
     spelt = {
         next(word for word in option.opts if word.startswith("--"))
         for command in commands
