@@ -28,7 +28,7 @@ def test_every_format_is_probed(model: Any, artifact: Artifact, monkeypatch: pyt
 def test_wrong_attention_is_found_and_nothing_stays_attached(
     model: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    name = "_coded_part" if wrong == "coded" else "attend_exact"
+    name = "attend_codes" if wrong == "coded" else "attend_exact"
     right = getattr(attention, name)
     factor = {"coded": 1.1, "exact": 10.0, "nan": float("nan")}[wrong]
 
