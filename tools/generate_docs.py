@@ -25,7 +25,8 @@ _RECIPES = """\
 # Recipes
 
 A recipe is a YAML file that names a model and sets every option of the pipeline. `pqkv run RECIPE` does all of it.
-`pqkv recipes show NAME` prints a recipe that comes with pqkv, `pqkv recipes new MODEL -o mine.yaml` writes one for another model.
+`pqkv recipes show NAME` prints a recipe that comes with pqkv.
+`pqkv recipes new MODEL -o mine.yaml` writes one for another model.
 These come with pqkv; each is tested against the published shape of its model:
 """
 _WRITING = """\
