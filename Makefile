@@ -33,8 +33,8 @@ help:
 	@echo "make test-oldest  the tests of hf, models, cache and runtime with transformers $(OLDEST_TRANSFORMERS), in $(OLDEST_VENV)"
 	@echo "make test-newest  the tests of hf, models, cache, runtime and one chain with the newest of all libraries, in $(NEWEST_VENV)"
 	@echo "make lock    write anew which versions demo and test install, for each of $(LOCK_PYTHONS) that is here"
-	@echo "make crash-study     kill pqkv run at 50 seeded points and go on; writes docs/crash-study.md"
-	@echo "make mutation-study  open 10,000 cut or changed artifacts and run files; writes docs/mutation-study.md"
+	@echo "make crash-study     kill pqkv run at 50 seeded points and go on; writes a record to notes/"
+	@echo "make mutation-study  open 10,000 cut or changed artifacts and run files; writes a record to notes/"
 	@echo "make test-wheel  build sdist and wheel, install the wheel into $(WHEEL_VENV), run the chain with it (BORROW=1: without downloads)"
 	@echo "make coverage  all tests, and which lines they never ran"
 	@echo "make docs    write the pages that repeat what the code says"
@@ -97,17 +97,19 @@ coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m coverage report
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/python docs/generate.py
+	$(BIN)/python tools/generate_docs.py
 
-# Studies of hostile conditions, of which `make test` does a share (docs/hostile-conditions.md). One thread: they fork.
+# Studies of kills and damage; `make test` runs a small part of each (docs/robustness.md). One thread, because they fork.
+# A record is a lab note: its name has the month.
+MONTH := $(shell date +%Y-%m)
 STUDY := OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/artifact $(BIN)/python tests/studies
 
 crash-study: $(VENV)/.installed-dev
-	$(STUDY)/crash_study.py --points 50 --record docs/crash-study.md
+	$(STUDY)/crash_study.py --points 50 --record notes/$(MONTH)-crash-study.md
 	$(STUDY)/crash_study.py --points 12 --signals 2 --allocation measured
 
 mutation-study: $(VENV)/.installed-dev
-	$(STUDY)/mutation_study.py --examples 10000 --record docs/mutation-study.md
+	$(STUDY)/mutation_study.py --examples 10000 --record notes/$(MONTH)-mutation-study.md
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

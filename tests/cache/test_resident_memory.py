@@ -1,7 +1,7 @@
 """What a cache weighs by the memory of the process: 32K tokens of four layers of Llama 3 8B at 4 bits per channel.
 
 The C library keeps freed blocks for the next ones that are asked for, about as much again after a long prompt was read; here
-it is told to give blocks of more than 128 KiB back at once, as `docs/more-context.md` advises where memory is counted.
+it is told to give blocks of more than 128 KiB back at once, as `docs/quickstart.md` advises where memory is counted.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""docs/checking.md names every key that the verbs it describes write as JSON."""
+"""docs/troubleshooting.md names every key that the verbs it describes write as JSON."""
 
 import re
 import shutil
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "checking.md"
+PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 
 
 def keys(value: Any) -> Iterator[str]:

@@ -202,7 +202,7 @@ def test_completion_offers_recipes_runs_and_tasks(tmp_path: Path, monkeypatch: p
 
 
 def test_the_seconds_are_documented() -> None:
-    page = Path(__file__).parents[2] / "docs" / "machine-output.md"
+    page = Path(__file__).parents[2] / "docs" / "ci.md"
     assert f"every {log_setup.HEARTBEAT_SECONDS:g} seconds" in page.read_text(encoding="utf-8")
 
 
@@ -211,7 +211,7 @@ def test_every_exit_code_is_listed() -> None:
     from pqkv_cli.errors import GateError, PqkvError, UsageError
 
     known: set[Any] = {0, PqkvError.exit_code, UsageError.exit_code, GateError.exit_code, INTERRUPTED, TERMINATED}
-    page = (Path(__file__).parents[2] / "docs" / "machine-output.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "ci.md").read_text(encoding="utf-8")
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)} == known
     listed = command(["--help"]).stdout.split("Exit codes:")[1]
     assert {int(code) for code in re.findall(r"\d+", listed)} == known

@@ -1,6 +1,6 @@
 """Kills ``pqkv run`` at seeded random points and goes on: does it end with the bytes of a run that nobody disturbed?
 
-    PYTHONPATH=tests python tests/studies/crash_study.py --points 50 --record docs/crash-study.md
+    PYTHONPATH=tests python tests/studies/crash_study.py --points 50 --record notes/crash-study.md
 
 Points are operations on files (half-way through a write, between a write and its rename, ...), drawn from every stage, and
 moments in time. Every third resumed run is killed once more; every second one finds another time of day and files dated at
@@ -163,7 +163,7 @@ def document(made: Study, trials: Sequence[Trial], seed: int) -> str:
         "# Crash study",
         "",
         "Written by `make crash-study`; what it does and what counts as the same is in",
-        "[hostile-conditions.md](hostile-conditions.md).",
+        "[robustness.md](../docs/robustness.md).",
         "",
         f"Seed {seed}; Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}.",
         f"Allocation of bits: {made.allocation}. The undisturbed run does {len(made.operations)} operations on files.",

@@ -1,6 +1,6 @@
 """Opens artifacts and files of a run that are cut or changed: is each refused with a clear error, at once, in little memory?
 
-    PYTHONPATH=tests:tests/artifact python tests/studies/mutation_study.py --examples 10000 --record docs/mutation-study.md
+    PYTHONPATH=tests:tests/artifact python tests/studies/mutation_study.py --examples 10000 --record notes/mutation-study.md
 
 Every example runs under limits (`limits.py`). A changed artifact must raise `ArtifactError`, and so must a changed header
 that was signed anew, unless what was changed is a fact that any value may have. A changed file of a run must raise an error of
@@ -169,7 +169,7 @@ def document(kinds: Sequence[Kind], size: int, seed_: int) -> str:
         "# Mutation study",
         "",
         "Written by `make mutation-study`; what it does and what counts as a violation is in",
-        "[hostile-conditions.md](hostile-conditions.md).",
+        "[robustness.md](../docs/robustness.md).",
         "",
         f"Seed {seed_}; Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}.",
         f"An artifact of {size:,} bytes.",

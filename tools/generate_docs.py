@@ -1,8 +1,8 @@
-"""Writes the pages that repeat what the code says: `make docs`. A test fails while one of them is not current.
+"""Writes the pages of `docs/` that repeat what the code says: `make docs`. A test fails while one of them is not current.
 
-Pages of verbs come from the command line itself, the pages of JSON from the schemas beside this file, the page of recipes from
-the recipe's schema, the table of `more-context.md` from the published shapes that the tests hold recipes against, and that of
-`models.md` from the families and ways to generate that the tests go through.
+Pages of verbs come from the command line itself, the page of recipes from the recipe's schema, the table of JSON forms in
+`ci.md` from `docs/schemas/`, the table of `quickstart.md` from the published shapes that the tests hold recipes against, and
+that of `models.md` from the families and ways to generate that the tests go through.
 """
 
 import inspect
@@ -14,30 +14,31 @@ from typing import Any
 
 from typer.models import ArgumentInfo, OptionInfo
 
-DOCS = Path(__file__).parent
-ROOT = DOCS.parent
-sys.path[:0] = [str(DOCS), str(ROOT / "tests")]
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+SCHEMAS = DOCS / "schemas"
+sys.path.insert(0, str(ROOT / "tests"))
 
-from generate_json import MADE, anchor, json_page, schemas, table  # noqa: E402
-
+MADE = "<!-- made by `make docs`; change the code instead -->\n"
 BEGIN, END = "<!-- begin: made by `make docs` -->", "<!-- end -->"
 _RECIPES = """\
 # Recipes
 
-A recipe is a YAML file that names a model and every setting of the pipeline: `pqkv run RECIPE`. Those that come with pqkv, each
-tested against the published shape of its model:
+A recipe is a YAML file that names a model and sets every option of the pipeline. `pqkv run RECIPE` does all of it.
+`pqkv recipes show NAME` prints a recipe that comes with pqkv.
+`pqkv recipes new MODEL -o mine.yaml` writes one for another model.
+These come with pqkv; each is tested against the published shape of its model:
 """
 _WRITING = """\
-`pqkv recipes show NAME` prints one, `pqkv recipes new MODEL -o mine.yaml` writes one from a model's config. Unknown keys and
-values out of range are errors, all reported at once. Editors check and complete a recipe whose first line names the schema:
-`pqkv recipes schema -o recipe.schema.json`, then
+Unknown keys and values out of range are errors; all of them are reported at once. Your editor can check and complete a recipe:
+write the schema with `pqkv recipes schema -o recipe.schema.json` and name it in the recipe's first line:
 
     # yaml-language-server: $schema=recipe.schema.json
 
-## Settings, and what a change of one does again
+## Settings
 
-A stage is done again when a setting it depends on changes, and so is every stage after it; the command says which setting it
-was. Stages: calibrate, fit-codebooks, export, eval. A setting that stands at an earlier stage may matter to later ones too.
+The pipeline has four stages: calibrate, fit-codebooks, export, eval. When a setting changes, the stage in the last column runs
+again, and so does every stage after it. The command says which setting caused it.
 """
 _CONTEXT_RATES = (16, 4, 3, 2)
 _CARD_BYTES = 24 * 10**9
@@ -52,9 +53,8 @@ def pages() -> dict[Path, str]:
     made = {DOCS / "recipe.schema.json": json.dumps(schema, indent=1) + "\n"}
     made |= {DOCS / "cli" / f"{verb}.md": text for verb, text in verb_pages()}
     made[DOCS / "cli" / "README.md"] = verb_index()
-    made[DOCS / "json-output.md"] = json_page()
     made[DOCS / "recipes.md"] = recipe_page(Recipe)
-    for name, block in (("more-context.md", context_table), ("models.md", path_table)):
+    for name, block in (("quickstart.md", context_table), ("models.md", path_table), ("ci.md", json_table)):
         made[DOCS / name] = with_block((DOCS / name).read_text(encoding="utf-8"), block())
     return made
 
@@ -78,7 +78,7 @@ def verb_index() -> str:
     """Return the list of verbs."""
     firsts = {verb: inspect.cleandoc(str(function.__doc__)).split("\n")[0] for verb, function in verbs().items()}
     rows = [(f"[`pqkv {verb}`]({verb}.md)", first) for verb, first in firsts.items()]
-    note = "Exit codes, stderr and JSON are the same for all: [machine-output.md](../machine-output.md).\n"
+    note = "Exit codes, stderr and JSON are the same for all: [ci.md](../ci.md).\n"
     return "\n".join([MADE, "# Verbs\n", table(("Verb", "What it does"), rows), note])
 
 
@@ -145,6 +145,26 @@ def path_table() -> str:
     return table(("Model type", *paths), rows)
 
 
+def json_table() -> str:
+    """Return the forms of JSON output: what each holds and which verbs write it. The schemas explain every key."""
+    rows = [
+        (f"[`{s['title']}`](schemas/{s['$id']})", s["description"], ", ".join(f"`{verb}`" for verb in s["x-verbs"]))
+        for s in schemas()
+    ]
+    return table(("Form", "What it holds", "Written by"), rows)
+
+
+def schemas() -> list[dict[str, Any]]:
+    """Return the schemas of JSON output, by name."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(SCHEMAS.glob("*.schema.json"))]
+
+
+def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return a table in Markdown."""
+    cells = [titles, tuple("---" for _ in titles), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in cells)
+
+
 def with_block(page: str, block: str) -> str:
     """Return `page` with what stands between the marks replaced."""
     before, _, rest = page.partition(BEGIN)
@@ -167,8 +187,8 @@ def _default(parameter: inspect.Parameter) -> str:
 
 def _json_line(verb: str) -> str:
     own = [s for s in schemas() if any(each.split()[0] == verb for each in s["x-verbs"])]
-    links = ", ".join(f"[`{s['title']}`](../json-output.md#{anchor(s['title'])})" for s in own)
-    return f"JSON: {links}. [Exit codes and stderr](../machine-output.md).\n"
+    links = ", ".join(f"[`{s['title']}`](../schemas/{s['$id']})" for s in own)
+    return f"JSON: {links}. [Exit codes and stderr](../ci.md#stdout-stderr-exit-codes).\n"
 
 
 def _value(value: object) -> str:
@@ -191,13 +211,13 @@ def _values(field: Mapping[str, Any]) -> str:
     return ", ".join([kind, *bounds])
 
 
-def write(made: Mapping[Path, str], tell: Callable[[str], object] = print) -> None:
-    """Write what is not current."""
+def write(made: Mapping[Path, str]) -> None:
+    """Write every page that is not current, and say which."""
     for path, text in made.items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-            tell(f"wrote {path.relative_to(ROOT)}")
+            print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

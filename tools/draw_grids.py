@@ -1,4 +1,4 @@
-"""Draws grids of result records as one picture: ``python docs/draw_grids.py -o FILE NAME=RECORD ...``.
+"""Draws grids of result records as one picture: ``python tools/draw_grids.py -o FILE NAME=RECORD ...``.
 
 Each record gives two grids, of the uncompressed and of the compressed model on the same prompts.
 """
