@@ -18,6 +18,7 @@ ROWS = (
     ("calibration", "artifact", "cache"),
     ("fitting", "runtime"),
     ("evaluation",),
+    ("report",),
     ("pipeline",),
     ("cli",),
     ("demo", "__main__"),
