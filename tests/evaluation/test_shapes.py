@@ -11,10 +11,10 @@ from pqkv_cli.cache.pages import SLAB_PAGES
 from pqkv_cli.evaluation.decode_speed import time_tokens
 from pqkv_cli.evaluation.decode_step import filled, plain_step
 from pqkv_cli.evaluation.equal_memory import codes_row_bytes
-from pqkv_cli.evaluation.shape_picture import shape_picture
 from pqkv_cli.evaluation.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
 from pqkv_cli.pipeline import bench_shapes as module
 from pqkv_cli.pipeline.bench_shapes import SPEC, ShapeSettings, bench_shapes
+from pqkv_cli.report.page import shape_page
 from pqkv_cli.runtime.attach import Attached
 from pqkv_kernels.layout import PAGE_TOKENS
 from pqkv_kernels.planes import planes_of
@@ -97,11 +97,11 @@ def test_footprints_are_what_caches_weigh(context: int, steps: int) -> None:
 
 
 def test_the_picture_has_a_line_for_every_cache(document: dict[str, Any]) -> None:
-    page = shape_picture(document)
+    page = shape_page(document)
     for label in FORMATS:
         assert f"pqkv, {label}" in page
     assert "DynamicCache" in page and "tiny: memory" in page and page.count("<svg") == 2
-    alone = shape_picture(document | {"tokens": ()})  # attention alone, where no model fitted
+    alone = shape_page(document | {"tokens": ()})  # attention alone, where no model fitted
     assert "static cache" in alone and "attention of one layer" in alone
 
 
