@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours by name, on a light and on a dark page. Lines can be told apart with every kind of colour vision.
-LINES = ("#0072b2", "#d55e00", "#00664f", "#c65fa8", "#332288", "#6b3d00", "#8c9098")
+LINES = ("#0072b2", "#d55e00", "#00664f", "#cc5fa2", "#332288", "#6b3d00", "#88908a")
 _DARK_LINES = ("#56b4e9", "#e8703a", "#1fd69a", "#f2b8dc", "#7d7bf5", "#f0e442", "#8f8578")
 LIGHT = {"ink": "#14181d", "soft": "#4a5561", "rule": "#c9d0d8", "ground": "#ffffff", "card": "#f3f5f7", "warn": "#8a2c0d"}
 DARK = {"ink": "#eef1f4", "soft": "#b3bdc8", "rule": "#3b4653", "ground": "#12161b", "card": "#1c222a", "warn": "#ffb59a"}
