@@ -11,7 +11,7 @@ import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pqkv_cli.errors import UsageError
 
@@ -26,7 +26,9 @@ DARK = {"ink": "#eef1f4", "soft": "#b3bdc8", "rule": "#3b4653", "ground": "#1216
 LIGHT |= {f"line{index}": colour for index, colour in enumerate(LINES)}
 DARK |= {f"line{index}": colour for index, colour in enumerate(_DARK_LINES)}
 
-_STYLE = {f"{side}tick.{key}": LIGHT[name] for side in "xy" for key, name in (("color", "rule"), ("labelcolor", "ink"))}
+_STYLE: dict[str, Any] = {
+    f"{side}tick.{key}": LIGHT[name] for side in "xy" for key, name in (("color", "rule"), ("labelcolor", "ink"))
+}
 _STYLE |= {"text.color": LIGHT["ink"], "axes.labelcolor": LIGHT["soft"]}
 _STYLE |= {key: LIGHT["rule"] for key in ("axes.edgecolor", "grid.color")}
 _STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False)
@@ -69,7 +71,8 @@ def our_style() -> Iterator[None]:
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks with which texts are measured; a reader's has them
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        settings: Any = matplotlib.rcParams  # typed by the names that one version of matplotlib has
+        settings.update(_STYLE)
         yield
 
 

@@ -9,7 +9,6 @@ from pqkv_cli.report.canvas import LIGHT, LINES, label, our_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis as MatplotlibAxis
     from matplotlib.figure import Figure
 
 _MARKS, _DASHES = "osD^vPX", ("-", "--", ":")
@@ -88,8 +87,8 @@ def line_chart(
     return figure
 
 
-def _scale(side: "MatplotlibAxis", axis: Axis, values: Sequence[float]) -> None:
-    """Give one side of a chart its label, its scale and round ticks."""
+def _scale(side: Any, axis: Axis, values: Sequence[float]) -> None:
+    """Give one side of a chart (an axis of matplotlib) its label, its scale and round ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     locator: Any = MaxNLocator(5)
