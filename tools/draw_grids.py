@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pqkv_cli.evaluation.grid_picture import grids_svg
+from pqkv_cli.report.pictures import grids_svg
 
 
 def main() -> None:

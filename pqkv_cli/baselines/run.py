@@ -16,15 +16,17 @@ from pqkv_cli.baselines.registry import parse_rivals
 from pqkv_cli.calibration.store import CalibrationStore, SampleStore
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
-from pqkv_cli.evaluation.pareto import MISSING, can_draw, draw_pareto, pareto_document
+from pqkv_cli.evaluation.pareto import pareto_document
 from pqkv_cli.evaluation.settings import Subject
-from pqkv_cli.files import write_text
+from pqkv_cli.files import write_bytes, write_text
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.identity import model_identity
 from pqkv_cli.pipeline.evaluation_settings import task_settings
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.rundir import PARETO_FILE, PEERS_FOLDER
 from pqkv_cli.pipeline.start import Source
+from pqkv_cli.report.canvas import require_matplotlib
+from pqkv_cli.report.pictures import pareto_png
 from pqkv_cli.reporter import Reporter
 
 Record = dict[str, Any]
@@ -32,11 +34,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The records of all contestants, ours first, and the files that hold them; `picture` is None without matplotlib."""
+    """The records of all contestants, ours first, and the files that hold them."""
 
     records: list[Record]
     numbers: Path
-    picture: Path | None
+    picture: Path
 
 
 def compare_peers(
@@ -49,7 +51,7 @@ def compare_peers(
     Raises
     ------
     UsageError
-        If a rival is unknown, or `source` is no run.
+        If a rival is unknown, `source` is no run, or matplotlib cannot be imported.
     RunError
         If the run has no calibration.
     ArtifactError
@@ -58,13 +60,14 @@ def compare_peers(
         If the text cannot be used.
     """
     rivals = parse_rivals(wanted)
+    require_matplotlib()  # not first after hours, when the picture is drawn
     store, subject, artifacts = open_comparison(source, others, reporter, force=force)
     contestants = [own_contestant(artifact, name) for name, artifact in artifacts]
     contestants += fitted_rivals(rivals, store, subject, source.recipe.seed, reporter)
     settings = task_settings(TASK, MODE, source.recipe, subject)
     with reporter.progress(f"{len(contestants)} contestants on the same text") as advance:
         num_tokens = compare(subject, settings, contestants, advance)
-    return _kept(source, peer_records(subject, settings, contestants, num_tokens), reporter)
+    return _kept(source, peer_records(subject, settings, contestants, num_tokens))
 
 
 def fitted_rivals(
@@ -112,7 +115,7 @@ def _name(source: Source) -> str:
     return source.run.path.name if source.run is not None else source.artifact.parent.name
 
 
-def _kept(source: Source, records: list[Record], reporter: Reporter) -> Comparison:
+def _kept(source: Source, records: list[Record]) -> Comparison:
     """Write every record, the numbers of the picture, and the picture."""
     folder = source.results / PEERS_FOLDER
     for record in records:
@@ -120,11 +123,8 @@ def _kept(source: Source, records: list[Record], reporter: Reporter) -> Comparis
     document = pareto_document(records)
     numbers, picture = folder / PARETO_FILE, folder / "pareto.png"
     write_text(numbers, json.dumps(document, indent=1) + "\n")
-    if not can_draw():
-        reporter.note(MISSING)
-        return Comparison(records, numbers, None)
     title = f"{records[0]['model']['id']}, {records[0]['settings']['num_tokens']:,} tokens"
-    draw_pareto(document["points"], title, picture)
+    write_bytes(picture, pareto_png(document["points"], title))
     return Comparison(records, numbers, picture)
 
 

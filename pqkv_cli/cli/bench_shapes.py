@@ -26,13 +26,16 @@ def show_shapes(
     """Measure the shapes `names`, show tables, and write the picture where it is asked for."""
     from pqkv_cli.benchmarks.bench_shapes import ShapeSettings, bench_shapes
     from pqkv_cli.benchmarks.shapes import SHAPES
-    from pqkv_cli.evaluation.shape_picture import shape_picture
     from pqkv_cli.files import write_text
     from pqkv_cli.pipeline.capacity import parse_device_bytes
+    from pqkv_cli.report.canvas import require_matplotlib
+    from pqkv_cli.report.page import shape_page
 
     unknown = [name for name in names if name not in SHAPES]
     if unknown:
         raise UsageError(f"--shape is {', '.join(map(repr, unknown))}; expected one of {', '.join(SHAPES)}")
+    if picture is not None:
+        require_matplotlib()  # not first when everything is measured
     held = None if memory is None else parse_device_bytes(memory, "--memory")
     lists = tuple(names), tuple(contexts), tuple(batches)
     settings = ShapeSettings(*lists, repeats, backend, device, held)  # type: ignore[arg-type]
@@ -42,7 +45,7 @@ def show_shapes(
     notes: list[RenderableType] = [f"not measured: {name} ({why})" for name, why in missing.items()]
     notes += [f"not measured: {why}" for why in found.skipped]
     if picture is not None:
-        write_text(picture, shape_picture(document))
+        write_text(picture, shape_page(document))
         notes.append(f"picture: {picture}")
     output.result(document, *_tables(document), *notes)
 

@@ -114,7 +114,7 @@ def run_comparison(words: PeerWords, source: "Source", output: "Output", reporte
         others = [artifact_source(target_of(word, None, reporter), None, {}) for word in words.also or ()]
         compared = compare_peers(source, str(words.peers), others, reporter, force=words.force)
         output.result(compared.records, show_peers(compared.records))
-        records, files = compared.records, [f for f in (compared.numbers, compared.picture) if f is not None]
+        records, files = compared.records, [compared.numbers, compared.picture]
     for line in dict.fromkeys(missing(records)):
         reporter.note(f"without a result: {line}")
     for file in files:

@@ -10,7 +10,6 @@ from pqkv_cli.artifact.card import write_derived
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
-from pqkv_cli.evaluation.report_tables import headline_rows
 from pqkv_cli.evaluation.settings import Mode, Subject
 from pqkv_cli.evaluation.tasks import check_rows, reads_text, require_tasks, run_task, unmeasured
 from pqkv_cli.files import write_text
@@ -25,6 +24,7 @@ from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.pipeline.state import stage_inputs
 from pqkv_cli.recipe import Recipe
+from pqkv_cli.report.rows import headline_rows
 from pqkv_cli.reporter import Reporter
 
 Record = dict[str, Any]

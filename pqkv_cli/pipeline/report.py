@@ -12,11 +12,11 @@ from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.errors import RunError
 from pqkv_cli.evaluation.channels import ChannelPeaks, channel_peaks
 from pqkv_cli.evaluation.record import SCHEMA
-from pqkv_cli.evaluation.report import ReportSource, report_page
 from pqkv_cli.files import write_text
 from pqkv_cli.pipeline.rundir import BENCH_FILE, PARETO_FILE, PEERS_FOLDER
 from pqkv_cli.pipeline.start import started_run
 from pqkv_cli.pipeline.target import Target
+from pqkv_cli.report.page import ReportSource, report_page
 
 REPORT_FILE = "report.html"
 
@@ -36,9 +36,11 @@ def write_report(target: Target, out: Path | None) -> Report:
     Raises
     ------
     RunError
-        If the target has no artifact, or a result is damaged.
+        If the target has no artifact, or a result is damaged or of another form.
     ArtifactError
         If the artifact is damaged.
+    UsageError
+        If matplotlib cannot be imported.
     """
     directory, file, results = _places(target)
     artifact = open_artifact(file)
@@ -51,8 +53,18 @@ def write_report(target: Target, out: Path | None) -> Report:
     channels, num_others = _channels(directory / "calibration", artifact), len(records) - len(own)
     source = ReportSource(artifact.header, summarize(artifact), own, points, num_others, channels, bench)
     path = out or directory / REPORT_FILE
-    write_text(path, report_page(source), RunError)
+    write_text(path, _page(source, results), RunError)
     return Report(path, len(own), num_others)
+
+
+def _page(source: ReportSource, results: Path) -> str:
+    try:
+        return report_page(source)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunError(
+            f"the results in {results} cannot be drawn ({type(error).__name__}: {error}); expected records as pqkv eval "
+            "and pqkv bench write them: delete those that were changed or are of another version, and measure again"
+        ) from error
 
 
 def _channels(calibration: Path, artifact: Artifact) -> list[ChannelPeaks]:

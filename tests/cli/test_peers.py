@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def test_one_table_one_picture_and_the_numbers(
     assert rows == [["rtn", "4", "5.000"], ["pqkv", "4", "4.000"], ["pqkv (RUN)", "4", "4.000"], ["kivi", "2", "3.000"]]
     assert "every key and value quantized, uncompressed perplexity" in out
     folder = run / "results" / "peers"
-    assert f"wrote {folder / 'pareto.json'}" in err
+    assert f"wrote {folder / 'pareto.json'}" in err and f"wrote {folder / 'pareto.png'}" in err
+    assert (folder / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     assert {path.stem for path in folder.glob("*.json")} == {"pqkv", "pqkv-RUN", "rtn-4", "kivi-2", "pareto"}
     record = json.loads((folder / "kivi-2.json").read_text())
     assert (record["schema"], record["method"], record["native_bits"]) == ("pqkv.result/1", "kivi", 2)
@@ -52,14 +54,15 @@ def test_json_of_a_comparison_is_its_records(pqkv: Callable[..., Any], words: li
     assert [r["method"] for r in answer.json] == ["pqkv", "turboquant"]
 
 
-def test_without_matplotlib_the_install_line_is_said(
+def test_without_matplotlib_the_install_line_is_said_before_anything_is_measured(
     pqkv: Callable[..., Any], run: Path, words: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pqkv_cli.baselines.run.can_draw", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     answer = pqkv(*words, "--peers", "rtn:4")
-    assert answer.code == 0
-    assert "no picture: matplotlib is not installed; run: pip install 'pqkv[report]'" in answer.err
-    assert not (run / "results" / "peers" / "pareto.png").exists()
+    assert answer.code == 2
+    assert "expected matplotlib 3.8 or newer: pip install 'matplotlib>=3.8'" in answer.err.replace("\n", " ")
+    assert not (run / "results" / "peers").exists()
 
 
 def test_a_named_rival_without_a_result_fails_the_command(

@@ -43,6 +43,15 @@ def test_an_artifact_alone_has_a_page(pqkv: Callable, run: Path) -> None:
     assert "Layers and heads" in (run / "artifact" / "report.html").read_text()
 
 
+def test_results_of_another_form_say_what_to_do(pqkv: Callable, run: Path) -> None:
+    file = run / "results" / "kld-all.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "metrics"}))
+    answer = pqkv("report", run)
+    assert (answer.code, answer.out) == (1, "")
+    assert f"the results in {run / 'results'} cannot be drawn (KeyError: 'metrics')" in answer.err.replace("\n", " ")
+    assert "measure again" in answer.err
+
+
 def test_what_cannot_be_reported(pqkv: Callable, run: Path, tiny_model: Path) -> None:
     (run / "results" / "kld-all.json").write_text("{half")
     damaged = pqkv("report", run)

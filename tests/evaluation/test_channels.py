@@ -12,9 +12,9 @@ from pqkv_cli.artifact.summary import summarize
 from pqkv_cli.calibration.store import CalibrationStore, layer_file
 from pqkv_cli.errors import RunError
 from pqkv_cli.evaluation.channels import channel_peaks, over_median, pooled
-from pqkv_cli.evaluation.report import ReportSource, report_page
-from pqkv_cli.evaluation.report_channels import channel_pictures, shade
 from pqkv_cli.evaluation.settings import Subject
+from pqkv_cli.report.page import ReportSource, report_page
+from pqkv_cli.report.pictures import outlier_channels
 from pqkv_kernels.reference.encode import to_code_space
 
 Maker = Callable[..., Subject]
@@ -47,18 +47,20 @@ def test_an_outlier_channel_is_seen_and_named(subject: Maker, calibration: Path)
     peaks = channel_peaks(CalibrationStore(calibration), artifact)
     seen = over_median(peaks[2].plain)
     assert (int(seen.argmax()), float(seen.max())) == (channel, pytest.approx(40, rel=0.02))
-    drawn = channel_pictures(peaks)
-    assert drawn.count("<svg") == 4
-    assert f"Keys as the model makes them: channels by layer; the largest peaks at {float(seen.max()):.1f} times" in drawn
+    drawn = outlier_channels(peaks)
+    assert [picture.title for picture in drawn] == [
+        f"{side} {space}" for side in ("Keys", "Values") for space in ("as the model makes them", "in code space")
+    ]
+    assert f"The largest peaks at {float(seen.max()):.1f} times the median channel of its head, in layer 1" in drawn[0].note
     text = report_page(ReportSource(artifact.header, summarize(artifact), [], channels=peaks))
-    assert "Outlier channels" in text and drawn in text
+    assert "Outlier channels" in text and all(picture.svg in text and picture.note in text for picture in drawn)
 
 
 def test_a_calibration_of_another_model_is_not_shown(subject: Maker, calibration: Path) -> None:
     store = CalibrationStore(calibration)
     store.manifest["model"]["weights_sha256"] = "f" * 64
     assert channel_peaks(store, subject().artifact) == []
-    assert channel_pictures([]) == ""
+    assert outlier_channels([]) == []
 
 
 def test_a_damaged_calibration_is_named(subject: Maker, calibration: Path) -> None:
@@ -67,7 +69,6 @@ def test_a_damaged_calibration_is_named(subject: Maker, calibration: Path) -> No
         channel_peaks(CalibrationStore(calibration), subject().artifact)
 
 
-def test_neighbours_are_pooled_and_shades_go_by_ratio() -> None:
+def test_neighbours_are_pooled() -> None:
     assert pooled(torch.tensor([1.0, 3.0, 2.0, 5.0, 4.0]), 3) == [3.0, 5.0, 4.0]
     assert len(pooled(torch.arange(128.0), 64)) == 64
-    assert [shade(value) for value in (0.0, 0.25, 1.0, 2.0, 16.0, 999.0)] == [0, 0, 3, 4, 8, 8]

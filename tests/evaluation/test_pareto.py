@@ -1,10 +1,11 @@
-import sys
-from pathlib import Path
+import xml.etree.ElementTree as ET
 from typing import Any
 
 import pytest
 
-from pqkv_cli.evaluation.pareto import can_draw, draw_pareto, pareto_document
+from pqkv_cli.evaluation.pareto import pareto_document
+from pqkv_cli.report.pictures import pareto, pareto_png
+from pqkv_cli.report.rows import pareto_table
 
 
 def record(method: str, bits: float, kl: float, sha: str | None = None, status: str = "complete") -> dict[str, Any]:
@@ -50,19 +51,21 @@ def test_the_front_holds_what_nothing_beats() -> None:
     }
 
 
-def test_the_picture_is_a_png_even_of_a_loss_of_zero(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+def test_the_picture_is_a_png_even_of_a_loss_of_zero() -> None:
     points = pareto_document([*RECORDS, record("kvquant", 8.0, 0.0)])["points"]
-    draw_pareto(points, "a title", tmp_path / "new" / "picture.png")
-    first = (tmp_path / "new" / "picture.png").read_bytes()
+    first = pareto_png(points, "a title")
     assert first[:8] == b"\x89PNG\r\n\x1a\n"
-    draw_pareto(points, "a title", tmp_path / "again.png")
-    assert (tmp_path / "again.png").read_bytes() == first
-    draw_pareto(points[:2], "a title", tmp_path / "less.png")
-    assert (tmp_path / "less.png").read_bytes() != first
+    assert pareto_png(points, "a title") == first
+    assert len({first, pareto_png(points, "another"), pareto_png(points[:2], "a title"), pareto_png([], "a title")}) == 4
 
 
-def test_without_matplotlib_there_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not can_draw()
+def test_the_report_has_a_line_for_every_method_and_a_row_for_every_point() -> None:
+    points = pareto_document(RECORDS)["points"]
+    (picture,) = pareto(points)
+    words = [element.text for element in ET.fromstring(picture.svg).iter("text")]
+    assert words.index("pqkv") < words.index("kivi") and {"rtn", "million"} <= set(words)
+    table = pareto_table(points)
+    assert [row[0] for row in table.rows] == ["kivi", "pqkv", "million", "rtn", "kivi"]
+    assert table.rows[1] == ["pqkv", "4", "0.01", "0.09", "90.0 %", "7", "yes"]
+    assert [row[-1] for row in table.rows] == ["yes", "yes", "yes", "yes", "no"]
+    assert (pareto([]), pareto_table([]).rows) == ([], [])

@@ -13,7 +13,7 @@ from pqkv_cli.benchmarks.decode_speed import filled, plain_step, time_tokens
 from pqkv_cli.benchmarks.equal_memory import codes_row_bytes
 from pqkv_cli.benchmarks.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
 from pqkv_cli.cache.storage import BLOCK_PAGES
-from pqkv_cli.evaluation.shape_picture import shape_picture
+from pqkv_cli.report.page import shape_page
 from pqkv_cli.runtime.attach import Attached
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.pairs import planes_of
@@ -95,11 +95,11 @@ def test_footprints_are_what_caches_weigh(context: int, steps: int) -> None:
 
 
 def test_the_picture_has_a_line_for_every_cache(document: dict[str, Any]) -> None:
-    page = shape_picture(document)
+    page = shape_page(document)
     for label in FORMATS:
         assert f"pqkv, {label}" in page
     assert "DynamicCache" in page and "tiny: memory" in page and page.count("<svg") == 2
-    alone = shape_picture(document | {"tokens": ()})  # attention alone, where no model fitted
+    alone = shape_page(document | {"tokens": ()})  # attention alone, where no model fitted
     assert "static cache" in alone and "attention of one layer" in alone
 
 

@@ -82,9 +82,8 @@ def test_it_declares_the_command_the_license_and_the_extras(wheel: Path) -> None
         assert archive.read(f"{metadata}/licenses/LICENSE")
     assert dict(points["console_scripts"]) == {"pqkv": "pqkv_cli.cli.main:main"}
     assert "License-Expression: Apache-2.0" in about and "Requires-Python: >=3.11" in about
-    assert {"gpu", "eval", "report"} <= {
-        line.split(": ")[1] for line in about.splitlines() if line.startswith("Provides-Extra")
-    }
+    assert {"gpu", "eval"} <= {line.split(": ")[1] for line in about.splitlines() if line.startswith("Provides-Extra")}
+    assert "pqkv_cli/report/templates/base.html" in names(wheel)
 
 
 def test_it_works_where_nothing_else_lies(wheel: Path, tmp_path: Path) -> None:
