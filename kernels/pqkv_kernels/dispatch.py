@@ -15,19 +15,24 @@ from typing import Literal, get_args
 import torch
 
 from pqkv_kernels.cpu.attention import can_add, can_attend, native_add_exact, native_attention
-from pqkv_kernels.cpu.build import native_obstacle
+from pqkv_kernels.cpu.build import found_library, native_obstacle
+from pqkv_kernels.cpu.centroid_sums import SOURCE as CENTROIDS_SOURCE
+from pqkv_kernels.cpu.centroid_sums import native_centroid_sums
+from pqkv_kernels.cpu.encode import NEAREST_SOURCE, NativeEncoder
 from pqkv_kernels.cpu.torch_attention import plane_attention
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.checks import check_attention
-from pqkv_kernels.format.layout import PAGE_TOKENS
+from pqkv_kernels.format.layout import PAGE_TOKENS, CodeLayout
 from pqkv_kernels.format.pairs import planes_of
 from pqkv_kernels.format.rotary import Angles, PageAngles, page_range
 from pqkv_kernels.format.tables import CodecTables, channel_tables
+from pqkv_kernels.reference import centroid_sums as reference_sums
 from pqkv_kernels.reference.attention import ExactTokens, Part, add_exact, code_attention, code_queries, leave_code_space, merge
-from pqkv_kernels.reference.encode import encode
+from pqkv_kernels.reference.encode import REFERENCE, Codebooks, Encoder
 
 Backend = Literal["torch", "native", "triton"]
 BackendRequest = Literal["auto", "torch", "native", "triton"]
+_NATIVE = NativeEncoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +180,7 @@ def attend_exact(
 
 
 def encode_pages(backend: Backend, x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:
-    """Encode whole pages of vectors, as `pqkv_kernels.reference.encode.encode` does.
+    """Encode whole pages of vectors, as `pqkv_kernels.reference.encode.Encoder.encode` does.
 
     Raises
     ------
@@ -183,11 +188,48 @@ def encode_pages(backend: Backend, x: torch.Tensor, tables: CodecTables, angles:
         If shapes do not fit or angles are missing.
     """
     if backend != "triton":
-        return encode(x, tables, angles)
+        return (_NATIVE if backend == "native" else REFERENCE).encode(x, tables, angles)
     module = import_module("pqkv_kernels.gpu.encode")
     module.check_encode(x, tables, angles)
     pages: torch.Tensor = module.triton_encode(x, tables, angles)
     return pages
+
+
+def fastest_encoder(device: torch.device) -> Encoder:
+    """Return the steps of encoding for tensors on `device` that nobody chose a backend for: of fits, studies and checks.
+
+    They are C++ on a CPU with a compiler and the reference's elsewhere; codes differ at most where rounding decides.
+    """
+    return _NATIVE if device.type == "cpu" and found_library(NEAREST_SOURCE) is not None else REFERENCE
+
+
+def nearest_centroids(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Return the nearest of `centroids` [S, K, d] to `points` [S, N, d], [S, N] int64, by `fastest_encoder`."""
+    return fastest_encoder(points.device).nearest(points, centroids)
+
+
+def to_code_space(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None, *, rotated: bool = True) -> torch.Tensor:
+    """Return what `Encoder.to_code_space` does, by `fastest_encoder`."""
+    return fastest_encoder(x.device).to_code_space(x, tables, angles, rotated=rotated)
+
+
+def quantize(x: torch.Tensor, layout: CodeLayout, codebooks: Codebooks) -> list[torch.Tensor]:
+    """Return what `Encoder.quantize` does, by `fastest_encoder`."""
+    return fastest_encoder(x.device).quantize(x, layout, codebooks)
+
+
+def round_trip(x: torch.Tensor, tables: CodecTables, angles: Angles | None = None, *, rotated: bool = True) -> torch.Tensor:
+    """Return what `Encoder.round_trip` does, by `fastest_encoder`."""
+    return fastest_encoder(x.device).round_trip(x, tables, angles, rotated=rotated)
+
+
+def centroid_sums(
+    points: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor, codes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `pqkv_kernels.reference.centroid_sums.centroid_sums` does, in C++ on a CPU with a compiler."""
+    if points.device.type == "cpu" and found_library(CENTROIDS_SOURCE) is not None:
+        return native_centroid_sums(points, weights, centroids, codes)
+    return reference_sums.centroid_sums(points, weights, centroids, codes)
 
 
 def _slabs(

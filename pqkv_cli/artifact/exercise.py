@@ -11,10 +11,10 @@ import torch
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.artifact.tensors import coded_sides
 from pqkv_cli.specs import SIDES, Side
+from pqkv_kernels.dispatch import fastest_encoder
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.reference.encode import decode, decode_codes, encode, round_trip, to_code_space
-from pqkv_kernels.reference.nearest import nearest_centroids
+from pqkv_kernels.reference.encode import decode, decode_codes
 
 TOLERANCE = 0.01  # of the root mean square of what went in; sound fp32 arithmetic stays a thousand times below
 _NUM_PAGES = 2
@@ -74,7 +74,7 @@ def _centroid_faults(tables: CodecTables) -> list[str]:
     faults = []
     for stage, index, _, _, _ in tables.layout.spans():
         book = tables.codebooks[stage][index].float().flatten(0, 1)  # [Hkv * M, ksub, dsub]
-        found = book.gather(1, nearest_centroids(book, book)[..., None].expand(book.shape))
+        found = book.gather(1, fastest_encoder(book.device).nearest(book, book)[..., None].expand(book.shape))
         error = (found - book).square().sum(-1).amax().sqrt() / book.square().sum(-1).amax().sqrt().clamp_min(1e-30)
         if not error <= TOLERANCE:  # a comparison with NaN is false
             faults.append(
@@ -91,15 +91,20 @@ def _page_faults(tables: CodecTables) -> list[str]:
     angles = _angles(tables)
     known = decode_codes(pages, tables)
     vectors = decode(pages, tables, angles)
-    encoded = encode(vectors, tables, angles)
+    encoder = fastest_encoder(vectors.device)
+    encoded = encoder.encode(vectors, tables, angles)
     bits = sum(group.num_subspaces * group.nbits for stage in layout.stages for group in stage)
     if tuple(encoded.shape) != shape or shape[-1] * 8 != bits * PAGE_TOKENS:
         return [
             f"pages have {encoded.shape[-1]} bytes per head; expected {bits * PAGE_TOKENS // 8}, as the header's {bits} bits"
         ]
     comparisons = [
-        ("undoing the transform and doing it again", to_code_space(vectors, tables, angles), known),
-        ("reading back the pages that were written", decode(encoded, tables, angles), round_trip(vectors, tables, angles)),
+        ("undoing the transform and doing it again", encoder.to_code_space(vectors, tables, angles), known),
+        (
+            "reading back the pages that were written",
+            decode(encoded, tables, angles),
+            encoder.round_trip(vectors, tables, angles),
+        ),
     ]
     if len(layout.stages) == 1:  # sums of several stages are found again only nearly
         comparisons.append(("encoding what codes stand for", decode_codes(encoded, tables), known))

@@ -21,8 +21,8 @@ from pqkv_cli.baselines.stored import Payload
 from pqkv_cli.baselines.transforms import hadamard, normal_codebook, turn
 from pqkv_cli.baselines.uniform import from_token_rows, group_channels, token_rows
 from pqkv_cli.specs import KeySpace, Side
+from pqkv_kernels.dispatch import nearest_centroids
 from pqkv_kernels.format.layout import RotaryLayout
-from pqkv_kernels.reference.nearest import nearest_centroids
 
 GROUP_SIZE = 1024
 PAIR = 2

@@ -14,7 +14,7 @@ from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Sampl
 from pqkv_cli.baselines.stored import Payload
 from pqkv_cli.quantizers.kmeans import kmeans
 from pqkv_cli.specs import KeySpace, Side
-from pqkv_kernels.reference.nearest import nearest_centroids
+from pqkv_kernels.dispatch import nearest_centroids
 
 # Bits per channel: (channels per code, bits per code).
 CODES: Mapping[int, tuple[int, int]] = {4: (2, 8), 3: (4, 12), 2: (4, 8), 1: (8, 8)}

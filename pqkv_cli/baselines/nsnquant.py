@@ -23,8 +23,8 @@ from pqkv_cli.baselines.stored import Payload
 from pqkv_cli.baselines.transforms import check_power_of_two, hadamard, magnitude_codebook, normal_codebook, turn
 from pqkv_cli.baselines.uniform import PARAMETER_BITS, dequantize_groups, quantize_groups
 from pqkv_cli.specs import KeySpace, Side
+from pqkv_kernels.dispatch import nearest_centroids
 from pqkv_kernels.format.layout import RotaryLayout
-from pqkv_kernels.reference.nearest import nearest_centroids
 
 BLOCK_TOKENS = 64
 CODE_CHANNELS = 8

@@ -13,7 +13,7 @@ from pqkv_cli.evaluation.record import environment
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.quantizers.kmeans import kmeans
 from pqkv_cli.reporter import Reporter
-from pqkv_kernels.reference.nearest import nearest_centroids
+from pqkv_kernels.dispatch import nearest_centroids
 
 
 def faiss_library() -> Any:

@@ -8,10 +8,11 @@ import torch
 
 from pqkv_cli.cache.async_scalar import AsyncScalar
 from pqkv_cli.specs import SIDES, Side
+from pqkv_kernels.dispatch import to_code_space
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.rotary import Angles
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.reference.encode import decode_codes, to_code_space
+from pqkv_kernels.reference.encode import decode_codes
 
 RATIO = 2.0
 _SAMPLED = 16  # pages between two samples

@@ -8,7 +8,7 @@ import torch
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.specs import SIDES, Side
-from pqkv_kernels.reference.encode import to_code_space
+from pqkv_kernels.dispatch import to_code_space
 
 _MOST_VECTORS = 4096  # per head, so that the calibration of a large model is looked at in seconds
 

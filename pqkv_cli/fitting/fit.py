@@ -14,9 +14,9 @@ from pqkv_cli.quantizers.grouping import balanced_pairs
 from pqkv_cli.quantizers.maps import metric_rotation, pair_metric, pair_scale, range_factor
 from pqkv_cli.quantizers.product import Codebooks, Prototypes, fit_product, fit_prototypes, num_prototype_stages, relative_error
 from pqkv_cli.specs import SIDES, CodecSpec, KeySpace, LayerGeometry, Side
+from pqkv_kernels.dispatch import to_code_space
 from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.reference.encode import to_code_space
 from pqkv_kernels.reference.merged_stages import joint_layout
 
 

@@ -16,9 +16,10 @@ from pqkv_cli.errors import DataError
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.quantizers.product import stored
 from pqkv_cli.runtime.attach import Simulation
+from pqkv_kernels.dispatch import quantize, to_code_space
 from pqkv_kernels.format.layout import CodeGroup, RotaryLayout
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.reference.encode import dequantize, from_code_space, quantize, to_code_space
+from pqkv_kernels.reference.encode import dequantize, from_code_space
 
 Mode = Literal["coded", "exact", "traced"]
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from pqkv_cli.quantizers.kmeans import CHUNK_COORDINATES, kmeans
+from pqkv_kernels.dispatch import nearest_centroids
 from pqkv_kernels.reference.merged_stages import all_sums
-from pqkv_kernels.reference.nearest import nearest_centroids
 
 # Share of a subspace's weight that holds every table entry where it was: tables of sums may trade a constant with each other.
 RIDGE = 1e-6

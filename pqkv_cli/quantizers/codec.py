@@ -4,9 +4,9 @@ from typing import Protocol
 
 import torch
 
+from pqkv_kernels.dispatch import round_trip
 from pqkv_kernels.format.layout import RotaryLayout
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.reference.encode import round_trip
 
 
 class VectorCodec(Protocol):

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pqkv_cli.errors import DataError
-from pqkv_kernels.cpu.centroid_sums import centroid_sums
-from pqkv_kernels.reference.nearest import nearest_centroids
+from pqkv_kernels.dispatch import centroid_sums, nearest_centroids
 
 # Seeds drawn at a time: a share of those there are, up to a number.
 ROUND_SHARE = 32

@@ -7,8 +7,9 @@ import torch
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.additive import fit_sums
 from pqkv_cli.quantizers.kmeans import kmeans
+from pqkv_kernels.dispatch import quantize
 from pqkv_kernels.format.layout import CodeGroup, CodeLayout
-from pqkv_kernels.reference.encode import dequantize, quantize
+from pqkv_kernels.reference.encode import dequantize
 from pqkv_kernels.reference.merged_stages import Share, joint_layout
 
 Codebooks = tuple[tuple[torch.Tensor, ...], ...]

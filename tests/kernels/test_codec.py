@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests_support import key_tables, random_angles, random_codebooks, value_tables
 
-from pqkv_kernels.cpu import encode as native_points
+from pqkv_kernels.cpu.encode import NativeEncoder
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.layout import SUPPORTED_NBITS, CodeGroup, CodeLayout, RotaryLayout
 from pqkv_kernels.format.rotary import rotate, unit_angles, unrotate
@@ -101,7 +101,6 @@ def test_position_does_not_change_the_code_of_a_key_before_rotation(generator: t
 @pytest.mark.parametrize(("rotary_dim", "interleaved"), [(16, False), (16, True), (8, False), (None, False)])
 def test_the_loop_reaches_the_code_space_of_torch(
     generator: torch.Generator,
-    monkeypatch: pytest.MonkeyPatch,
     rotary_dim: int | None,
     interleaved: bool,
     map_kind,
@@ -115,8 +114,7 @@ def test_the_loop_reaches_the_code_space_of_torch(
     tables = CodecTables(layout, random_codebooks(layout, 3, generator), maps[map_kind], order.to(torch.int16), rotary)
     x = torch.randn(2, 70, 3, 16, generator=generator).transpose(1, 2)  # as projections come
     angles = None if rotary is None else random_angles(rotary, (1, 70), generator)
-    fast = to_code_space(x, tables, angles, rotated=rotated)
-    monkeypatch.setattr(native_points, "_points_library", lambda: None)
+    fast = NativeEncoder().to_code_space(x, tables, angles, rotated=rotated)
     torch.testing.assert_close(fast, to_code_space(x, tables, angles, rotated=rotated), rtol=1e-5, atol=1e-5)
 
 

@@ -6,9 +6,8 @@ from native_machines import MACHINES, library_of
 from tests_support import random_codebooks
 
 from pqkv_kernels.cpu import encode as native_nearest
-from pqkv_kernels.cpu.encode import native_few
+from pqkv_kernels.cpu.encode import NativeEncoder, native_few
 from pqkv_kernels.format.layout import CodeGroup, CodeLayout
-from pqkv_kernels.reference.encode import quantize
 
 pytestmark = pytest.mark.skipif(native_nearest._nearest_library() is None, reason="no C++ compiler on this machine")
 
@@ -78,11 +77,11 @@ def test_parts_of_prototypes_are_the_same_by_cells(threads: int, generator: torc
     layout = CodeLayout(((CodeGroup(1, 3, 12),), (CodeGroup(2, 8, 2), CodeGroup(2, 9, 2), CodeGroup(1, 6, 4))))
     codebooks = random_codebooks(layout, 2, generator)
     x = torch.randn(2, 2, 1400, 12, generator=generator)
-    expected = [quantize(part, layout, codebooks) for part in x.split(400, dim=2)]
+    expected = [NativeEncoder().quantize(part, layout, codebooks) for part in x.split(400, dim=2)]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        found = quantize(x, layout, codebooks)
+        found = NativeEncoder().quantize(x, layout, codebooks)
     finally:
         torch.set_num_threads(before)
     for codes, parts in zip(found, zip(*expected, strict=True), strict=True):

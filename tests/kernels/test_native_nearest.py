@@ -6,11 +6,12 @@ import torch
 from pqkv_kernels.cpu import build as native_build
 from pqkv_kernels.cpu import build as native_threads
 from pqkv_kernels.cpu import encode as native
-from pqkv_kernels.cpu.encode import MOST_FEW, SHORT_DIMS, can_search, native_few
+from pqkv_kernels.cpu.encode import MOST_FEW, SHORT_DIMS, NativeEncoder, can_search, native_few
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.reference.nearest import CPU_BLOCK_SCORES, nearest_centroids, nearest_few
+from pqkv_kernels.reference.nearest import nearest_centroids
 
-needs_compiler = pytest.mark.skipif(native._library() is None, reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(native._nearest_library() is None, reason="no C++ compiler on this machine")
+NATIVE = NativeEncoder()
 
 
 def points_and_centroids(subspaces: int, points: int, centroids: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +26,7 @@ def points_and_centroids(subspaces: int, points: int, centroids: int, dim: int) 
 def test_it_finds_what_matrix_products_find(dim: int, points: int, centroids: int, poisoned: None) -> None:
     x, c = points_and_centroids(5, points, centroids, dim)
     assert can_search(x)
-    found, expected = nearest_centroids(x, c), nearest_centroids(x, c, block_scores=CPU_BLOCK_SCORES)
+    found, expected = NATIVE.nearest(x, c), nearest_centroids(x, c)
     distances = torch.cdist(x.double(), c.double()).square()
     lost = distances.gather(2, found[..., None]) - distances.gather(2, expected[..., None])
     assert float(lost.abs().max()) < 1e-5  # two centroids may be equally near but for rounding
@@ -37,12 +38,12 @@ def test_it_finds_what_matrix_products_find(dim: int, points: int, centroids: in
 @pytest.mark.parametrize(("dim", "centroids"), [(2, 4), (16, 21), (80, 130)])
 def test_it_finds_the_nearest_few_in_order(count: int, dim: int, centroids: int, poisoned: None) -> None:
     x, c = points_and_centroids(3, 70, centroids, dim)
-    found = nearest_few(x, c, count)
+    found = NATIVE.few(x, c, count)
     assert found.shape == (3, count, 70)
     distances = torch.cdist(x.double(), c.double()).square()
     expected = distances.sort(dim=2).values[..., :count]
     assert torch.allclose(distances.gather(2, found.transpose(1, 2)), expected, atol=1e-5)
-    assert torch.equal(found[:, 0], nearest_centroids(x, c)) or dim == 2  # another loop, which rounds in another order
+    assert torch.equal(found[:, 0], NATIVE.nearest(x, c)) or dim == 2  # another loop, which rounds in another order
 
 
 @needs_compiler
@@ -82,7 +83,7 @@ def test_other_devices_and_machines_without_a_compiler_use_products(monkeypatch:
     x, c = points_and_centroids(2, 40, 8, 2)
     assert not can_search(x, MOST_FEW + 1)
     assert not can_search(torch.zeros(1, 1, 2, device="meta"))
-    expected = nearest_centroids(x, c)
+    expected = NATIVE.nearest(x, c)
 
     def missing(source: object) -> None:
         raise KernelError("no C++ compiler was found")
@@ -91,6 +92,6 @@ def test_other_devices_and_machines_without_a_compiler_use_products(monkeypatch:
     monkeypatch.setattr(native_build, "native_library", missing)
     try:
         assert not can_search(x)
-        assert torch.equal(nearest_centroids(x, c), expected)
+        assert torch.equal(NATIVE.nearest(x, c), expected)
     finally:
         native_build.found_library.cache_clear()

@@ -6,13 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests_support import random_codebooks
 
-from pqkv_kernels.cpu import encode as native_nearest
 from pqkv_kernels.cpu import encode as native_parts
-from pqkv_kernels.cpu.encode import can_choose
+from pqkv_kernels.cpu.encode import NativeEncoder, can_choose
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.layout import TRIED_PROTOTYPES, CodeGroup, CodeLayout
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.reference.encode import dequantize, encode, quantize
+from pqkv_kernels.reference.encode import REFERENCE, Encoder, dequantize, encode, quantize
 from pqkv_kernels.reference.nearest import nearest_few
 
 needs_compiler = pytest.mark.skipif(native_parts._parts_library() is None, reason="no C++ compiler on this machine")
@@ -23,18 +22,14 @@ def layout_of(first: int, *groups: tuple[int, int, int]) -> CodeLayout:
     return CodeLayout(((CodeGroup(1, first, sum(group.num_channels for group in stage)),), stage))
 
 
+NATIVE = NativeEncoder()
+ENCODERS = [pytest.param(REFERENCE, id="reference"), pytest.param(NATIVE, id="native", marks=needs_compiler)]
 LAYOUTS = (
     layout_of(6, (4, 5, 4)),
     layout_of(3, (2, 6, 1), (3, 4, 2), (1, 7, 8)),
     layout_of(5, (2, 8, 16)),
     layout_of(1, (5, 3, 2)),
 )
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (native_nearest, native_parts):
-        monkeypatch.setattr(module, "_library", lambda: None)
 
 
 def dull_choice(x: torch.Tensor, layout: CodeLayout, codebooks) -> torch.Tensor:
@@ -61,10 +56,11 @@ def error(x: torch.Tensor, codes: list[torch.Tensor], layout: CodeLayout, codebo
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.page_bytes}")
 @pytest.mark.parametrize("tokens", [1, 70])
-def test_it_is_what_a_dull_search_finds(layout: CodeLayout, tokens: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_it_is_what_a_dull_search_finds(layout: CodeLayout, tokens: int, encoder: Encoder, generator: torch.Generator) -> None:
     codebooks = random_codebooks(layout, 2, generator)
     x = 1.5 * torch.randn(2, 2, tokens, layout.head_dim, generator=generator)
-    codes = quantize(x, layout, codebooks)
+    codes = encoder.quantize(x, layout, codebooks)
     assert [tuple(c.shape) for c in codes] == [(2, 2, g.num_subspaces, tokens) for stage in layout.stages for g in stage]
     torch.testing.assert_close(error(x, codes, layout, codebooks), dull_choice(x, layout, codebooks), rtol=1e-4, atol=1e-5)
 
@@ -72,12 +68,11 @@ def test_it_is_what_a_dull_search_finds(layout: CodeLayout, tokens: int, generat
 @needs_compiler
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.page_bytes}")
 @pytest.mark.parametrize("tokens", [1, 64, 131])
-def test_the_loop_and_torch_agree(layout: CodeLayout, tokens: int, generator: torch.Generator, request) -> None:
+def test_the_loop_and_torch_agree(layout: CodeLayout, tokens: int, generator: torch.Generator) -> None:
     codebooks = random_codebooks(layout, 3, generator)
     x = torch.randn(2, 3, tokens, layout.head_dim, generator=generator)
     assert can_choose(x, layout.stages[1])
-    fast = quantize(x.transpose(0, 1).contiguous().transpose(0, 1), layout, codebooks)
-    request.getfixturevalue("no_compiler")
+    fast = NATIVE.quantize(x.transpose(0, 1).contiguous().transpose(0, 1), layout, codebooks)
     slow = quantize(x, layout, codebooks)
     errors = [error(x, codes, layout, codebooks) for codes in (fast, slow)]
     torch.testing.assert_close(*errors, rtol=1e-4, atol=1e-5)  # ties may fall either way
@@ -88,11 +83,11 @@ def test_the_loop_and_torch_agree(layout: CodeLayout, tokens: int, generator: to
 def test_threads_change_nothing(generator: torch.Generator) -> None:
     layout = LAYOUTS[1]
     codebooks, x = random_codebooks(layout, 2, generator), torch.randn(1, 2, 300, layout.head_dim, generator=generator)
-    expected, before = quantize(x, layout, codebooks), torch.get_num_threads()
+    expected, before = NATIVE.quantize(x, layout, codebooks), torch.get_num_threads()
     try:
         for threads in (1, 3, 16):
             torch.set_num_threads(threads)
-            assert all(torch.equal(a, b) for a, b in zip(quantize(x, layout, codebooks), expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(NATIVE.quantize(x, layout, codebooks), expected, strict=True))
     finally:
         torch.set_num_threads(before)
 

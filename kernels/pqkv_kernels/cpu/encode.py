@@ -1,4 +1,7 @@
-"""Encoding in C++: vectors to code space, nearest centroids, the best of a few prototypes. CPU tensors only."""
+"""Encoding in C++: vectors to code space, nearest centroids, the best of a few prototypes. CPU tensors only.
+
+`NativeEncoder` puts the loops together; what none of them serves it leaves to the reference, step by step.
+"""
 
 import ctypes
 from pathlib import Path
@@ -9,7 +12,8 @@ from pqkv_kernels.cpu.build import found_library, in_shares
 from pqkv_kernels.format.layout import CodeGroup
 from pqkv_kernels.format.rotary import Angles
 from pqkv_kernels.format.tables import CodecTables, channel_tables
-from pqkv_kernels.reference.nearest import score_lines
+from pqkv_kernels.reference.encode import Encoder
+from pqkv_kernels.reference.nearest import check_points, score_lines
 
 NEAREST_SOURCE = Path(__file__).parent / "src" / "nearest.cpp"
 SHORT_DIMS = (1, 2, 4, 8)  # channels of a point that stay in registers, too
@@ -72,7 +76,7 @@ def can_choose(x: torch.Tensor, stage: tuple[CodeGroup, ...]) -> bool:
 def best_prototypes(
     x: torch.Tensor, few: torch.Tensor, table: torch.Tensor, stage: tuple[CodeGroup, ...], parts: tuple[torch.Tensor, ...]
 ) -> list[torch.Tensor]:
-    """Return codes as `quantize` does, where `can_choose`.
+    """Return codes as `Encoder.best` does, where `can_choose`.
 
     Parameters
     ----------
@@ -167,3 +171,34 @@ def native_points(x: torch.Tensor, tables: CodecTables, angles: Angles | None) -
 
 def _points_library() -> ctypes.CDLL | None:
     return found_library(POINTS_SOURCE)
+
+
+class NativeEncoder(Encoder):
+    """`Encoder` whose steps are C++ where a loop serves them; vectors lie on a CPU."""
+
+    def nearest(self, points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+        """Return the nearest centroids as the reference does, up to rounding of their distances."""
+        check_points(points, centroids)
+        return native_few(points, centroids, 1)[:, 0] if can_search(points) else super().nearest(points, centroids)
+
+    def few(self, points: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the nearest few as the reference does; of equally near ones the smaller index comes first."""
+        check_points(points, centroids, count)
+        return native_few(points, centroids, count) if can_search(points, count) else super().few(points, centroids, count)
+
+    def code_space(self, x: torch.Tensor, tables: CodecTables, angles: Angles | None) -> torch.Tensor:
+        """Return code-space vectors as the reference does."""
+        return native_points(x, tables, angles) if can_place(x, tables) else super().code_space(x, tables, angles)
+
+    def best(
+        self,
+        x: torch.Tensor,
+        few: torch.Tensor,
+        table: torch.Tensor,
+        stage: tuple[CodeGroup, ...],
+        parts: tuple[torch.Tensor, ...],
+    ) -> list[torch.Tensor]:
+        """Return the codes of the best prototype and its parts as the reference does."""
+        if can_choose(x, stage):
+            return best_prototypes(x, few, table, stage, parts)
+        return super().best(x, few, table, stage, parts)

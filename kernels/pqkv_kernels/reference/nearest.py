@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from pqkv_kernels.cpu.encode import can_search, native_few
 from pqkv_kernels.errors import KernelError
 
 
@@ -33,7 +32,7 @@ def nearest_centroids(points: torch.Tensor, centroids: torch.Tensor, *, block_sc
     centroids
         [S, K, d], any float dtype.
     block_scores
-        Scores held at a time by matrix products, which a number asks for; None leaves the choice of both.
+        Scores held at a time; None takes what suits the device.
 
     Returns
     -------
@@ -45,9 +44,7 @@ def nearest_centroids(points: torch.Tensor, centroids: torch.Tensor, *, block_sc
     KernelError
         If the shapes do not fit each other.
     """
-    _check(points, centroids)
-    if block_scores is None and can_search(points):
-        return native_few(points, centroids, 1)[:, 0]
+    check_points(points, centroids)
     codes = torch.empty(*points.shape[:2], dtype=torch.int64, device=points.device)
     return _searched(points, centroids, codes, _argmax, block_scores)
 
@@ -55,21 +52,26 @@ def nearest_centroids(points: torch.Tensor, centroids: torch.Tensor, *, block_sc
 def nearest_few(points: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
     """Return the `count` nearest centroids of every point, [S, count, N] int64, nearest first.
 
-    Otherwise as `nearest_centroids`, but of equally near ones any comes first; the smaller index where C++ sorts.
+    Otherwise as `nearest_centroids`, but of equally near ones any comes first.
     """
-    _check(points, centroids)
-    if not 1 <= count <= centroids.shape[1]:
-        raise KernelError(f"{count} of {centroids.shape[1]} centroids were asked for; expected at least 1 and at most all")
-    if can_search(points, count):
-        return native_few(points, centroids, count)
+    check_points(points, centroids, count)
     codes = torch.empty(len(points), count, points.shape[1], dtype=torch.int64, device=points.device)
     return _searched(points, centroids, codes, lambda scores: scores.topk(count, dim=1).indices)
 
 
-def _check(points: torch.Tensor, centroids: torch.Tensor) -> None:
+def check_points(points: torch.Tensor, centroids: torch.Tensor, count: int = 1) -> None:
+    """Check what a search for the `count` nearest is given.
+
+    Raises
+    ------
+    KernelError
+        If shapes do not fit each other, or there are not so many centroids.
+    """
     if points.ndim != 3 or centroids.ndim != 3 or points.shape[::2] != centroids.shape[::2] or centroids.shape[1] < 1:
         found = f"points {list(points.shape)} and centroids {list(centroids.shape)}"
         raise KernelError(f"found {found}; expected [S, N, d] and [S, K, d] with equal S and d and at least one centroid")
+    if not 1 <= count <= centroids.shape[1]:
+        raise KernelError(f"{count} of {centroids.shape[1]} centroids were asked for; expected at least 1 and at most all")
 
 
 def _searched(
