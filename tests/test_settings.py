@@ -1,8 +1,5 @@
 """A setting is declared once: stages, schema, page, options and errors take what they need from its line."""
 
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import pytest
@@ -17,6 +14,7 @@ from pqkv_cli.pipeline.recipe_schema import recipe_schema, setting_schemas
 from pqkv_cli.pipeline.state import STAGES, stage_settings
 from pqkv_cli.recipe import CodebookRecipe, Recipe, override, settings
 from pqkv_cli.setting import Setting, Stage
+from tools.generate_docs import recipe_page
 
 
 class Codebooks(CodebookRecipe):
@@ -29,19 +27,7 @@ class LargerRecipe(Recipe):
     codebooks: Codebooks = Codebooks()
 
 
-@pytest.fixture
-def recipe_page() -> Iterator[Callable[..., str]]:
-    docs = str(Path(__file__).parents[1] / "docs")
-    sys.path.insert(0, docs)
-    try:
-        from generate import recipe_page
-
-        yield recipe_page
-    finally:
-        sys.path.remove(docs)
-
-
-def test_one_line_makes_a_setting(recipe_page: Callable[..., str]) -> None:
+def test_one_line_makes_a_setting() -> None:
     recipe = LargerRecipe(name="a", model="b")
     assert stage_settings(recipe, "fit-codebooks")["codebooks.patience"] == 3
     assert all("codebooks.patience" not in stage_settings(recipe, stage) for stage in STAGES if stage != "fit-codebooks")

@@ -87,8 +87,14 @@ def shape_page(document: Mapping[str, Any]) -> str:
 
 
 def _filled(template: str, **content: Any) -> str:
-    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined}
-    templates = Environment(loader=PackageLoader("pqkv_cli.report"), autoescape=True, **options)
+    templates = Environment(
+        loader=PackageLoader("pqkv_cli.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
     return templates.get_template(template).render(colours=colours_css(), **content)
 
 

@@ -60,13 +60,11 @@ def pqkv_attention(
         )
     _check_visible(snapshot, attention_mask, arguments.is_causal, query.shape[2])
     # Every query sees all codes, so a page is decoded once for the whole chunk; what is exact is causal.
+    pages, tables = snapshot.pages, snapshot.tables
     coded = attend_codes(
         snapshot.backend,
         query,
-        snapshot.pages["keys"],
-        snapshot.pages["values"],
-        snapshot.tables["keys"],
-        snapshot.tables["values"],
+        *(pages["keys"], pages["values"], tables["keys"], tables["values"]),
         snapshot.coded_spans(),
         arguments.scaling,
         snapshot.angles,
