@@ -14,7 +14,8 @@ from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.dispatch import fastest_encoder
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.reference.encode import decode, decode_codes
+from pqkv_kernels.reference.check_codes import wrong_vectors
+from pqkv_kernels.reference.encode import decode, decode_codes, to_code_space
 
 TOLERANCE = 0.01  # of the root mean square of what went in; sound fp32 arithmetic stays a thousand times below
 _NUM_PAGES = 2
@@ -108,7 +109,14 @@ def _page_faults(tables: CodecTables) -> list[str]:
     ]
     if len(layout.stages) == 1:  # sums of several stages are found again only nearly
         comparisons.append(("encoding what codes stand for", decode_codes(encoded, tables), known))
-    return [fault for what, found, expected in comparisons for fault in _differences(what, found, expected)]
+    faults = [fault for what, found, expected in comparisons for fault in _differences(what, found, expected)]
+    wrong = wrong_vectors(to_code_space(vectors, tables, angles), encoded, tables).float().mean(dim=(0, 2))  # [Hkv]
+    if bool(wrong.any()):
+        heads = wrong.nonzero().flatten().tolist()
+        faults.append(
+            f"up to {float(wrong.max()):.3g} of the vectors get other codes than the reference's for the heads {heads}"
+        )
+    return faults
 
 
 def _differences(what: str, found: torch.Tensor, expected: torch.Tensor) -> list[str]:

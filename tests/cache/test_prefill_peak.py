@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 
 from pqkv_cli.cache.cache import quantized_cache
 from pqkv_cli.specs import CacheSpec
+from pqkv_kernels.dispatch import choose_backend
 
 LAYERS, TOKENS = 8, 32768
 ONE_LAYER = 2 * HEADS * DIM * TOKENS * 4  # exact keys and values in fp32
@@ -34,6 +35,8 @@ def test_the_peak_is_the_codes_and_one_layer(generator: torch.Generator) -> None
     tables = {"keys": key_tables(generator), "values": value_tables(generator)}
     config = LlamaConfig(num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=DIM)
     cache = quantized_cache(config, [tables] * LAYERS, CacheSpec(4, 64), [angles] * LAYERS)
+    for layer in cache.quantized_layers:
+        layer.backend = choose_backend("auto", torch.device("cpu")).name  # as `attach` does
 
     def read_prompt() -> None:
         cache.begin_step(torch.arange(TOKENS)[None], None)
