@@ -54,10 +54,9 @@ class DecodeConfig:
             raise KernelError(f"num_warps is {self.num_warps}; expected 1, 2, 4 or 8")
         if self.max_registers and (self.max_registers % 8 or not 64 <= self.max_registers <= 248):
             raise KernelError(f"max_registers is {self.max_registers}; expected 0 or a multiple of 8 from 64 to 248")
-        if self.tables == "int8":
-            raise KernelError("tables are 'int8', which this version no longer has; expected float16 or float32")
         if self.tables not in ("float16", "float32"):
-            raise KernelError(f"tables are {self.tables!r}; expected float16 or float32")
+            gone = ", which this version no longer has" if str(self.tables) == "int8" else ""
+            raise KernelError(f"tables are {self.tables!r}{gone}; expected float16 or float32")
         if self.key_scores not in ("decode", "table"):
             raise KernelError(f"key_scores is {self.key_scores!r}; expected decode or table")
         if min(self.programs_per_processor, self.min_split_pages) < 1:
