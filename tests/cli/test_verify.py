@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from pqkv_cli.artifact import exercise
 from pqkv_cli.artifact.store import save_artifact
 from pqkv_cli.pipeline.verify import verify
+from pqkv_kernels.reference.encode import Encoder
 
 
 @pytest.fixture
@@ -77,15 +79,28 @@ def test_a_transform_that_does_not_survive_its_own_inverse_fails(pqkv: Callable,
     assert "for the heads [1]" in answer.err
 
 
+class ShiftedSearch(Encoder):
+    """Finds the centroid of the point beside."""
+
+    def nearest(self, points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+        return super().nearest(points, centroids).roll(1, dims=1)
+
+
+class SwappedPages(Encoder):
+    """Writes pages in another order."""
+
+    def encode(self, *words: Any) -> torch.Tensor:
+        return super().encode(*words).flip(1)
+
+
 def test_a_machine_that_codes_wrongly_fails(pqkv: Callable, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nearest, encode = exercise.nearest_centroids, exercise.encode
-    monkeypatch.setattr(exercise, "nearest_centroids", lambda points, book: nearest(points, book).roll(1, dims=1))
+    monkeypatch.setattr(exercise, "fastest_encoder", lambda device: ShiftedSearch())
     answer = pqkv("verify", artifact)
     assert (answer.code, answer.err.count("decodes to another")) == (1, 6)
-    monkeypatch.setattr(exercise, "nearest_centroids", nearest)
-    monkeypatch.setattr(exercise, "encode", lambda *words: encode(*words).flip(1))
+    monkeypatch.setattr(exercise, "fastest_encoder", lambda device: SwappedPages())
     answer = pqkv("verify", artifact)
     assert (answer.code, "reading back the pages that were written" in answer.err) == (1, True)
+    assert "get other codes than the reference's" in answer.err
 
 
 def test_while_it_is_exported_again_the_old_or_the_new_one_is_seen(artifact: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
-from pqkv_cli.evaluation.windows import diverge
+from pqkv_cli.evaluation.text_windows import diverge
 from pqkv_cli.fitting.gradient_costs import Place, gradient_costs
 from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec
 from pqkv_cli.runtime import load
