@@ -68,7 +68,8 @@ def verb_pages() -> Iterator[tuple[str, str]]:
             lines.append(f"    {example.strip()}\n")
         params = [(p, next(m for m in p.annotation.__metadata__ if hasattr(m, "help"))) for p in _parameters(function)]
         for title, kind in (("Argument", ArgumentInfo), ("Option", OptionInfo)):
-            rows = [(f"`{_spelling(p, info)}`", _default(p), str(info.help)) for p, info in params if isinstance(info, kind)]
+            shown = [(p, info) for p, info in params if isinstance(info, kind) and not info.hidden]
+            rows = [(f"`{_spelling(p, info)}`", _default(p), str(info.help)) for p, info in shown]
             lines += [table((title, "Default", "Meaning"), rows)] if rows else []
         lines.append(_json_line(verb))
         yield verb, "\n".join(lines)

@@ -28,7 +28,7 @@ TuneOption = Annotated[
 ]
 ByteTablesOption = Annotated[
     bool,
-    typer.Option("--byte-tables", hidden=True, help="Removed: see `_check_tuning`."),
+    typer.Option("--byte-tables", hidden=True, help="Removed."),
 ]
 
 

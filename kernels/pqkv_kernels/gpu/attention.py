@@ -34,7 +34,7 @@ def triton_attention(
     """Attend as `pqkv_kernels.reference.attention.code_attention` does, over slabs of pages; arguments are checked already.
 
     `config` is by default what was measured for the key tables here (`use_config`), else that of the device
-    (`kernel_config`), and exact in the interpreter.
+    (`gpu.config`), and exact in the interpreter.
     """
     batch, heads, group, tokens, dim = query.shape
     num_pages, num_queries = sum(slab.shape[1] for slab in key_pages), group * tokens

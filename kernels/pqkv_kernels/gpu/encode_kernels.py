@@ -91,7 +91,7 @@ def point_tile(
     token = tl.arange(0, 2)[:, None, None, None] * 16 + tl.arange(0, 2)[None, :, None, None] * 8
     token = t + token + tl.arange(0, 8)[None, None, :, None]
     channel = 4 * step + tl.arange(0, 4)[None, None, None, :]
-    # The last dimensions are a warp's lanes, says the hint (see `triton_planes`), and that nothing is known of alignment: or a
+    # The last dimensions are a warp's lanes, says the hint (see `page_kernels`), and that nothing is known of alignment: or a
     # lane would take for neighbours what lies side by side, other tokens.
     p_point = tl.multiple_of(tl.max_contiguous(p_points + channel * num_tokens + token, [1, 1, 2, 4]), [1, 1, 1, 1])
     point = tl.load(p_point, mask=channel < DSUB, other=0.0)
@@ -209,7 +209,7 @@ def points_kernel(
     m_d = o_d < D
     p_row = p_x + i_b * stride_b + i_head % heads * stride_h + t * stride_t
     own = tl.load(p_places + table + o_d, mask=m_d, other=0)
-    # Lanes go along channels, says the hint (see `triton_planes`): they lie together in memory, or nearly so.
+    # Lanes go along channels, says the hint (see `page_kernels`): they lie together in memory, or nearly so.
     p_own = tl.multiple_of(tl.max_contiguous(p_row + own * stride_d, [1, BD]), [1, 1])
     point = tl.load(p_own, mask=m_d, other=0.0).to(tl.float32)
     factor = tl.load(p_factors + table + D + o_d, mask=m_d, other=0.0)
@@ -408,7 +408,7 @@ def few_kernel(
 
     p_points [B * Hkv, D, T] fp32, p_prototypes [Hkv, K, D] float16, or fp32 where WIDE, p_shrink [Hkv] powers of two by which
     points are multiplied, so that float16 holds them, and p_squares [Hkv, K] the squares of prototypes times it. Squared
-    distances are compared as integers (`triton_scores`) whose lowest bits, up to eight of 24, number the steps: of prototypes
+    distances are compared as integers (the scores above) whose lowest bits, up to eight of 24, number the steps: of prototypes
     that differ by less either may be tried.
     """
     i_head = tl.program_id(1).to(tl.int64)
