@@ -191,7 +191,7 @@ def test_a_model_from_gguf_is_saved_as_any_other(gguf_file: Path, tmp_path: Path
 
 
 def test_the_reader_of_gguf_leaves_out_scaled_rotary_embedding(tiny: Any, tmp_path: Path) -> None:
-    # Once it reads them itself, `models/gguf_rope.py` has nothing to do any more.
+    # Once it reads them itself, `models/converted.py` has nothing to do any more.
     model = tiny("llama", vocab_size=len(vocabulary()))
     file = write_gguf(tmp_path / "m.gguf", model, rope_freqs=[1.0] * 4 + [8.0] * 4, llama__rope__scaling__type="yarn")
     assert read_config(file).rope_parameters["rope_type"] == "default"
