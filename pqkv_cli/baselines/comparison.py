@@ -21,7 +21,7 @@ from pqkv_cli.baselines.stored import StoredBits
 from pqkv_cli.calibration.store import SampleStore
 from pqkv_cli.errors import DataError, PqkvError
 from pqkv_cli.evaluation.perplexity import perplexity_metric
-from pqkv_cli.evaluation.record import SCHEMA, circumstances, codec_bits, model_facts
+from pqkv_cli.evaluation.record import OURS, SCHEMA, circumstances, codec_bits, model_facts
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
 from pqkv_cli.evaluation.text_windows import (
     Divergence,
@@ -38,7 +38,6 @@ from pqkv_cli.runtime.attach import artifact_codecs, simulate
 from pqkv_cli.specs import Side
 from pqkv_kernels.format.layout import RotaryLayout
 
-OWN = "pqkv"
 Codecs = Sequence[dict[Side, VectorCodec] | None]
 
 
@@ -99,7 +98,7 @@ class Contestant:
         return self.method if self.artifact_sha256 else f"{self.method}:{self.native_bits:g}"
 
 
-def own_contestant(artifact: Artifact, name: str = OWN) -> Contestant:
+def own_contestant(artifact: Artifact, name: str = OURS) -> Contestant:
     """Return the row of an artifact of ours."""
     bits = codec_bits(artifact)
     return Contestant(name, bits.codes, artifact_codecs(artifact), bits.document, artifact.table_bytes, artifact.sha256)

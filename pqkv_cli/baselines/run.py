@@ -10,13 +10,14 @@ from typing import Any
 
 from pqkv_cli.artifact.check import check_model
 from pqkv_cli.artifact.store import Artifact, open_artifact
-from pqkv_cli.baselines.comparison import MODE, OWN, TASK, Contestant, compare, own_contestant, peer_records, rival_contestant
+from pqkv_cli.baselines.comparison import MODE, TASK, Contestant, compare, own_contestant, peer_records, rival_contestant
 from pqkv_cli.baselines.protocol import Rival
 from pqkv_cli.baselines.registry import parse_rivals
 from pqkv_cli.calibration.store import CalibrationStore, SampleStore
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
 from pqkv_cli.evaluation.pareto import pareto_document
+from pqkv_cli.evaluation.record import OURS
 from pqkv_cli.evaluation.settings import Subject
 from pqkv_cli.files import write_bytes, write_text
 from pqkv_cli.models.geometry import geometry
@@ -100,8 +101,8 @@ def open_comparison(
     store = CalibrationStore(source.run.calibration)
     device = device_of(source.recipe)
     artifact = open_artifact(source.artifact, device)
-    artifacts = [(OWN, artifact)]
-    artifacts += [(f"{OWN} ({_name(other)})", open_artifact(other.artifact, device)) for other in others]
+    artifacts = [(OURS, artifact)]
+    artifacts += [(f"{OURS} ({_name(other)})", open_artifact(other.artifact, device)) for other in others]
     text = load_text(source.recipe.evaluation.data)
     model, tokenizer = open_model(source.recipe, reporter)
     identity, shape = model_identity(model), geometry(model.config)

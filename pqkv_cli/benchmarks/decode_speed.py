@@ -17,6 +17,7 @@ from transformers import QuantizedCache as TransformersQuantizedCache
 from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.cache.drift import DriftWarning
 from pqkv_cli.errors import CacheError
+from pqkv_cli.evaluation.record import OURS
 from pqkv_cli.hf.attention import attending, attention_of
 from pqkv_cli.hf.cache_layers import tensor_bytes
 from pqkv_cli.hf.names import cache_argument
@@ -71,7 +72,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-OURS, STATIC, CAPTURED = "pqkv", "StaticCache", ", captured"
+STATIC, CAPTURED = "StaticCache", ", captured"
 
 ROOM = 4  # tokens that warm up, where steps are timed and where one is captured
 

@@ -12,11 +12,12 @@ from pqkv_cli.cache.checks import WarnOnce
 from pqkv_cli.cache.drift import DriftAlarm, DriftMeter, Errors
 from pqkv_cli.cache.encoder import EncoderQueue
 from pqkv_cli.cache.layer import QuantizedLayer
-from pqkv_cli.cache.positions import AngleSource, SlotPositions
+from pqkv_cli.cache.positions import SlotPositions
 from pqkv_cli.cache.simulated import SimulatedLayer
 from pqkv_cli.errors import CacheError
 from pqkv_cli.hf.cache_layers import CacheLayerMixin, forget, grows, own_layers, tensor_bytes
 from pqkv_cli.hf.steps import SteppedCache
+from pqkv_cli.models.rotary import AngleSource
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import CacheSpec, Side
 from pqkv_kernels.dispatch import Backend

@@ -35,10 +35,11 @@ from pqkv_cli.cache.checks import DECODED, WarnOnce, check_crop, check_gradients
 from pqkv_cli.cache.drift import LayerDrift
 from pqkv_cli.cache.encoder import EncodeJob, EncoderQueue
 from pqkv_cli.cache.lazy_states import LayerSnapshot, LazyStates, UpdateCounter
-from pqkv_cli.cache.positions import AngleSource, SlotPositions
+from pqkv_cli.cache.positions import SlotPositions
 from pqkv_cli.cache.schedule import first_exact, most_exact, num_pages
 from pqkv_cli.cache.storage import PageStore, coded_then_exact, sinks_among, with_room, with_sinks
 from pqkv_cli.hf.cache_layers import CacheLayerMixin
+from pqkv_cli.models.rotary import AngleSource
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.dispatch import Backend, prepare_tables
 from pqkv_kernels.format.layout import PAGE_TOKENS

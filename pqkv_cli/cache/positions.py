@@ -9,6 +9,7 @@ from pqkv_cli.cache.async_scalar import AsyncScalar
 from pqkv_cli.cache.schedule import coded_stops
 from pqkv_cli.errors import CacheError
 from pqkv_cli.hf.steps import NEXT_TEXT, require
+from pqkv_cli.models.rotary import AngleSource
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.rotary import Angles, PageAngles
 
@@ -67,10 +68,6 @@ class PageBases:
         """Forget all pages."""
         self._bases, self._are_consecutive = None, True
         self._unread.clear()
-
-
-AngleSource = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Maps positions [B, T] int64 to per-pair ``(cos, sin)``, each [B, T, rotary_dim / 2] fp32 of unit modulus."""
 
 
 class MaskCheck:

@@ -10,7 +10,8 @@ import torch
 from transformers import DynamicLayer
 
 from pqkv_cli.cache.checks import check_gradients
-from pqkv_cli.cache.positions import AngleSource, SlotPositions
+from pqkv_cli.cache.positions import SlotPositions
+from pqkv_cli.models.rotary import AngleSource
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import Side
 from pqkv_kernels.format.rotary import rotate, unrotate

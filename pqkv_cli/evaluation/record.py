@@ -17,6 +17,9 @@ from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.specs import SIDES
 from pqkv_kernels.format.tables import CodecTables
 
+# The method of records of pqkv itself, and how comparisons and timings call its side.
+OURS = "pqkv"
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the versions and the device of this process, and the git revision of the code where there is one."""

@@ -14,7 +14,7 @@ from pqkv_cli.evaluation.longbench_data import load_longbench, tasks_in
 from pqkv_cli.evaluation.needle import needle
 from pqkv_cli.evaluation.passkey import passkey
 from pqkv_cli.evaluation.perplexity import perplexity
-from pqkv_cli.evaluation.record import SCHEMA, TaskOutcome, circumstances, model_facts
+from pqkv_cli.evaluation.record import OURS, SCHEMA, TaskOutcome, circumstances, model_facts
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.gates import ANY_TASK, Gate
 
@@ -84,7 +84,7 @@ def _record(name: str, subject: Subject, settings: EvaluationSettings, outcome: 
         "schema": SCHEMA,
         "task": name,
         "mode": outcome.mode or settings.mode,
-        "method": "pqkv",
+        "method": OURS,
         "status": "incomplete" if outcome.failed else "complete",
         "model": model_facts(subject),
         "artifact_sha256": artifact.sha256,

@@ -8,14 +8,13 @@ from pqkv_cli.artifact.schema import Header
 from pqkv_cli.artifact.summary import Summary
 from pqkv_cli.cache.schedule import first_exact, num_pages
 from pqkv_cli.evaluation.channels import ChannelPeaks, over_median, pooled
+from pqkv_cli.evaluation.record import OURS
 from pqkv_cli.report.canvas import png, svg
 from pqkv_cli.report.charts import Axis, HeatMap, Lines, heat_maps, line_chart
 from pqkv_cli.report.rows import SIDES_OF_RECORDS, Record, Table, size, tokens
 from pqkv_cli.specs import SIDES
 from pqkv_kernels.format.layout import PAGE_TOKENS
 
-# What records call our own side.
-OURS = "pqkv"
 _LEAST_KL = 1e-7  # what a loss of zero is drawn as
 _BITS = Axis("bits per channel, everything counted")
 _KL = Axis("KL divergence, bits per token", log=True, tick=lambda value: f"{value:.2g}")

@@ -14,14 +14,13 @@ from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.artifact.summary import calibration_errors
 from pqkv_cli.cache.cache import PositionedCache, QuantizedCache, quantized_cache, simulated_cache
 from pqkv_cli.cache.drift import DriftAlarm, Errors
-from pqkv_cli.cache.positions import AngleSource
 from pqkv_cli.errors import CacheError, UnsupportedModelError, UsageError
 from pqkv_cli.hf.attention import attention_of
 from pqkv_cli.hf.steps import install_step_hook
 from pqkv_cli.hf.wrappers import inner_model
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.identity import model_identity
-from pqkv_cli.models.rotary import rotary_angles, rotary_key
+from pqkv_cli.models.rotary import AngleSource, rotary_angles, rotary_key
 from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
 from pqkv_cli.runtime.attention import ATTENTION_NAME, register_attention
 from pqkv_cli.runtime.self_test import check_step, self_test

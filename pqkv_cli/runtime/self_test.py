@@ -14,9 +14,10 @@ from torch import nn
 
 from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.cache.layer import QuantizedLayer
-from pqkv_cli.cache.positions import AngleSource, SlotPositions
+from pqkv_cli.cache.positions import SlotPositions
 from pqkv_cli.errors import CacheError, PqkvError, UnsupportedModelError
 from pqkv_cli.hf.names import cache_argument
+from pqkv_cli.models.rotary import AngleSource
 from pqkv_cli.runtime.attention import pqkv_attention
 from pqkv_cli.specs import SIDES, CacheSpec, Side
 from pqkv_kernels.dispatch import Backend

@@ -76,19 +76,7 @@ def can_choose(x: torch.Tensor, stage: tuple[CodeGroup, ...]) -> bool:
 def best_prototypes(
     x: torch.Tensor, few: torch.Tensor, table: torch.Tensor, stage: tuple[CodeGroup, ...], parts: tuple[torch.Tensor, ...]
 ) -> list[torch.Tensor]:
-    """Return codes as `Encoder.best` does, where `can_choose`.
-
-    Parameters
-    ----------
-    x
-        Code-space vectors [B, Hkv, T, D] fp32.
-    few
-        Numbers of the prototypes to try, [B, Hkv, n, T] int64, the nearest first.
-    table
-        Prototypes, [Hkv, C, D] fp32.
-    stage, parts
-        The groups of the second stage and their codebooks [Hkv, M, ksub, dsub].
-    """
+    """Return codes as `Encoder.best` does, of the same arguments, where `can_choose`."""
     library = _parts_library()
     assert library is not None  # or `can_choose` would refuse
     batch, heads, tokens, dim = x.shape

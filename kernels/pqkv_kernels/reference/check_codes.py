@@ -3,21 +3,11 @@
 import torch
 
 from pqkv_kernels.format.layout import PAGE_TOKENS, CodeLayout
-from pqkv_kernels.format.packing import unpack_codes
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.reference.encode import Codebooks, dequantize, quantize
+from pqkv_kernels.reference.encode import Codebooks, dequantize, page_codes, quantize
 from pqkv_kernels.reference.merged_stages import joint_layout
 
 ROUNDING = 1e-5  # of a vector's squared length: some hundred roundings of fp32
-
-
-def page_codes(pages: torch.Tensor, layout: CodeLayout) -> list[torch.Tensor]:
-    """Return the codes [B, Hkv, M, 64 * P] of every group in storage order of `pages` [B, P, Hkv, page_bytes]."""
-    codes = []
-    for _, _, group, byte_offset, _ in layout.spans():
-        span = pages[..., byte_offset : byte_offset + group.page_bytes].unflatten(-1, (group.num_subspaces, -1))
-        codes.append(unpack_codes(span, group.nbits).permute(0, 2, 3, 1, 4).flatten(3).long())
-    return codes
 
 
 def wrong_vectors(x: torch.Tensor, pages: torch.Tensor, tables: CodecTables) -> torch.Tensor:

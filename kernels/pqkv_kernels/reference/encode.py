@@ -46,6 +46,17 @@ def decode(pages: torch.Tensor, tables: CodecTables, angles: Angles | None = Non
     return from_code_space(decode_codes(pages, tables), tables, angles)
 
 
+def page_codes(pages: torch.Tensor, layout: CodeLayout) -> list[torch.Tensor]:
+    """Return the codes [B, Hkv, M, 64 * P] int32 of every group in storage order of `pages` [B, P, Hkv, page_bytes]."""
+    codes = []
+    for _, _, group, byte_offset, _ in layout.spans():
+        span = pages[..., byte_offset : byte_offset + group.page_bytes].unflatten(
+            -1, (group.num_subspaces, group.page_bytes // group.num_subspaces)
+        )
+        codes.append(unpack_codes(span, group.nbits).permute(0, 2, 3, 1, 4).flatten(3))
+    return codes
+
+
 def decode_codes(pages: torch.Tensor, tables: CodecTables) -> torch.Tensor:
     """Return the code-space vectors [B, Hkv, 64 * P, D] fp32 of `pages` [B, P, Hkv, page_bytes] uint8.
 
@@ -59,13 +70,7 @@ def decode_codes(pages: torch.Tensor, tables: CodecTables) -> torch.Tensor:
         raise KernelError(
             f"pages have shape {list(pages.shape)}; expected [B, P, {tables.num_heads}, {tables.layout.page_bytes}]"
         )
-    codes = []
-    for _, _, group, byte_offset, _ in tables.layout.spans():
-        span = pages[..., byte_offset : byte_offset + group.page_bytes].unflatten(
-            -1, (group.num_subspaces, group.page_bytes // group.num_subspaces)
-        )
-        codes.append(unpack_codes(span, group.nbits).permute(0, 2, 3, 1, 4).flatten(3))  # [B, Hkv, M, T]
-    return dequantize(codes, tables.layout, tables.codebooks)
+    return dequantize(page_codes(pages, tables.layout), tables.layout, tables.codebooks)
 
 
 def from_code_space(
