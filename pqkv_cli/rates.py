@@ -34,6 +34,8 @@ MOST_SPEED_NBITS: Final = 4
 PROTOTYPE_NBITS = (0, 8, 10)
 USUAL_PROTOTYPE_NBITS: Final = 8
 
+TABLE_NUMBER_BYTES: Final = 2  # codebooks are kept in float16
+
 Profile = Literal["quality", "speed"]
 
 

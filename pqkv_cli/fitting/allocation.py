@@ -2,13 +2,14 @@
 
 The choice is an integer program: one candidate per side of a layer, the least total loss, bytes within the budget, and few
 different codecs, because every codec is a kernel of its own. Losses of different layers are taken to add up, as they do while
-they are small.
+they are small. Bytes of tables have a price in loss: what as many bytes of codes of a long text would save.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import log
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +28,7 @@ from pqkv_cli.fitting.run import layer_request
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side_by_side import side_by_side
 from pqkv_cli.fitting.trial import Trial, load_trial, save_trial, try_layer
-from pqkv_cli.rates import CodeStyle
+from pqkv_cli.rates import TABLE_NUMBER_BYTES, CodeStyle
 from pqkv_cli.reporter import Reporter
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry
 from pqkv_kernels.format.layout import PAGE_TOKENS
@@ -38,16 +39,19 @@ RELATIVE_GAP = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to code a side of a layer: its codec and rate, the bytes of codes of one page of tokens, and the loss."""
+    """One way to code a side of a layer: its codec and rate, bytes of codes of one page of tokens and of tables, the loss."""
 
     codec: str
     bits: float
     page_bytes: int
+    table_bytes: int
     loss: float
 
 
-def allocate(sides: Sequence[Sequence[Candidate]], budget_bytes: float, max_codecs: int = MAX_CODECS) -> tuple[Candidate, ...]:
-    """Return one candidate for each side, of the least total loss under the budget.
+def allocate(
+    sides: Sequence[Sequence[Candidate]], budget_bytes: float, max_codecs: int = MAX_CODECS, byte_price: float = 0.0
+) -> tuple[Candidate, ...]:
+    """Return one candidate for each side, of the least total loss and price of tables under the budget.
 
     Parameters
     ----------
@@ -57,6 +61,8 @@ def allocate(sides: Sequence[Sequence[Candidate]], budget_bytes: float, max_code
         Bytes of codes that one page of tokens may take in all of them together.
     max_codecs
         How many different codecs may be chosen.
+    byte_price
+        Loss that one byte of tables is worth.
 
     Raises
     ------
@@ -70,9 +76,10 @@ def allocate(sides: Sequence[Sequence[Candidate]], budget_bytes: float, max_code
     least = sum(min(candidate.page_bytes for candidate in side) for side in sides)
     if least > budget_bytes:
         raise UsageError(f"the budget is {budget_bytes:g} bytes of codes per page; expected at least {least}; raise --budget")
-    scale = max(max(candidate.loss for candidate in flat), 1e-30)
+    costs = [candidate.loss + byte_price * candidate.table_bytes for candidate in flat]
+    scale = max(*costs, 1e-30)
     result = milp(
-        np.array([candidate.loss / scale for candidate in flat] + [0.0] * len(names)),
+        np.array([cost / scale for cost in costs] + [0.0] * len(names)),
         constraints=_constraints(sides, names, budget_bytes, max_codecs),
         integrality=np.ones(len(flat) + len(names)),
         bounds=Bounds(0, 1),
@@ -129,6 +136,8 @@ ALLOCATION_FILE = "allocation.json"
 # Rates worth trying: no side does with less than half the budget's mean or gains much from this many bits more.
 LEAST_SHARE = 2
 MOST_MORE = 1.5
+# Tables are paid for as bytes of codes would be that save as much over so many tokens: over all texts of a batch together.
+TABLE_TOKENS = 32_768
 # Held-out windows that tell what errors cost: the ratios between layers, which is all that counts, are steady after a few.
 MOST_WINDOWS = 8
 
@@ -203,8 +212,9 @@ class Allocation:
         slopes = _slopes(bases, losses)
         candidates = [self._candidates(place, trials, slopes[place]) for place in self._menus]
         channels = sum(self._heads(place) * self._geometry.layers[place[0]].head_dim for place in self._menus)
-        found = allocate(candidates, self._bits * channels * PAGE_TOKENS / 8)
-        chosen = dict(zip(self._menus, found, strict=True))
+        budget = self._bits * channels * PAGE_TOKENS / 8
+        least = sum(candidate.loss for candidate in allocate(candidates, budget))
+        chosen = dict(zip(self._menus, allocate(candidates, budget, byte_price=byte_price_at(least, channels)), strict=True))
         _write(self._record, self._bits, {place: (losses[place], chosen[place]) for place in self._menus})
         return rated_plan(self._geometry, lambda *place: chosen[place].bits, cache, self._style, spaces)
 
@@ -217,6 +227,7 @@ class Allocation:
                 codec_name(self._geometry, *place, rate, self._spaces.get(place[0], "pre_rope")),
                 rate,
                 self._heads(place) * spec.layout.page_bytes,
+                self._heads(place) * spec.layout.table_numbers * TABLE_NUMBER_BYTES,
                 slope * trials[place[0]].error(place[1], spec),
             )
             for rate, spec in self._menus[place].items()
@@ -275,6 +286,15 @@ def _menus(
     }
 
 
+def byte_price_at(loss: float, channels: int) -> float:
+    """Return the loss that a byte of tables is worth where codes of `channels` channels per token lose `loss` at their best.
+
+    One more bit of code per channel divides squared errors, and so the loss, by about four: a byte more per token saves
+    ``ln 4 * 8 * loss / channels``. A byte of tables is paid once for `TABLE_TOKENS` tokens.
+    """
+    return log(4) * 8 * loss / channels / TABLE_TOKENS
+
+
 def _losses(model: Any, store: CalibrationStore, trials: Mapping[int, Trial], reporter: Reporter) -> dict[Place, float]:
     """Return the KL divergence in bits per token that one side alone would cause at its base rate, for each."""
     tables = {(index, side): trial.tables[side][1] for index, trial in trials.items() for side in SIDES}
@@ -307,6 +327,7 @@ def _write(path: Path, bits: float, rows: Mapping[Place, tuple[float, Candidate]
             "codec": chosen.codec,
             "bits": chosen.bits,
             "predicted_kl_bits": chosen.loss,
+            "table_bytes": chosen.table_bytes,
         }
         for (index, side), (loss, chosen) in rows.items()
     ]

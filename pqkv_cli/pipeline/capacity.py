@@ -15,7 +15,7 @@ from pqkv_cli.cache.schedule import most_exact
 from pqkv_cli.errors import UsageError
 from pqkv_cli.models.footprint import LayerFootprint, layer_footprints, weights
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.rates import key_layout, rate_layout
+from pqkv_cli.rates import TABLE_NUMBER_BYTES, key_layout, rate_layout
 from pqkv_cli.specs import CacheSpec, LayerGeometry
 from pqkv_kernels.format.layout import PAGE_TOKENS, CodeLayout
 
@@ -92,7 +92,8 @@ def capacity(config: PretrainedConfig, device_bytes: int, cache: CacheSpec | Non
         layouts = _layouts(layers, bits)
         if layouts is None:
             continue
-        table_bytes = sum(_table_bytes(layout) * layer.num_kv_heads for layer, pair in layouts for layout in pair)
+        numbers = sum(layout.table_numbers * layer.num_kv_heads for layer, pair in layouts for layout in pair)
+        table_bytes = TABLE_NUMBER_BYTES * numbers
         free = device_bytes - reserved - held - table_bytes
         shape = _Shape.of(layers, footprints, layouts, spec)
         tokens = tuple(shape.most_tokens(free, batch) for batch in BATCHES)
@@ -157,8 +158,3 @@ def _layouts(layers: Sequence[LayerGeometry], bits: float) -> Layouts | None:
     except UsageError:
         return None
     return found
-
-
-def _table_bytes(layout: CodeLayout) -> int:
-    """Return the fp16 bytes of one head's codebooks."""
-    return sum(2 * g.num_subspaces * g.num_centroids * g.subspace_dim for stage in layout.stages for g in stage)

@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 from pathlib import Path
 
 import fitting_support as support
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqkv_cli.errors import DataError, UsageError
-from pqkv_cli.fitting.allocation import Candidate, allocate
+from pqkv_cli.fitting.allocation import TABLE_TOKENS, Candidate, allocate, byte_price_at
 from pqkv_cli.fitting.fit import SideFit, fit_side
 from pqkv_cli.fitting.plan import rated_specs
 from pqkv_cli.fitting.settings import FitSettings
@@ -24,14 +25,22 @@ def problems(draw: st.DrawFn) -> tuple[list[list[Candidate]], int]:
     for index in range(draw(st.integers(1, 4))):
         rates = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True))
         family = "kv"[index % 2]
+        tables = draw(st.lists(st.integers(0, 100), min_size=len(rates), max_size=len(rates)))
         losses = draw(st.lists(st.integers(0, 1000), min_size=len(rates), max_size=len(rates)))
-        sides.append([Candidate(f"{family}{r}", r, 8 * r, loss / 1000) for r, loss in zip(rates, losses, strict=True)])
+        sides.append(
+            [
+                Candidate(f"{family}{r}", r, 8 * r, table, loss / 1000)
+                for r, table, loss in zip(rates, tables, losses, strict=True)
+            ]
+        )
     return sides, draw(st.integers(8, 8 * 6 * len(sides)))
 
 
-@given(problems(), st.integers(2, 6))
+@given(problems(), st.integers(2, 6), st.sampled_from([0.0, 0.001, 0.1]))
 @settings(deadline=None)
-def test_the_choice_is_the_best_of_all_that_are_allowed(problem: tuple[list[list[Candidate]], int], max_codecs: int) -> None:
+def test_the_choice_is_the_best_of_all_that_are_allowed(
+    problem: tuple[list[list[Candidate]], int], max_codecs: int, price: float
+) -> None:
     sides, budget = problem
     allowed = [
         choice
@@ -40,14 +49,27 @@ def test_the_choice_is_the_best_of_all_that_are_allowed(problem: tuple[list[list
     ]
     if not allowed:
         return
-    found = allocate(sides, budget, max_codecs)
+
+    def cost(choice: tuple[Candidate, ...]) -> float:
+        return sum(c.loss + price * c.table_bytes for c in choice)
+
+    found = allocate(sides, budget, max_codecs, price)
     assert found in allowed
-    best = min(sum(c.loss for c in choice) for choice in allowed)
-    assert sum(c.loss for c in found) <= best + 1e-3 * max(1e-9, max(c.loss for side in sides for c in side)) * len(sides)
+    most = max(cost((c,)) for side in sides for c in side)
+    assert cost(found) <= min(map(cost, allowed)) + 1e-3 * max(1e-9, most) * len(sides)
+
+
+def test_large_tables_that_gain_nothing_are_avoided() -> None:
+    side = [Candidate("small", 2, 128, 100, 0.0101), Candidate("large", 2, 128, 100_000, 0.01)]
+    price = byte_price_at(0.02, 2 * 64)
+    assert [c.codec for c in allocate([side, side], 256)] == ["large", "large"]
+    assert [c.codec for c in allocate([side, side], 256, byte_price=price)] == ["small", "small"]
+    # A bit more for each of 128 channels, sixteen bytes per token, is worth the loss times the logarithm of four.
+    assert price * TABLE_TOKENS * 16 == pytest.approx(0.02 * math.log(4))
 
 
 def test_a_budget_below_all_candidates_is_refused() -> None:
-    side = [Candidate("k1", 1, 64, 0.5), Candidate("k2", 2, 128, 0.1)]
+    side = [Candidate("k1", 1, 64, 10, 0.5), Candidate("k2", 2, 128, 20, 0.1)]
     with pytest.raises(UsageError, match="100 bytes of codes per page; expected at least 128; raise --budget"):
         allocate([side, side], 100)
 

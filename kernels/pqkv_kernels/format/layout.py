@@ -115,6 +115,11 @@ class CodeLayout:
         return sum(group.page_bytes for stage in self.stages for group in stage)
 
     @property
+    def table_numbers(self) -> int:
+        """Numbers in the codebooks of one head."""
+        return sum(group.num_centroids * group.num_channels for stage in self.stages for group in stage)
+
+    @property
     def bits_per_channel(self) -> float:
         """Bits of code per cached channel (no exact tokens)."""
         return self.page_bytes * 8 / (PAGE_TOKENS * self.head_dim)
@@ -137,7 +142,7 @@ class CodeLayout:
 
 @dataclass(frozen=True, slots=True)
 class RotaryLayout:
-    """Which channels rotary embedding turns together.
+    """Which channels rotary embedding rotates together.
 
     The first `rotary_dim` channels of a head are rotated. Pair `p` is channels ``(p, p + rotary_dim / 2)`` or, where
     `interleaved`, ``(2p, 2p + 1)``.
