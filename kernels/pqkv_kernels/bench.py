@@ -6,17 +6,18 @@ A time is taken only after the same tables have passed the correctness gate on t
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from pqkv_kernels.dispatch import Backend, attend_codes
+from pqkv_kernels.dispatch import BackendName, attend_codes
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.layout import PAGE_TOKENS
-from pqkv_kernels.format.rotary import Angles, PageAngles
+from pqkv_kernels.format.rotary import PageAngles
 from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.format.tokens import CodedTokens
 from pqkv_kernels.reference.attention import code_attention, code_queries, leave_code_space
 
 GATE_TOKENS = 5 * PAGE_TOKENS
@@ -88,7 +89,7 @@ class AttentionTimes:
         }
 
 
-def gate(keys: CodecTables, values: CodecTables, group_size: int, backend: Backend, dtype: torch.dtype) -> float:
+def gate(keys: CodecTables, values: CodecTables, group_size: int, backend: BackendName, dtype: torch.dtype) -> float:
     """Return the error of `backend` against the reference, relative to the answer's root mean square.
 
     Raises
@@ -96,12 +97,11 @@ def gate(keys: CodecTables, values: CodecTables, group_size: int, backend: Backe
     KernelError
         If it exceeds `GATE_ERROR`: such a backend is not timed.
     """
-    query, key_pages, value_pages, angles = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
-    spans = torch.tensor([[3, GATE_TOKENS - 5]], device=query.device)
+    query, tokens = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
+    tokens = replace(tokens, spans=torch.tensor([[3, GATE_TOKENS - 5]], device=query.device))
     scaling = keys.layout.head_dim**-0.5
-    found, _ = attend_codes(backend, query, [key_pages], [value_pages], keys, values, spans, scaling, angles)
-    coded = code_queries(query, keys)
-    expected, _ = code_attention(coded, key_pages, value_pages, keys, values, spans, scaling, angles)
+    found, _ = attend_codes(backend, query, tokens, scaling)
+    expected, _ = code_attention(code_queries(query, keys), tokens, scaling)
     dense = leave_code_space(expected, values)
     error = float((found - dense).square().mean().sqrt() / dense.square().mean().sqrt())
     if not error <= GATE_ERROR:  # a comparison with NaN is false
@@ -119,7 +119,7 @@ def time_attention(
     group_size: int,
     batch: int,
     context: int,
-    backend: Backend,
+    backend: BackendName,
     dtype: torch.dtype,
     repeats: int,
     copy_gb_per_s: float,
@@ -133,12 +133,11 @@ def time_attention(
     """
     error = gate(keys, values, group_size, backend, dtype)
     heads, dim, num_tokens = keys.num_heads, keys.layout.head_dim, max(context // PAGE_TOKENS, 1) * PAGE_TOKENS
-    query, key_pages, value_pages, angles = bench_inputs(keys, values, group_size, batch, num_tokens, dtype)
-    spans = torch.tensor([[0, num_tokens]] * batch, device=query.device)
+    query, tokens = bench_inputs(keys, values, group_size, batch, num_tokens, dtype)
     dense = torch.randn(2, batch, heads, num_tokens, dim, device=query.device, dtype=dtype)
 
     def codes() -> None:
-        attend_codes(backend, query, [key_pages], [value_pages], keys, values, spans, dim**-0.5, angles)
+        attend_codes(backend, query, tokens, dim**-0.5)
 
     def static() -> None:
         functional.scaled_dot_product_attention(query, dense[0], dense[1], enable_gqa=True)
@@ -155,7 +154,7 @@ def time_attention(
         gate_error=error,
         codes_ms=codes_ms,
         static_ms=static_ms,
-        code_bytes=key_pages.numel() + value_pages.numel(),
+        code_bytes=sum(pages.numel() for pages in (*tokens.key_pages, *tokens.value_pages)),
         dense_bytes=dense.numel() * dense.element_size(),
         copy_gb_per_s=copy_gb_per_s,
     )
@@ -167,12 +166,12 @@ def measure(functions: tuple[Callable[[], None], ...], repeats: int, device: tor
     flush = torch.empty(_FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 2):  # the first two warm up
-        for function, found in zip(functions, times, strict=True):
+        for function, taken in zip(functions, times, strict=True):
             flush.zero_()
             elapsed = _elapsed_ms(function, device)
             if repeat >= 2:
-                found.append(elapsed)
-    return [quantiles(found) for found in times]
+                taken.append(elapsed)
+    return [quantiles(taken) for taken in times]
 
 
 def quantiles(times_ms: list[float]) -> Quantiles:
@@ -209,8 +208,8 @@ def _elapsed_ms(function: Callable[[], None], device: torch.device) -> float:
 
 def bench_inputs(
     keys: CodecTables, values: CodecTables, group_size: int, batch: int, num_tokens: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Angles | PageAngles | None]:
-    """Return random queries, key pages, value pages and the angles of consecutive positions, on the device of the tables."""
+) -> tuple[torch.Tensor, CodedTokens]:
+    """Return random queries of one new token and random codes of consecutive positions, on the device of the tables."""
     device = keys.codebooks[0][0].device
     heads, num_pages = keys.num_heads, num_tokens // PAGE_TOKENS
     generator = torch.Generator(device).manual_seed(0)
@@ -221,9 +220,11 @@ def bench_inputs(
         )
         for t in (keys, values)
     ]
+    spans = torch.tensor([[0, num_tokens]] * batch, device=device)
+    tokens = CodedTokens([pages[0]], [pages[1]], keys, values, spans)
     if keys.rotary is None:
-        return query, pages[0], pages[1], None
+        return query, tokens
     rate = torch.logspace(0, -4, keys.rotary.num_pairs, device=device)
     base = (torch.arange(num_pages, device=device)[:, None] * PAGE_TOKENS * rate).expand(batch, -1, -1)
     step = torch.arange(PAGE_TOKENS, device=device)[:, None] * rate
-    return query, pages[0], pages[1], PageAngles((base.cos(), base.sin()), (step.cos(), step.sin()))
+    return query, replace(tokens, angles=PageAngles((base.cos(), base.sin()), (step.cos(), step.sin())))

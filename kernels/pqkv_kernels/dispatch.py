@@ -1,45 +1,73 @@
-"""Which implementation of the operations runs, and why. The only place that chooses.
+"""Which backend runs, and why. The only place that chooses among backends.
 
-A backend that is asked for by name runs or raises: nothing falls back silently. ``auto`` takes the best that can run and says
-which and why. ``native`` is C++ for the few queries of a decode step on a CPU; longer chunks, gradients and keys turned token
-by token are torch's there.
+A backend that is asked for by name runs or raises: nothing falls back silently. ``auto`` takes the first that can run and says
+which and why. A new one is a class with the methods of `Backend` in a folder of its own, and its name here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 
-from pqkv_kernels.cpu.attention import can_add, can_attend, native_add_exact, native_attention
-from pqkv_kernels.cpu.build import found_library, native_obstacle
+from pqkv_kernels.cpu.backend import NativeBackend, TorchBackend
+from pqkv_kernels.cpu.build import found_library
 from pqkv_kernels.cpu.centroid_sums import SOURCE as CENTROIDS_SOURCE
 from pqkv_kernels.cpu.centroid_sums import native_centroid_sums
-from pqkv_kernels.cpu.encode import NEAREST_SOURCE, NativeEncoder
-from pqkv_kernels.cpu.torch_attention import plane_attention
+from pqkv_kernels.cpu.encode import NEAREST_SOURCE
 from pqkv_kernels.errors import KernelError
-from pqkv_kernels.format.checks import check_attention
-from pqkv_kernels.format.layout import PAGE_TOKENS, CodeLayout
-from pqkv_kernels.format.pairs import planes_of
-from pqkv_kernels.format.rotary import Angles, PageAngles, page_range
-from pqkv_kernels.format.tables import CodecTables, channel_tables
+from pqkv_kernels.format.checks import check_attention, check_encode
+from pqkv_kernels.format.layout import CodeLayout
+from pqkv_kernels.format.rotary import Angles
+from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.format.tokens import CodedTokens, ExactTokens, Part
+from pqkv_kernels.gpu.backend import TritonBackend
 from pqkv_kernels.reference import centroid_sums as reference_sums
-from pqkv_kernels.reference.attention import ExactTokens, Part, add_exact, code_attention, code_queries, leave_code_space, merge
+from pqkv_kernels.reference.attention import code_queries, leave_code_space
 from pqkv_kernels.reference.encode import REFERENCE, Codebooks, Encoder
 
-Backend = Literal["torch", "native", "triton"]
-BackendRequest = Literal["auto", "torch", "native", "triton"]
-_NATIVE = NativeEncoder()
+
+class Backend(Protocol):
+    """One implementation of the operations. Arguments are checked before they come here.
+
+    Attributes
+    ----------
+    merit
+        What speaks for it where it can run, in words.
+    """
+
+    merit: str
+
+    def suits(self, device: torch.device) -> bool:
+        """Return whether ``auto`` tries it on `device`."""
+
+    def obstacle(self, device: torch.device, codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
+        """Return why it cannot run on `device` for the key and value tables of `codecs`, in words; None where it can."""
+
+    def prepare(self, tables: CodecTables) -> None:
+        """Make what it reads of `tables`, once."""
+
+    def encode(self, x: torch.Tensor, tables: CodecTables, angles: Angles | None) -> torch.Tensor:
+        """Do what `pqkv_kernels.reference.encode.Encoder.encode` does."""
+
+    def attend_codes(self, query: torch.Tensor, tokens: CodedTokens, scaling: float, softcap: float | None) -> Part:
+        """Do what `pqkv_kernels.reference.attention.code_attention` does; there are queries and pages."""
+
+    def attend_exact(self, coded: Part, query: torch.Tensor, exact: ExactTokens, scaling: float, softcap: float | None) -> Part:
+        """Do what `pqkv_kernels.reference.attention.add_exact` does."""
+
+
+BackendName = Literal["torch", "native", "triton"]
+BackendRequest = Literal["auto", BackendName]
+# In the order in which ``auto`` tries them.
+BACKENDS: Mapping[BackendName, Backend] = {"triton": TritonBackend(), "native": NativeBackend(), "torch": TorchBackend()}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The backend that will run, and the reason in words."""
 
-    name: Backend
+    name: BackendName
     reason: str
 
 
@@ -55,74 +83,30 @@ def choose_backend(
     """
     if requested not in get_args(BackendRequest):
         raise KernelError(f"backend is {requested!r}; expected one of {', '.join(get_args(BackendRequest))}")
-    if requested == "torch":
-        return Choice("torch", "asked for by name")
-    if requested == "native" or (requested == "auto" and device.type == "cpu"):
-        obstacle = _native_obstacle(device, codecs)
-    else:
-        obstacle = _triton_obstacle(device, codecs)
     if requested != "auto":
+        obstacle = BACKENDS[requested].obstacle(device, codecs)
         if obstacle is not None:
             raise KernelError(f"the {requested} backend was asked for, but {obstacle}; choose torch or auto")
         return Choice(requested, "asked for by name")
-    if obstacle is not None:
-        return Choice("torch", obstacle)
-    if device.type == "cpu":
-        return Choice("native", "the device is cpu and a C++ compiler has built the kernel for it")
-    return Choice("triton", f"the device is {device.type} and Triton is installed")
+    obstacles: list[str] = []
+    for name, backend in BACKENDS.items():
+        if backend.suits(device):
+            obstacle = backend.obstacle(device, codecs)
+            if obstacle is None:
+                return Choice(name, "; ".join(obstacles) or f"the device is {device.type} and {backend.merit}")
+            obstacles.append(obstacle)
+    raise KernelError(f"no backend can run on {device.type}: {'; '.join(obstacles)}")
 
 
-def _native_obstacle(device: torch.device, codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
-    """Return why the C++ kernel cannot run, or None."""
-    if device.type != "cpu":
-        return f"the device is {device.type} and the native backend runs on CPUs"
-    return native_obstacle() or _cut_pairs(codecs)
-
-
-def _triton_obstacle(device: torch.device, codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
-    """Return why the Triton kernels cannot run, or None."""
-    if find_spec("triton") is None:
-        return "Triton is not installed (pip install 'pqkv[gpu]')"
-    if device.type != "cuda" and not _triton_attention().is_interpreted():
-        return f"the device is {device.type} and Triton's kernels need a CUDA GPU"
-    return _cut_pairs(codecs)
-
-
-def _cut_pairs(codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
-    for layer, tables in enumerate(codecs):
-        for side, side_tables in zip(("keys", "values"), tables, strict=True):
-            if planes_of(side_tables) is None:
-                return f"the subspaces of the {side} of coded layer {layer} cut pairs of channels"
-    return None
-
-
-def _triton_attention() -> ModuleType:
-    # Imported when it is first needed: Triton is optional, and nobody on a CPU should wait for it.
-    return import_module("pqkv_kernels.gpu.attention")
-
-
-def prepare_tables(backend: Backend, tables: CodecTables) -> None:
+def prepare_tables(backend: BackendName, tables: CodecTables) -> None:
     """Make what `backend` reads of `tables`, once and on the present stream; a step that finds it made waits for nothing."""
     if tables.permutation is not None:
         tables.inverse_permutation()
-    if backend == "triton":
-        _triton_attention().prepare(tables)
-        channel_tables(tables)
-    else:
-        planes_of(tables)
+    BACKENDS[backend].prepare(tables)
 
 
 def attend_codes(
-    backend: Backend,
-    query: torch.Tensor,
-    key_pages: Sequence[torch.Tensor],
-    value_pages: Sequence[torch.Tensor],
-    key_tables: CodecTables,
-    value_tables: CodecTables,
-    spans: torch.Tensor,
-    scaling: float,
-    angles: Angles | PageAngles | None = None,
-    softcap: float | None = None,
+    backend: BackendName, query: torch.Tensor, tokens: CodedTokens, scaling: float, softcap: float | None = None
 ) -> Part:
     """Attend with model-space queries to coded tokens, all of which precede all queries.
 
@@ -132,9 +116,7 @@ def attend_codes(
         As `choose_backend` names it.
     query
         [B, H, Tq, D], any float dtype.
-    key_pages, value_pages
-        Slabs of pages in order, each [B, P, Hkv, page_bytes] uint8.
-    spans, scaling, angles, softcap
+    tokens, scaling, softcap
         As `pqkv_kernels.reference.attention.code_attention` takes them.
 
     Returns
@@ -147,52 +129,30 @@ def attend_codes(
     KernelError
         If shapes, dtypes or devices do not fit, or the backend cannot run this.
     """
-    check_attention(query, key_pages, value_pages, key_tables, value_tables, spans, angles)
-    if not query.numel() or not any(slab.shape[1] for slab in key_pages):
+    check_attention(query, tokens)
+    if not query.numel() or not tokens.num_pages:
         return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
-    coded = code_queries(query, key_tables)
-    if backend == "triton":
-        attend = _triton_attention().triton_attention
-        output, lse = attend(coded, key_pages, value_pages, key_tables, value_tables, spans, scaling, angles, softcap)
-        return leave_code_space(output, value_tables), lse.flatten(1, 2)
-    keys, values = planes_of(key_tables), planes_of(value_tables)
-    if backend == "native" and keys is not None and values is not None and can_attend(coded, angles):
-        assert not isinstance(angles, tuple)  # or `can_attend` would refuse
-        output, lse = native_attention(coded, key_pages, value_pages, keys, values, spans, scaling, angles, softcap)
-    elif keys is not None and values is not None:
-        output, lse = plane_attention(coded, key_pages, value_pages, keys, values, spans, scaling, angles, softcap)
-    else:
-        parts = [
-            code_attention(coded, k, v, key_tables, value_tables, spans - PAGE_TOKENS * start, scaling, turned, softcap)
-            for start, k, v, turned in _slabs(key_pages, value_pages, angles)
-        ]
-        output, lse = merge(parts) if parts else (torch.zeros_like(coded), coded.new_full(coded.shape[:-1], -torch.inf))
-    return leave_code_space(output, value_tables), lse.flatten(1, 2)
+    output, lse = BACKENDS[backend].attend_codes(code_queries(query, tokens.keys), tokens, scaling, softcap)
+    return leave_code_space(output, tokens.values), lse.flatten(1, 2)
 
 
 def attend_exact(
-    backend: Backend, coded: Part, query: torch.Tensor, exact: ExactTokens, scaling: float, softcap: float | None = None
+    backend: BackendName, coded: Part, query: torch.Tensor, exact: ExactTokens, scaling: float, softcap: float | None = None
 ) -> Part:
     """Add exact tokens to what `attend_codes` returned, as `pqkv_kernels.reference.attention.add_exact` does."""
-    if backend == "native" and can_add(query, exact):
-        return native_add_exact(coded, query, exact, scaling, softcap)
-    return add_exact(coded, query, exact, scaling, softcap)
+    return BACKENDS[backend].attend_exact(coded, query, exact, scaling, softcap)
 
 
-def encode_pages(backend: Backend, x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:
+def encode_pages(backend: BackendName, x: torch.Tensor, tables: CodecTables, angles: Angles | None = None) -> torch.Tensor:
     """Encode whole pages of vectors, as `pqkv_kernels.reference.encode.Encoder.encode` does.
 
     Raises
     ------
     KernelError
-        If shapes do not fit or angles are missing.
+        If shapes or devices do not fit, or angles are missing.
     """
-    if backend != "triton":
-        return (_NATIVE if backend == "native" else REFERENCE).encode(x, tables, angles)
-    module = import_module("pqkv_kernels.gpu.encode")
-    module.check_encode(x, tables, angles)
-    pages: torch.Tensor = module.triton_encode(x, tables, angles)
-    return pages
+    check_encode(x, tables, angles)
+    return BACKENDS[backend].encode(x, tables, angles)
 
 
 def fastest_encoder(device: torch.device) -> Encoder:
@@ -200,7 +160,7 @@ def fastest_encoder(device: torch.device) -> Encoder:
 
     They are C++ on a CPU with a compiler and the reference's elsewhere; codes differ at most where rounding decides.
     """
-    return _NATIVE if device.type == "cpu" and found_library(NEAREST_SOURCE) is not None else REFERENCE
+    return NativeBackend.encoder if device.type == "cpu" and found_library(NEAREST_SOURCE) is not None else REFERENCE
 
 
 def nearest_centroids(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -230,13 +190,3 @@ def centroid_sums(
     if points.device.type == "cpu" and found_library(CENTROIDS_SOURCE) is not None:
         return native_centroid_sums(points, weights, centroids, codes)
     return reference_sums.centroid_sums(points, weights, centroids, codes)
-
-
-def _slabs(
-    key_pages: Sequence[torch.Tensor], value_pages: Sequence[torch.Tensor], angles: Angles | PageAngles | None
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, Angles | PageAngles | None]]:
-    start = 0
-    for keys, values in zip(key_pages, value_pages, strict=True):
-        stop = start + keys.shape[1]
-        yield start, keys, values, page_range(angles, start, stop)
-        start = stop

@@ -108,29 +108,22 @@ def measurer(
 
     scaling = keys.layout.head_dim**-0.5
 
-    def attend(config: DecodeConfig | None, given: Any, spans: torch.Tensor) -> torch.Tensor:
-        query, key_pages, value_pages, angles = given
-        coded = code_queries(query, keys)
-        if config is None:
-            return code_attention(coded, key_pages, value_pages, keys, values, spans, scaling, angles)[0]
-        slabs = ([key_pages], [value_pages])
-        return triton_attention(coded, *slabs, keys, values, spans, scaling, angles, config=config)[0]
-
-    small = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
-    large = bench_inputs(keys, values, group_size, batch, context, dtype)
-    inner, whole = (torch.tensor(s, device=small[0].device) for s in ([[3, GATE_TOKENS - 5]], [[0, context]] * batch))
-    expected = attend(None, small, inner)
+    query, tokens = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
+    small, inner = code_queries(query, keys), replace(tokens, spans=tokens.spans + torch.tensor([3, -5], device=query.device))
+    query, whole = bench_inputs(keys, values, group_size, batch, context, dtype)
+    large = code_queries(query, keys)
+    expected, _ = code_attention(small, inner, scaling)
 
     def measured(config: DecodeConfig) -> Measured:
-        found = attend(config, small, inner)
+        found, _ = triton_attention(small, inner, scaling, config=config)
         error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
         if not error <= GATE_ERROR:
             return error, float("inf")
 
         def step() -> None:
-            attend(config, large, whole)
+            triton_attention(large, whole, scaling, config=config)
 
-        return error, measure((step,), repeats, small[0].device)[0].p50
+        return error, measure((step,), repeats, query.device)[0].p50
 
     return measured
 

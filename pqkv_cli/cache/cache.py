@@ -20,7 +20,7 @@ from pqkv_cli.hf.steps import SteppedCache
 from pqkv_cli.models.rotary import AngleSource
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import CacheSpec, Side
-from pqkv_kernels.dispatch import Backend
+from pqkv_kernels.dispatch import BackendName
 from pqkv_kernels.format.tables import CodecTables
 
 
@@ -176,7 +176,7 @@ def quantized_cache(
     errors: Errors | None = None,
     encoder: EncoderQueue | None = None,
     alarm: DriftAlarm | None = None,
-    backend: Backend = "torch",
+    backend: BackendName = "torch",
 ) -> QuantizedCache:
     """Return an empty cache for a model of `config`; layers whose `tables` are None stay as transformers makes them.
 

@@ -10,7 +10,7 @@ import torch
 
 from pqkv_cli.cache.drift import LayerDrift
 from pqkv_cli.specs import SIDES, Side
-from pqkv_kernels.dispatch import Backend, encode_pages
+from pqkv_kernels.dispatch import BackendName, encode_pages
 from pqkv_kernels.format.rotary import Angles
 from pqkv_kernels.format.tables import CodecTables
 
@@ -33,7 +33,7 @@ class EncodeJob:
         For `drift`, as `LayerDrift.observe` takes them.
     """
 
-    backend: Backend
+    backend: BackendName
     tables: Mapping[Side, CodecTables]
     states: Mapping[Side, torch.Tensor]
     angles: Mapping[Side, Angles | None]

@@ -41,7 +41,7 @@ from pqkv_cli.cache.storage import PageStore, coded_then_exact, sinks_among, wit
 from pqkv_cli.hf.cache_layers import CacheLayerMixin
 from pqkv_cli.models.rotary import AngleSource
 from pqkv_cli.specs import SIDES, CacheSpec, Side
-from pqkv_kernels.dispatch import Backend, prepare_tables
+from pqkv_kernels.dispatch import BackendName, prepare_tables
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.rotary import Angles, PageAngles
 from pqkv_kernels.format.tables import CodecTables
@@ -83,7 +83,7 @@ class QuantizedLayer(CacheLayerMixin):
         spec: CacheSpec,
         slots: SlotPositions,
         angle_source: AngleSource | None,
-        backend: Backend = "torch",
+        backend: BackendName = "torch",
         drift: LayerDrift | None = None,
         encoder: EncoderQueue | None = None,
         warn_once: WarnOnce | None = None,

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_map
 from pqkv_cli.cache.positions import MaskCheck
 from pqkv_cli.errors import CacheError
 from pqkv_cli.specs import Side
-from pqkv_kernels.dispatch import Backend
+from pqkv_kernels.dispatch import BackendName
 from pqkv_kernels.format.addresses import PageBlocks
 from pqkv_kernels.format.rotary import Angles, PageAngles
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.reference.attention import ExactTokens
+from pqkv_kernels.format.tokens import CodedTokens, ExactTokens
 
 
 class UpdateCounter:
@@ -58,7 +58,7 @@ class LayerSnapshot:
         The layer's counter, and what it stood at when the snapshot was made.
     """
 
-    backend: Backend
+    backend: BackendName
     tables: Mapping[Side, CodecTables]
     row_start: torch.Tensor
     coded_stop: torch.Tensor
@@ -79,9 +79,11 @@ class LayerSnapshot:
         """All slots visible in this step."""
         return self.first_exact + self.exact["keys"].shape[2]
 
-    def coded_spans(self) -> torch.Tensor:
-        """Return the first slot that each row reads as code and the one behind the last, [B, 2] int64."""
-        return torch.stack((self.row_start + self.sinks["keys"].shape[2], self.coded_stop), dim=1)
+    def coded_tokens(self) -> CodedTokens:
+        """Return what the rows read as codes: each the slots behind its sinks and before its window."""
+        spans = torch.stack((self.row_start + self.sinks["keys"].shape[2], self.coded_stop), dim=1)
+        pages, tables = self.pages, self.tables
+        return CodedTokens(pages["keys"], pages["values"], tables["keys"], tables["values"], spans, self.angles)
 
     def exact_tokens(self) -> ExactTokens:
         """Return what the rows read exact."""

@@ -60,16 +60,7 @@ def pqkv_attention(
         )
     _check_visible(snapshot, attention_mask, arguments.is_causal, query.shape[2])
     # Every query sees all codes, so a page is decoded once for the whole chunk; what is exact is causal.
-    pages, tables = snapshot.pages, snapshot.tables
-    coded = attend_codes(
-        snapshot.backend,
-        query,
-        *(pages["keys"], pages["values"], tables["keys"], tables["values"]),
-        snapshot.coded_spans(),
-        arguments.scaling,
-        snapshot.angles,
-        arguments.softcap,
-    )
+    coded = attend_codes(snapshot.backend, query, snapshot.coded_tokens(), arguments.scaling, arguments.softcap)
     output, lse = attend_exact(snapshot.backend, coded, query, snapshot.exact_tokens(), arguments.scaling, arguments.softcap)
     if arguments.sink_logits is not None:
         output = output * sink_share(lse, arguments.sink_logits)[..., None]

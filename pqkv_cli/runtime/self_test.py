@@ -20,7 +20,7 @@ from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.rotary import AngleSource
 from pqkv_cli.runtime.attention import pqkv_attention
 from pqkv_cli.specs import SIDES, CacheSpec, Side
-from pqkv_kernels.dispatch import Backend
+from pqkv_kernels.dispatch import BackendName
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.reference.check_codes import wrong_vectors
@@ -40,7 +40,7 @@ def self_test(
     tables: Sequence[Mapping[Side, CodecTables] | None],
     angle_sources: Sequence[AngleSource | None],
     device: torch.device,
-    backend: Backend = "torch",
+    backend: BackendName = "torch",
 ) -> None:
     """Test one layer of every code format of a model, at most three, on `device`; takes some milliseconds.
 
@@ -60,7 +60,9 @@ def self_test(
 
 
 @torch.no_grad()
-def _test_layer(tables: Mapping[Side, CodecTables], source: AngleSource | None, device: torch.device, backend: Backend) -> None:
+def _test_layer(
+    tables: Mapping[Side, CodecTables], source: AngleSource | None, device: torch.device, backend: BackendName
+) -> None:
     generator = torch.Generator().manual_seed(0)
     heads, dim = tables["keys"].num_heads, tables["keys"].layout.head_dim
     positions = torch.arange(_FIRST_POSITION, _FIRST_POSITION + PAGE_TOKENS + 1)[None]

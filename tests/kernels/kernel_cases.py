@@ -9,6 +9,7 @@ from tests_support import random_codebooks
 from pqkv_kernels.format.layout import CodeGroup, CodeLayout, RotaryLayout
 from pqkv_kernels.format.rotary import Angles, PageAngles
 from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.format.tokens import CodedTokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -95,16 +96,28 @@ def layout_of(form: str, dim: int) -> CodeLayout:
 @dataclass(frozen=True)
 class Inputs:
     query: torch.Tensor
-    key_pages: list[torch.Tensor]
-    value_pages: list[torch.Tensor]
-    keys: CodecTables
-    values: CodecTables
-    spans: torch.Tensor
-    angles: Angles | PageAngles | None
+    tokens: CodedTokens
+
+    @property
+    def keys(self) -> CodecTables:
+        return self.tokens.keys
+
+    @property
+    def values(self) -> CodecTables:
+        return self.tokens.values
+
+    @property
+    def angles(self) -> Angles | PageAngles | None:
+        return self.tokens.angles
+
+    @property
+    def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All pages of the keys, and of the values, as one block each."""
+        return torch.cat(list(self.tokens.key_pages), 1), torch.cat(list(self.tokens.value_pages), 1)
 
 
 def inputs(case: Case, heads: int = 1) -> Inputs:
-    """Random tables, pages and queries; pages in two slabs where there are two, unequal rows where asked for."""
+    """Random tables, pages and queries; pages in two blocks where there are two, unequal rows where asked for."""
     generator = torch.Generator().manual_seed(len(str(case)) + case.dim)
     layout, rotary = layout_of(case.nbits, case.dim), _rotary(case)
     batch, num_pages = 2 if case.unequal else 1, -(-case.num_tokens // 64)
@@ -119,11 +132,11 @@ def inputs(case: Case, heads: int = 1) -> Inputs:
     spans = torch.stack((first, first + counts), dim=1)
     query = torch.randn(batch, heads * case.group_size, case.num_queries, case.dim, generator=generator).to(case.dtype)
     cut = num_pages // 2
-    slabs = [[side[:, :cut], side[:, cut:]] if cut else [side] for side in pages]
-    moved = [[slab.to(DEVICE) for slab in side] for side in slabs]
-    return Inputs(
-        query.to(DEVICE), *moved, keys.to(DEVICE), values.to(DEVICE), spans.to(DEVICE), _angles(case, rotary, batch, num_pages)
-    )
+    blocks = [[side[:, :cut], side[:, cut:]] if cut else [side] for side in pages]
+    moved = [[block.to(DEVICE) for block in side] for side in blocks]
+    angles = _angles(case, rotary, batch, num_pages)
+    tokens = CodedTokens(*moved, keys.to(DEVICE), values.to(DEVICE), spans.to(DEVICE), angles)
+    return Inputs(query.to(DEVICE), tokens)
 
 
 def _rotary(case: Case) -> RotaryLayout | None:

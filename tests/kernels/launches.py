@@ -51,8 +51,7 @@ class StandIn:
 def attend(case: Case, heads: int, config: DecodeConfig) -> None:
     given = inputs(case, heads)
     query = code_queries(given.query, given.keys)
-    pages = (given.key_pages, given.value_pages, given.keys, given.values)
-    triton_attention(query, *pages, given.spans, 0.1, given.angles, case.softcap, config)
+    triton_attention(query, given.tokens, 0.1, case.softcap, config)
 
 
 def encode(nbits: str, turn: str) -> None:

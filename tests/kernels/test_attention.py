@@ -4,6 +4,7 @@ from tests_support import dull_attention, key_tables, random_angles, value_table
 
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.layout import RotaryLayout
+from pqkv_kernels.format.tokens import CodedTokens
 from pqkv_kernels.reference.attention import code_attention, code_queries, exact_attention, leave_code_space, merge
 from pqkv_kernels.reference.encode import decode, encode
 
@@ -27,7 +28,8 @@ def test_attention_over_codes_equals_attention_over_decoded_vectors(
     query = torch.randn(3, 2 * groups, 2, 16, generator=generator)
     stop = 64 * num_pages
     spans = torch.tensor([[0, stop], [5, stop - 9], [stop - 1, stop + 70]])
-    output, lse = code_attention(code_queries(query, keys), key_pages, value_pages, keys, values, spans, 0.3, angles, softcap)
+    tokens = CodedTokens([key_pages], [value_pages], keys, values, spans, angles)
+    output, lse = code_attention(code_queries(query, keys), tokens, 0.3, softcap)
     index = torch.arange(stop)
     valid = ((index >= spans[:, :1]) & (index < spans[:, 1:]))[:, None]
     expected = dull_attention(query, decoded_keys, decoded_values, valid, 0.3, softcap)
@@ -38,18 +40,16 @@ def test_attention_over_codes_equals_attention_over_decoded_vectors(
 def test_rows_without_coded_tokens_are_neutral(generator: torch.Generator) -> None:
     keys, values, angles, key_pages, value_pages, *_ = coded(generator, 2, 1)
     query = torch.randn(2, 4, 1, 16, generator=generator)
-    output, lse = code_attention(
-        code_queries(query, keys), key_pages, value_pages, keys, values, torch.tensor([[64, 99], [7, 7]]), 0.3, angles
-    )
+    tokens = CodedTokens([key_pages], [value_pages], keys, values, torch.tensor([[64, 99], [7, 7]]), angles)
+    output, lse = code_attention(code_queries(query, keys), tokens, 0.3)
     assert torch.equal(output, torch.zeros_like(output)) and bool((lse == -torch.inf).all())
 
 
 def test_no_pages_at_all_is_neutral(generator: torch.Generator) -> None:
     keys, values, angles, key_pages, value_pages, *_ = coded(generator, 2, 1)
     query = code_queries(torch.randn(2, 4, 1, 16, generator=generator), keys)
-    output, lse = code_attention(
-        query, key_pages[:, :0], value_pages[:, :0], keys, values, torch.zeros(2, 2).long(), 0.3, angles
-    )
+    tokens = CodedTokens([key_pages[:, :0]], [value_pages[:, :0]], keys, values, torch.zeros(2, 2).long(), angles)
+    output, lse = code_attention(query, tokens, 0.3)
     assert output.shape == query.shape and bool((lse == -torch.inf).all())
 
 
@@ -71,4 +71,6 @@ def test_mismatched_pages_are_refused(generator: torch.Generator) -> None:
     keys, values, angles, key_pages, value_pages, *_ = coded(generator, 1, 2)
     query = code_queries(torch.randn(1, 2, 1, 16, generator=generator), keys)
     with pytest.raises(KernelError, match="expected equal B, P, Hkv"):
-        code_attention(query, key_pages, value_pages[:, :1], keys, values, torch.tensor([[0, 64]]), 0.3, angles)
+        code_attention(
+            query, CodedTokens([key_pages], [value_pages[:, :1]], keys, values, torch.tensor([[0, 64]]), angles), 0.3
+        )

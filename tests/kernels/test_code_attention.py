@@ -1,5 +1,7 @@
 """Every implementation of attention over codes against the dull reference, over awkward shapes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,11 +24,8 @@ NBITS = ("2", "4", "7", "10", "8+6+4", "4,4", "w8,4")
 
 
 def reference(given: Inputs, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    key_pages, value_pages = torch.cat(given.key_pages, 1), torch.cat(given.value_pages, 1)
-    query = code_queries(given.query, given.keys)
-    out, lse = code_attention(
-        query, key_pages, value_pages, given.keys, given.values, given.spans, SCALING, given.angles, softcap
-    )
+    whole = replace(given.tokens, **dict(zip(("key_pages", "value_pages"), ([pages] for pages in given.pages), strict=True)))
+    out, lse = code_attention(code_queries(given.query, given.keys), whole, SCALING, softcap)
     return leave_code_space(out, given.values), lse.flatten(1, 2)
 
 
@@ -42,11 +41,7 @@ def test_cases_cover_every_pair() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_torch_equals_the_reference(case: Case) -> None:
     given = inputs(case, heads=2)
-    found = attend_codes(
-        "torch",
-        *(given.query, given.key_pages, given.value_pages, given.keys, given.values, given.spans),
-        *(SCALING, given.angles, case.softcap),
-    )
+    found = attend_codes("torch", given.query, given.tokens, SCALING, case.softcap)
     close(found, reference(given, case.softcap), 2e-4)
 
 
@@ -72,19 +67,20 @@ def test_native_equals_the_reference(case: Case, threads: int, monkeypatch: pyte
     monkeypatch.setattr(native_attention, "_THREAD_PAGES", 1)
     monkeypatch.setattr(native_attention, "_CHUNK_PAGES", 65 if threads == 1 else 2)  # parts that are merged, too
     given = inputs(case, heads=2)
-    found = attend_codes(
-        "native",
-        *(given.query, given.key_pages, given.value_pages, given.keys, given.values, given.spans),
-        *(SCALING, given.angles, case.softcap),
-    )
+    found = attend_codes("native", given.query, given.tokens, SCALING, case.softcap)
     close(found, reference(given, case.softcap), 2e-4)
 
 
 @needs_compiler
 def test_native_serves_decode_steps_and_leaves_the_rest_to_torch() -> None:
-    for num_queries, turn, is_served in ((1, "pages", True), (4, "post", True), (30, "pages", False), (1, "tokens", False)):
+    for num_queries, turn, obstacle in (
+        (1, "pages", None),
+        (4, "post", None),
+        (30, "pages", "matrix products serve more than 16 queries per head better"),
+        (1, "tokens", "every token has angles of its own"),
+    ):
         given = inputs(Case("8", 64, 100, 4, turn, True, None, "exact", num_queries, torch.float32), heads=2)
-        assert native_attention.can_attend(code_queries(given.query, given.keys), given.angles) == is_served
+        assert native_attention.attention_obstacle(code_queries(given.query, given.keys), given.tokens) == obstacle
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -95,11 +91,7 @@ def test_triton_equals_the_reference(case: Case) -> None:
     given = inputs(case, heads=2)
     fast = DecodeConfig(tables="float16", min_split_pages=2)
     config = fast if case.config == "fast" else EXACT
-    out, lse = triton_attention(
-        code_queries(given.query, given.keys),
-        *(given.key_pages, given.value_pages, given.keys, given.values, given.spans),
-        *(SCALING, given.angles, case.softcap, config),
-    )
+    out, lse = triton_attention(code_queries(given.query, given.keys), given.tokens, SCALING, case.softcap, config)
     close(
         (leave_code_space(out, given.values), lse.flatten(1, 2)),
         reference(given, case.softcap),
@@ -118,12 +110,11 @@ def test_one_token_s_log_sum_exp_is_its_score(seed: int, span: set[int], nbits: 
     case = Case(nbits, 64, 64, 2, "pages", False, None, "exact", 1, torch.float32)
     given = inputs(case, heads=2)
     query = torch.randn(given.query.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-    keys = decode(given.key_pages[0], given.keys, token_angles(given.angles))
-    values = decode(given.value_pages[0], given.values)
+    key_pages, value_pages = given.pages
+    keys, values = decode(key_pages, given.keys, token_angles(given.angles)), decode(value_pages, given.values)
     slot, stop = min(span), max(span)
     spans = torch.tensor([[slot, stop]], device=DEVICE)
-    args = (given.key_pages, given.value_pages, given.keys, given.values)
-    out, lse = attend_codes("torch", query, *args, spans, SCALING, given.angles)
+    out, lse = attend_codes("torch", query, replace(given.tokens, spans=spans), SCALING)
     scores = (query.unflatten(1, (2, 2)) @ keys[:, :, None].mT)[..., slot:stop] * SCALING
     torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2), atol=2e-4, rtol=2e-4)
     expected = (scores.softmax(-1) @ values[:, :, None, slot:stop]).flatten(1, 2)
@@ -138,8 +129,7 @@ def test_a_gradient_of_the_queries_is_that_of_the_reference(num_queries: int, ba
     for function in (backend, "reference"):
         given = inputs(case, heads=2)
         query = given.query.requires_grad_()
-        args = (given.key_pages, given.value_pages, given.keys, given.values, given.spans)
-        found = attend_codes(backend, query, *args, SCALING, given.angles) if function == backend else reference(given, None)
+        found = attend_codes(backend, query, given.tokens, SCALING) if function == backend else reference(given, None)
         found[0].square().sum().backward()
         gradients.append(query.grad)
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
@@ -149,8 +139,9 @@ def test_pages_need_not_lie_together_and_queries_may_be_views() -> None:
     case = Case("8", 64, 257, 2, "pages", True, None, "exact", 2, torch.float32)
     given = inputs(case, heads=2)
     expected = reference(given, None)
-    spread = [[slab.repeat_interleave(2, 1)[:, ::2] for slab in side] for side in (given.key_pages, given.value_pages)]
+    spread = [[pages.repeat_interleave(2, 1)[:, ::2]] for pages in given.pages]
+    tokens = replace(given.tokens, key_pages=spread[0], value_pages=spread[1])
     query = given.query.transpose(1, 2).contiguous().transpose(1, 2)
     for backend in ("torch", "triton", *(["native"] if find_compiler() and DEVICE.type == "cpu" else [])):
-        found = attend_codes(backend, query, *spread, given.keys, given.values, given.spans, SCALING, given.angles)
+        found = attend_codes(backend, query, tokens, SCALING)
         close(found, expected, 2e-2 if backend == "triton" and DEVICE.type == "cuda" else 2e-4)

@@ -1,5 +1,6 @@
-import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -7,12 +8,16 @@ from kernel_cases import DEVICE, Case, inputs
 from tests_support import key_tables, random_codebooks, value_tables
 
 from pqkv_kernels import dispatch
+from pqkv_kernels.cpu import backend as cpu_backend
 from pqkv_kernels.cpu import build as native_build
-from pqkv_kernels.dispatch import Choice, attend_codes, choose_backend, encode_pages
+from pqkv_kernels.cpu.backend import TorchBackend
+from pqkv_kernels.dispatch import BACKENDS, BackendName, BackendRequest, Choice, attend_codes, choose_backend, encode_pages
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.layout import CodeLayout
 from pqkv_kernels.format.rotary import PageAngles
 from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.format.tokens import CodedTokens
+from pqkv_kernels.gpu import backend as gpu_backend
 from pqkv_kernels.gpu.config import TABLE, DecodeConfig, decode_config
 
 CASE = Case("8", 64, 100, 2, "pages", True, None, "exact", 1, torch.float32)
@@ -21,15 +26,14 @@ CPU = torch.device("cpu")
 
 def call(backend: str = "torch", **changes):
     given = inputs(CASE, heads=2)
-    names = ("query", "key_pages", "value_pages", "keys", "values", "spans")
-    arguments = {name: getattr(given, name) for name in names} | {"angles": given.angles} | changes
-    return attend_codes(backend, *(arguments[name] for name in names), 0.1, arguments["angles"])
+    query = changes.pop("query", given.query)
+    return attend_codes(backend, query, replace(given.tokens, **changes), 0.1)
 
 
 def test_auto_says_what_it_chose_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "native_obstacle", lambda: None)
+    monkeypatch.setattr(cpu_backend, "native_obstacle", lambda: None)
     assert choose_backend("auto", CPU) == Choice("native", "the device is cpu and a C++ compiler has built the kernel for it")
-    monkeypatch.setattr(dispatch, "native_obstacle", lambda: "no C++ compiler was found")
+    monkeypatch.setattr(cpu_backend, "native_obstacle", lambda: "no C++ compiler was found")
     assert choose_backend("auto", CPU) == Choice("torch", "no C++ compiler was found")
     assert choose_backend("torch", CPU).reason == "asked for by name"
 
@@ -41,7 +45,7 @@ def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.Monkey
     cut = CodecTables(layout, random_codebooks(layout, 2, generator))
     with pytest.raises(KernelError, match="the values of coded layer 0 cut pairs of channels; choose torch"):
         choose_backend("triton", DEVICE, [(key_tables(generator), cut)])
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_backend, "find_spec", lambda name: None)
     with pytest.raises(KernelError, match="Triton is not installed"):
         choose_backend("triton", DEVICE)
     with pytest.raises(KernelError, match="the device is meta and the native backend runs on CPUs; choose torch"):
@@ -82,8 +86,45 @@ def test_a_changed_header_is_another_library(monkeypatch: pytest.MonkeyPatch, tm
         assert native_build.native_library(source).f() == answer
 
 
+def test_every_backend_has_a_name_that_can_be_asked_for() -> None:
+    assert set(BACKENDS) == set(get_args(BackendName)) == set(get_args(BackendRequest)) - {"auto"}
+    assert list(BACKENDS)[-1] == "torch"  # which runs everywhere, so that `auto` always ends
+
+
+class Counted(TorchBackend):
+    """A backend that somebody adds: torch, which counts its calls."""
+
+    merit = "it counts"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def encode(self, x, tables, angles):
+        self.calls.append("encode")
+        return super().encode(x, tables, angles)
+
+    def attend_codes(self, query, tokens, scaling, softcap):
+        self.calls.append("attend_codes")
+        return super().attend_codes(query, tokens, scaling, softcap)
+
+
+def test_a_new_backend_is_a_class_and_a_row(monkeypatch: pytest.MonkeyPatch, generator) -> None:
+    counted = Counted()
+    monkeypatch.setattr(dispatch, "BACKENDS", {"counted": counted, **BACKENDS})
+    assert choose_backend("auto", CPU) == Choice("counted", "the device is cpu and it counts")
+    monkeypatch.setattr(counted, "obstacle", lambda device, codecs: "its fingers are busy")
+    monkeypatch.setattr(cpu_backend, "native_obstacle", lambda: "no C++ compiler was found")
+    assert choose_backend("auto", CPU) == Choice("torch", "its fingers are busy; no C++ compiler was found")
+    given, tables = inputs(CASE, heads=2), value_tables(generator)
+    found = attend_codes("counted", given.query, given.tokens, 0.1)
+    for a, b in zip(found, call(), strict=True):
+        torch.testing.assert_close(a, b)
+    pages = encode_pages("counted", torch.zeros(1, 2, 64, 16), tables)
+    assert pages.shape == (1, 1, 2, tables.layout.page_bytes) and counted.calls == ["attend_codes", "encode"]
+
+
 def test_choosing_for_a_cpu_imports_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    monkeypatch.setattr(gpu_backend, "import_module", lambda name: pytest.fail(f"imported {name}"))
     choose_backend("auto", CPU)
 
 
@@ -92,9 +133,12 @@ def test_subspaces_that_cut_pairs_still_attend(generator) -> None:
     odd = CodecTables(layout, random_codebooks(layout, 2, generator)).to(DEVICE)
     given = inputs(CASE, heads=2)
     pages = [torch.randint(0, 256, (2, n, 2, layout.page_bytes), dtype=torch.uint8, device=DEVICE) for n in (1, 1)]
-    out, lse = attend_codes("torch", given.query, pages, pages, odd, odd, given.spans, 0.1)
     whole = [torch.cat(pages, 1)]
-    for a, b in zip((out, lse), attend_codes("torch", given.query, whole, whole, odd, odd, given.spans, 0.1), strict=True):
+    answers = [
+        attend_codes("torch", given.query, CodedTokens(blocks, blocks, odd, odd, given.tokens.spans), 0.1)
+        for blocks in (pages, whole)
+    ]
+    for a, b in zip(*answers, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -107,7 +151,7 @@ def test_subspaces_that_cut_pairs_still_attend(generator) -> None:
         ({"query": torch.zeros(2, 4, 1, 64).long()}, "expected a float dtype"),
         ({"spans": torch.zeros(2).long()}, "spans have shape [2] and dtype torch.int64"),
         ({"spans": torch.zeros(2, 2)}, "expected [2, 2] torch.int64"),
-        ({"key_pages": [torch.zeros(2, 2, 2, 7, dtype=torch.uint8)]}, "expected equal B, P, Hkv in every slab"),
+        ({"key_pages": [torch.zeros(2, 2, 2, 7, dtype=torch.uint8)]}, "expected equal B, P, Hkv in every page block"),
         ({"angles": None}, "need the angles of their positions; none were given"),
         ({"angles": (torch.zeros(2, 5, 32), torch.zeros(2, 5, 32))}, "angles have shape [2, 5, 32]; expected [2, 128, 32]"),
     ],
@@ -127,18 +171,18 @@ def test_pages_of_another_layout_type_or_device_are_refused() -> None:
         (lambda t: t.to("meta"), "arguments lie on"),
     ):
         with pytest.raises(KernelError, match=phrase):
-            call(key_pages=[change(slab) for slab in given.key_pages])
+            call(key_pages=[change(block) for block in given.tokens.key_pages])
 
 
 def test_an_empty_batch_and_an_empty_cache_are_answered() -> None:
     given = inputs(CASE, heads=2)
-    none = [slab[:, :0] for slab in given.key_pages]
+    none = [block[:, :0] for block in given.tokens.key_pages]
     angles = given.angles.pages(0, 0)
     for backend in ("torch", "triton"):
         out, lse = call(backend, key_pages=none, value_pages=none, angles=angles)
         assert not out.any() and bool((lse == -torch.inf).all())
-        rows = {"query": given.query[:0], "spans": given.spans[:0], "angles": PageAngles(*_no_rows(given.angles))}
-        key_pages, value_pages = ([slab[:0] for slab in side] for side in (given.key_pages, given.value_pages))
+        rows = {"query": given.query[:0], "spans": given.tokens.spans[:0], "angles": PageAngles(*_no_rows(given.angles))}
+        key_pages, value_pages = ([pages[:0]] for pages in given.pages)
         out, lse = call(backend, key_pages=key_pages, value_pages=value_pages, **rows)
         assert out.shape == (0, 4, 1, 64) and lse.shape == (0, 4, 1)
 
@@ -166,4 +210,3 @@ def test_encoding_refuses_what_does_not_fit(make, generator) -> None:
     for backend in ("torch", "triton"):
         with pytest.raises(KernelError, match="expected"):
             encode_pages(backend, torch.zeros(1, 2, 63, 16, device=DEVICE), tables)
-    assert "pqkv_kernels.gpu.encode" in sys.modules

@@ -10,10 +10,11 @@ from kernel_cases import DEVICE
 from native_machines import MACHINES, library_of
 
 from pqkv_kernels.cpu import attention as native_exact
-from pqkv_kernels.cpu.attention import can_add
+from pqkv_kernels.cpu.attention import exact_obstacle
 from pqkv_kernels.cpu.build import find_compiler
 from pqkv_kernels.dispatch import attend_exact
-from pqkv_kernels.reference.attention import ExactTokens, Part, add_exact
+from pqkv_kernels.format.tokens import ExactTokens, Part
+from pqkv_kernels.reference.attention import add_exact
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None or DEVICE.type != "cpu", reason="needs a CPU and a C++ compiler")
 HEADS, GROUP, SCALING = 2, 3, 0.3
@@ -104,9 +105,15 @@ def test_a_long_chunk_is_answered_block_by_block() -> None:
 @needs_compiler
 def test_the_loop_serves_a_few_plain_queries() -> None:
     _, query, exact = drawn(1, 4, 70, 2, 64)
-    assert can_add(query, exact)
     many = drawn(1, 4, 70, 20, 64)
-    assert not can_add(many[1], many[2])
-    assert can_add(query.bfloat16(), of_dtype(exact, torch.bfloat16)) and not can_add(query.bfloat16(), exact)
-    assert not can_add(query.half(), of_dtype(exact, torch.float16)) and not can_add(query.clone().requires_grad_(), exact)
-    assert not can_add(query.mT.contiguous().mT, exact)
+    for queries, tokens, obstacle in (
+        (query, exact, None),
+        (query.bfloat16(), of_dtype(exact, torch.bfloat16), None),
+        (many[1], many[2], "more than 16 queries"),
+        (query.bfloat16(), exact, "not all float32 or all bfloat16"),
+        (query.half(), of_dtype(exact, torch.float16), "not all float32 or all bfloat16"),
+        (query.clone().requires_grad_(), exact, "a gradient is wanted"),
+        (query.mT.contiguous().mT, exact, "do not lie side by side"),
+    ):
+        found = exact_obstacle(queries, tokens)
+        assert found is None if obstacle is None else obstacle in found

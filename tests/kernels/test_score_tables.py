@@ -34,7 +34,7 @@ def test_a_looked_up_score_is_the_product_with_the_decoded_key(nbits: str, dim: 
     given_inputs = inputs(Case(nbits, dim, 128, group, "post", True, None, "exact", 1, torch.float32), heads=2)
     query = torch.randn(given_inputs.query.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     planes, rows = plane_rows(given_inputs, query)
-    pages = torch.cat(given_inputs.key_pages, 1)
+    pages, _ = given_inputs.pages
     found = table_scores(pages, planes, score_tables(rows, planes))
     keys = decode(pages, given_inputs.keys)
     expected = query.unflatten(1, (2, group))[:, :, :, 0] @ keys.mT
@@ -48,17 +48,16 @@ def test_the_kernel_looks_up_where_its_configuration_says_so(nbits: str, softcap
     from pqkv_kernels.gpu.attention import triton_attention
 
     given_inputs = inputs(Case(nbits, 64, 130, 1, "post", True, softcap, "exact", 1, torch.float32), heads=2)
-    args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.spans)
     config = replace(EXACT, key_scores="table", min_split_pages=1)
-    out, lse = triton_attention(code_queries(given_inputs.query, given_inputs.keys), *args, SCALING, None, softcap, config)
+    coded = code_queries(given_inputs.query, given_inputs.keys)
+    out, lse = triton_attention(coded, given_inputs.tokens, SCALING, softcap, config)
     close((leave_code_space(out, given_inputs.values), lse.flatten(1, 2)), reference(given_inputs, softcap), 2e-4)
 
 
 @pytest.mark.parametrize("nbits", FORMATS)
 def test_torch_looks_up_for_one_query(nbits: str) -> None:
     given_inputs = inputs(Case(nbits, 64, 130, 1, "post", True, None, "exact", 1, torch.float32), heads=2)
-    args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.spans)
-    close(attend_codes("torch", given_inputs.query, *args, SCALING, None), reference(given_inputs, None), 2e-4)
+    close(attend_codes("torch", given_inputs.query, given_inputs.tokens, SCALING), reference(given_inputs, None), 2e-4)
 
 
 @pytest.mark.parametrize(("group", "turn"), [(4, "post"), (1, "pages")])
@@ -66,10 +65,9 @@ def test_several_queries_and_turned_keys_are_decoded_whatever_it_says(group: int
     from pqkv_kernels.gpu.attention import triton_attention
 
     given_inputs = inputs(Case("8", 64, 130, group, turn, True, None, "exact", 1, torch.float32), heads=2)
-    args = (given_inputs.key_pages, given_inputs.value_pages, given_inputs.keys, given_inputs.values, given_inputs.spans)
     config = replace(EXACT, key_scores="table")
     coded = code_queries(given_inputs.query, given_inputs.keys)
-    out, lse = triton_attention(coded, *args, SCALING, given_inputs.angles, None, config)
+    out, lse = triton_attention(coded, given_inputs.tokens, SCALING, None, config)
     close((leave_code_space(out, given_inputs.values), lse.flatten(1, 2)), reference(given_inputs, None), 2e-4)
 
 

@@ -56,9 +56,6 @@ def test_however_many_processors_there_are_the_answer_is_the_reference_s(process
     monkeypatch.setattr(triton_attention, "_num_processors", lambda device: processors)
     case = Case("4", 64, 257, 2, "pages", True, None, "exact", 1, torch.float32)
     given = inputs(case, heads=3)
-    out, lse = triton_attention.triton_attention(
-        code_queries(given.query, given.keys),
-        *(given.key_pages, given.value_pages, given.keys, given.values, given.spans),
-        *(SCALING, given.angles, None, EXACT),
-    )
+    query = code_queries(given.query, given.keys)
+    out, lse = triton_attention.triton_attention(query, given.tokens, SCALING, None, EXACT)
     close((leave_code_space(out, given.values), lse.flatten(1, 2)), reference(given, None), 2e-4)

@@ -63,7 +63,7 @@ def test_decoding_fits_the_instructions_that_a_gpu_has_while_it_reads() -> None:
     for name in FORMATS:
         keys, values = (device_tables(t, config.tables) for t in random_tables(SHAPES["llama-3-8b"], name, torch.device("cpu")))
         codes = {f"{side}_{what}": value for side, t in (("K", keys), ("V", values)) for what, value in _codes(t).items()}
-        numbers = {"LOOKED_UP": False, "TURN": 1, "HAS_CAP": False, "WIDE": False, "ASM": True}
+        numbers = {"LOOKED_UP": False, "ROTATION": 1, "HAS_CAP": False, "WIDE": False, "ASM": True}
         shape = {
             "D2": 64,
             "BP": keys.num_planes,

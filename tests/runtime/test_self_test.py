@@ -8,7 +8,7 @@ from pqkv_cli.errors import CacheError
 from pqkv_cli.runtime import Artifact, attach, attention, self_test
 from pqkv_cli.runtime.self_test import self_test as run_self_test
 from pqkv_kernels.cpu.build import find_compiler
-from pqkv_kernels.dispatch import Backend
+from pqkv_kernels.dispatch import BackendName
 from pqkv_kernels.format.layout import CodeGroup, CodeLayout
 from pqkv_kernels.format.tables import CodecTables
 
@@ -69,7 +69,7 @@ FORMATS = {
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_wrong_code_in_a_thousand_is_found(
-    name: str, backend: Backend, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    name: str, backend: BackendName, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pqkv_cli.cache import encoder
 
@@ -80,7 +80,7 @@ def test_one_wrong_code_in_a_thousand_is_found(
     run_self_test(tables, [None], torch.device("cpu"), backend)
     right = encoder.encode_pages
 
-    def spoilt(chosen: Backend, x: torch.Tensor, codec: CodecTables, *rest: Any) -> torch.Tensor:
+    def spoilt(chosen: BackendName, x: torch.Tensor, codec: CodecTables, *rest: Any) -> torch.Tensor:
         """Change the lowest bit of one code in a thousand, each of another vector."""
         pages = right(chosen, x, codec, *rest).clone()
         layout = codec.layout

@@ -1,7 +1,6 @@
 """Attention over codes and exact tokens in C++: lays out arguments, shares the work among threads, merges. CPU tensors only."""
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from pqkv_kernels.cpu.build import found_library, in_shares, native_library
 from pqkv_kernels.format.addresses import page_addresses, whole_blocks
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.pairs import PlaneGroup, Planes, step_factors
-from pqkv_kernels.format.rotary import Angles, PageAngles
-from pqkv_kernels.reference.attention import ExactTokens, Part
+from pqkv_kernels.format.rotary import PageAngles
+from pqkv_kernels.format.tokens import CodedTokens, ExactTokens, Part
 
 _WIDE_PLANES = 8  # codes of so many planes are read row by row
 _LANES = 16  # rows are filled up to a multiple of
@@ -31,10 +30,10 @@ def native_tables(planes: Planes, library: ctypes.CDLL) -> NativeTables:
     """Return the tables of `planes` in the form that `library` was built to read, made once and kept with them."""
     in_bytes = bool(ctypes.c_int.in_dll(library, "pqkv_byte_tables").value)
     key = "native.bytes" if in_bytes else "native.floats"
-    found = planes.derived.get(key)
-    if not isinstance(found, NativeTables):
-        found = planes.derived[key] = _tables(planes, in_bytes)
-    return found
+    tables = planes.derived.get(key)
+    if not isinstance(tables, NativeTables):
+        tables = planes.derived[key] = _tables(planes, in_bytes)
+    return tables
 
 
 def byte_planes(table: torch.Tensor) -> torch.Tensor:
@@ -110,29 +109,25 @@ class _Job(ctypes.Structure):
     ]
 
 
-def can_attend(query: torch.Tensor, angles: Angles | PageAngles | None) -> bool:
-    """Return whether the kernel serves `query` [B, Hkv, G, Tq, D]: few, without gradient, and keys turned page by page."""
-    few = query.shape[2] * query.shape[3] <= MOST_QUERIES
-    turned_by_page = angles is None or isinstance(angles, PageAngles)
-    return few and turned_by_page and not (query.requires_grad and torch.is_grad_enabled())
+def attention_obstacle(query: torch.Tensor, tokens: CodedTokens) -> str | None:
+    """Return why the kernel does not serve `query` [B, Hkv, G, Tq, D], or None: torch does then."""
+    if query.shape[2] * query.shape[3] > MOST_QUERIES:
+        return f"matrix products serve more than {MOST_QUERIES} queries per head better"
+    if query.requires_grad and torch.is_grad_enabled():
+        return "a gradient of the queries is wanted"
+    if isinstance(tokens.angles, tuple):
+        return "every token has angles of its own"
+    return None
 
 
 def native_attention(
-    query: torch.Tensor,
-    key_pages: Sequence[torch.Tensor],
-    value_pages: Sequence[torch.Tensor],
-    keys: Planes,
-    values: Planes,
-    spans: torch.Tensor,
-    scaling: float,
-    angles: PageAngles | None = None,
-    softcap: float | None = None,
+    query: torch.Tensor, tokens: CodedTokens, keys: Planes, values: Planes, scaling: float, softcap: float | None = None
 ) -> Part:
-    """Attend as `pqkv_kernels.cpu.torch_attention.plane_attention` does, where `can_attend`; arguments are checked already."""
+    """Attend as `pqkv_kernels.cpu.torch_attention.plane_attention` does, where no `attention_obstacle` is."""
     batch, heads, group, num_queries, dim = query.shape
     rows = _blocks(query, keys, scaling)
     blocks, block = rows.shape[2:4]
-    key_pages, value_pages = whole_blocks(key_pages), whole_blocks(value_pages)
+    key_pages, value_pages = whole_blocks(tokens.key_pages), whole_blocks(tokens.value_pages)
     addresses = [page_addresses(slabs) for slabs in (key_pages, value_pages)]
     num_pages = addresses[0].shape[1]
     chunk_pages = _chunk_pages(num_pages, batch * heads * blocks)
@@ -140,12 +135,12 @@ def native_attention(
     out, lse = rows.new_empty(batch, heads, blocks, chunks, block, dim), rows.new_empty(batch, heads, blocks, chunks, block)
     library = native_library()
     tables = [native_tables(planes, library) for planes in (keys, values)]
-    held = {"query": rows, "spans": spans.contiguous(), "out": out, "lse": lse}
+    held = {"query": rows, "spans": tokens.spans.contiguous(), "out": out, "lse": lse}
     numbers = dict(batch=batch, heads=heads, query_blocks=blocks, block=block, chunks=chunks, chunk_pages=chunk_pages)
     numbers |= {"num_pages": num_pages, "planes": dim // 2, "num_pairs": 0, "base_row": 0}
-    if angles is not None and keys.pairs is not None:
-        held |= _turning(keys, angles)
-        base = angles.base[0]
+    if isinstance(tokens.angles, PageAngles) and keys.pairs is not None:
+        held |= _rotation(keys, tokens.angles)
+        base = tokens.angles.base[0]
         numbers |= {"num_pairs": base.shape[2], "base_row": base.shape[1] if base.shape[0] > 1 else 0}
     sides = [
         _Side(t.groups.data_ptr(), len(t.groups), where.data_ptr(), slabs[0].shape[3])
@@ -181,8 +176,8 @@ def _chunk_pages(num_pages: int, num_rows: int) -> int:
     return max(1, min(_CHUNK_PAGES, -(-num_pages // shares)))
 
 
-def _turning(keys: Planes, angles: PageAngles) -> dict[str, torch.Tensor]:
-    assert keys.pairs is not None  # asked only of keys that are turned
+def _rotation(keys: Planes, angles: PageAngles) -> dict[str, torch.Tensor]:
+    assert keys.pairs is not None  # asked only of keys that are rotated
     base_cos, base_sin = (t.contiguous() for t in angles.base)
     step = step_factors(angles, keys)
     if keys.steps.get("native.of", (None,))[0] is not step:
@@ -226,22 +221,26 @@ class _ExactJob(ctypes.Structure):
     ]
 
 
-def can_add(query: torch.Tensor, exact: ExactTokens) -> bool:
-    """Return whether the loop serves `query` [B, H, Tq, D]: few, without gradient, on a CPU that can compile it.
-
-    All are of one dtype, fp32 or bfloat16.
-    """
+def exact_obstacle(query: torch.Tensor, exact: ExactTokens) -> str | None:
+    """Return why the loop does not serve `query` [B, H, Tq, D], or None: the reference does then."""
     tensors = (query, *exact.sinks, *exact.recent)
-    plain = all(t.dtype == query.dtype and t.stride(3) == 1 and not _is_traced(t) for t in tensors)
-    few = query.shape[2] <= MOST_EXACT_QUERIES and exact.newest is None
-    served = query.dtype in _DTYPES and query.device.type == "cpu"
-    return plain and few and served and found_library(EXACT_SOURCE) is not None
+    if query.shape[2] > MOST_EXACT_QUERIES:
+        return f"matrix products serve more than {MOST_EXACT_QUERIES} queries better"
+    if query.dtype not in _DTYPES or any(t.dtype != query.dtype for t in tensors):
+        return "queries, keys and values are not all float32 or all bfloat16"
+    if query.device.type != "cpu" or any(t.stride(3) != 1 for t in tensors):
+        return "the numbers of a vector do not lie side by side on a CPU"
+    if any(t.requires_grad for t in tensors) and torch.is_grad_enabled():
+        return "a gradient is wanted"
+    if exact.newest is not None:
+        return "the newest token's place is known to the device alone"
+    return None if found_library(EXACT_SOURCE) is not None else "this machine cannot compile the loop"
 
 
 def native_add_exact(coded: Part, query: torch.Tensor, exact: ExactTokens, scaling: float, softcap: float | None) -> Part:
-    """Return attention over all tokens as `add_exact` does, where `can_add`."""
+    """Return attention over all tokens as `add_exact` does, where no `exact_obstacle` is."""
     library = found_library(EXACT_SOURCE)
-    assert library is not None  # or `can_add` would refuse
+    assert library is not None  # or there would be an obstacle
     out, lse = (part.clone(memory_format=torch.contiguous_format) for part in coded)
     batch, heads, num_queries, dim = query.shape
     kv_heads, num_exact = exact.recent[0].shape[1:3]
@@ -260,7 +259,3 @@ def native_add_exact(coded: Part, query: torch.Tensor, exact: ExactTokens, scali
     )
     in_shares(library.pqkv_exact, job, batch * kv_heads, max(1, query.numel() * num_exact // _THREAD_PRODUCTS))
     return out, lse
-
-
-def _is_traced(t: torch.Tensor) -> bool:
-    return t.requires_grad and torch.is_grad_enabled()

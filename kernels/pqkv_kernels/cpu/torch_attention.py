@@ -15,7 +15,8 @@ import torch
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.pairs import Planes, plane_factors, read_planes, step_factors
 from pqkv_kernels.format.rotary import Angles, PageAngles, page_range
-from pqkv_kernels.reference.attention import Part, merge, softmax_parts
+from pqkv_kernels.format.tokens import CodedTokens, Part
+from pqkv_kernels.reference.attention import merge, softmax_parts
 from pqkv_kernels.reference.score_tables import score_tables, table_scores
 
 TILE_ENTRIES = 1 << 17  # decoded pairs of channels at a time: 1 MiB
@@ -34,20 +35,13 @@ class _Tile:
 
 
 def plane_attention(
-    query: torch.Tensor,
-    key_pages: Sequence[torch.Tensor],
-    value_pages: Sequence[torch.Tensor],
-    keys: Planes,
-    values: Planes,
-    spans: torch.Tensor,
-    scaling: float,
-    angles: Angles | PageAngles | None = None,
-    softcap: float | None = None,
+    query: torch.Tensor, tokens: CodedTokens, keys: Planes, values: Planes, scaling: float, softcap: float | None = None
 ) -> Part:
-    """Attend as `pqkv_kernels.reference.attention.code_attention` does, over slabs of pages and with codecs as planes."""
+    """Attend as `pqkv_kernels.reference.attention.code_attention` does, with the codecs of `tokens` as planes."""
+    key_pages, value_pages, spans = tokens.key_pages, tokens.value_pages, tokens.spans
     batch, heads, group, num_queries, dim = query.shape
     rows = query.gather(4, keys.channels[None, :, None, None].flatten(4).expand(batch, -1, group, num_queries, -1))
-    reader = _Reader(keys, values, rows.flatten(2, 3).unflatten(-1, (dim // 2, 2)), angles)
+    reader = _Reader(keys, values, rows.flatten(2, 3).unflatten(-1, (dim // 2, 2)), tokens.angles)
     tile_pages = max(1, TILE_ENTRIES // max(batch * heads * (dim // 2) * PAGE_TOKENS, 1))
     block_pages = max(1, BLOCK_SCORES // max(batch * heads * group * num_queries * PAGE_TOKENS, 1))
     parts = []
@@ -71,7 +65,7 @@ class _Reader:
         self._keys, self._values, self._rows, self._angles = keys, values, rows, angles
         self._few = rows.shape[2] <= FEW_QUERIES
         self._step = self._base = None
-        # One query per head meets keys that nobody turns: products with centroids are looked up, nothing is decoded.
+        # One query per head meets keys that are not rotated: products with centroids are looked up, nothing is decoded.
         is_looked_up = keys.pairs is None and rows.shape[2] == 1
         self._scores = score_tables(rows, keys) if is_looked_up else None
         if isinstance(angles, PageAngles):
@@ -87,7 +81,7 @@ class _Reader:
         batch, heads, count, planes, _ = self._rows.shape
         queries = self._page_queries(tiles[0].start, tiles[-1].stop)
         parts = queries.split([(tile.stop - tile.start) * batch * heads for tile in tiles])
-        products = [torch.bmm(part, _matrices(self._turned_keys(tile))) for part, tile in zip(parts, tiles, strict=True)]
+        products = [torch.bmm(part, _matrices(self._rotated_keys(tile))) for part, tile in zip(parts, tiles, strict=True)]
         grid = torch.cat(products).view(-1, batch, heads, 2, count, PAGE_TOKENS, 2)
         return (grid[:, :, :, 0, ..., 0] + grid[:, :, :, 1, ..., 1]).permute(1, 2, 3, 0, 4).flatten(3)
 
@@ -111,14 +105,14 @@ class _Reader:
         return torch.cat(sums).view(len(pages), batch, heads, 2, count, -1).sum(0).permute(0, 1, 3, 4, 2).flatten(3)
 
     def _page_queries(self, start: int, stop: int) -> torch.Tensor:
-        """Return both components of the queries, turned back by each page's base: [P * B * Hkv, 2 * N, D / 2]."""
+        """Return both components of the queries, rotated back by each page's base: [P * B * Hkv, 2 * N, D / 2]."""
         queries = torch.view_as_complex(self._rows.contiguous())[None]
         if self._base is not None:
             queries = queries * self._base[start:stop, :, :, None].conj()
         parts = torch.view_as_real(queries).permute(0, 1, 2, 5, 3, 4)
         return parts.expand(stop - start, *parts.shape[1:]).reshape(-1, 2 * parts.shape[4], parts.shape[5])
 
-    def _turned_keys(self, tile: _Tile) -> torch.Tensor:
+    def _rotated_keys(self, tile: _Tile) -> torch.Tensor:
         """Return keys [P, B, Hkv, D / 2, 64] complex, rotated by all but the base of their page."""
         decoded = self._read(tile.keys, self._keys)
         if self._step is not None:
@@ -132,7 +126,7 @@ class _Reader:
 
     def _dense_keys(self, tile: _Tile) -> torch.Tensor:
         """Return keys [B, Hkv, D, T] as the queries score them."""
-        decoded = self._turned_keys(tile)
+        decoded = self._rotated_keys(tile)
         if self._base is not None:
             decoded *= self._base[tile.start : tile.stop, ..., None]
         return torch.view_as_real(decoded).permute(1, 2, 3, 5, 0, 4).flatten(4).flatten(2, 3)

@@ -39,8 +39,8 @@ def page_addresses(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _page_addresses(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    found = []
+    addresses = []
     for block in blocks:
         rows = block.data_ptr() + torch.arange(block.shape[0], device=block.device)[:, None] * block.stride(0)
-        found.append(rows + torch.arange(block.shape[1], device=block.device) * block.stride(1))
-    return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+        addresses.append(rows + torch.arange(block.shape[1], device=block.device) * block.stride(1))
+    return torch.cat(addresses, dim=1) if len(addresses) > 1 else addresses[0]

@@ -65,8 +65,8 @@ def unpack_into(codes: torch.Tensor, packed: torch.Tensor, nbits: int) -> None:
             codes.copy_(part)
             continue
         # All codes of a byte come from one look-up: far cheaper than shifting a page once per place in the byte.
-        found = _byte_table(width, low, packed.device).index_select(0, part.to(torch.int32).flatten())
-        bits = found.view(torch.int32).view(codes.shape)
+        entries = _byte_table(width, low, packed.device).index_select(0, part.to(torch.int32).flatten())
+        bits = entries.view(torch.int32).view(codes.shape)
         if low:
             codes += bits
         else:

@@ -5,6 +5,7 @@ pairs, undoing the map is linear within a pair: it is done to the centroids, onc
 and bytes; no queries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -79,8 +80,17 @@ def planes_of(tables: CodecTables) -> Planes | None:
     """
     if "planes" not in tables.derived:
         tables.derived["planes"] = _planes(tables)
-    found: Planes | None = tables.derived["planes"]
-    return found
+    made: Planes | None = tables.derived["planes"]
+    return made
+
+
+def cut_pairs(codecs: Sequence[tuple[CodecTables, CodecTables]]) -> str | None:
+    """Return in which layer's keys or values a subspace holds half of a pair of channels, in words; None where none does."""
+    for layer, tables in enumerate(codecs):
+        for side, side_tables in zip(("keys", "values"), tables, strict=True):
+            if planes_of(side_tables) is None:
+                return f"the subspaces of the {side} of coded layer {layer} cut pairs of channels"
+    return None
 
 
 def read_planes(

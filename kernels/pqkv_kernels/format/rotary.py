@@ -12,14 +12,14 @@ from pqkv_kernels.format.layout import PAGE_TOKENS, RotaryLayout
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
-    """Turn every rotary pair of `x` [..., D] by its angle; `cos`/`sin` broadcast against ``x[..., :rotary_dim / 2]``."""
+    """Rotate every rotary pair of `x` [..., D] by its angle; `cos`/`sin` broadcast against ``x[..., :rotary_dim / 2]``."""
     rotated, passed = x[..., : layout.rotary_dim], x[..., layout.rotary_dim :]
     if layout.interleaved:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
     else:
         first, second = rotated.chunk(2, dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    joined = torch.stack(turned, dim=-1).flatten(-2) if layout.interleaved else torch.cat(turned, dim=-1)
+    halves = (first * cos - second * sin, second * cos + first * sin)
+    joined = torch.stack(halves, dim=-1).flatten(-2) if layout.interleaved else torch.cat(halves, dim=-1)
     return joined if passed.shape[-1] == 0 else torch.cat((joined, passed), dim=-1)
 
 
@@ -46,7 +46,7 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 class PageAngles:
     """Angles of pages whose tokens stand at consecutive positions.
 
-    Token `j` of page `p` is turned by ``base[p] + step[j]``: the base turns the query once per page, and what is left is one
+    Token `j` of page `p` is rotated by ``base[p] + step[j]``: the base rotates the query once per page, and what is left is one
     constant table for every page, row and head.
 
     Attributes
@@ -83,8 +83,8 @@ class PageAngles:
     def tokens(self) -> Angles:
         """Return ``(cos, sin)`` of every token, each [B, 64 * P, rotary_dim / 2]."""
         (base_cos, base_sin), (cos, sin) = ((t[:, :, None] for t in self.base), self.step)
-        turned = base_cos * cos - base_sin * sin, base_sin * cos + base_cos * sin
-        return turned[0].flatten(1, 2), turned[1].flatten(1, 2)
+        both = base_cos * cos - base_sin * sin, base_sin * cos + base_cos * sin
+        return both[0].flatten(1, 2), both[1].flatten(1, 2)
 
 
 def token_angles(angles: Angles | PageAngles | None) -> Angles | None:

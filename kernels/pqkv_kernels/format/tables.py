@@ -92,8 +92,8 @@ class CodecTables:
         if "inverse_permutation" not in self.derived:
             with torch.inference_mode(False):  # or gradients could not pass later
                 self.derived["inverse_permutation"] = self.permutation.long().argsort(-1)
-        found: torch.Tensor = self.derived["inverse_permutation"]
-        return found
+        inverse: torch.Tensor = self.derived["inverse_permutation"]
+        return inverse
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CodecTables":
         """Return these tables themselves: nothing changes them, so copies of a cache share them."""
@@ -126,10 +126,10 @@ class ChannelTables:
     Attributes
     ----------
     places
-        [Hkv, 3, D] int32: the channel itself, the partner that it is turned with, and their rotary pair (the number of pairs:
+        [Hkv, 3, D] int32: the channel itself, the partner that it is rotated with, and their rotary pair (the number of pairs:
         none).
     factors
-        [Hkv, 3, D] fp32: the sign of the sine with which the partner is turned in, and a row of the map: the channel's own
+        [Hkv, 3, D] fp32: the sign of the sine with which the partner is added, and a row of the map: the channel's own
         factor and its partner's.
     """
 
@@ -141,8 +141,8 @@ def channel_tables(tables: CodecTables) -> ChannelTables:
     """Return the channel tables of a codec, made once; a dense map is not in them."""
     if "channels" not in tables.derived:
         tables.derived["channels"] = _make_channel_tables(tables)
-    found: ChannelTables = tables.derived["channels"]
-    return found
+    made: ChannelTables = tables.derived["channels"]
+    return made
 
 
 def _make_channel_tables(tables: CodecTables) -> ChannelTables:

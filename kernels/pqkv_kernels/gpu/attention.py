@@ -1,18 +1,18 @@
 """Launches the decode kernels: the meaning of `reference.attention.code_attention`, on a GPU or in the interpreter."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 
 from pqkv_kernels.format.addresses import page_addresses, whole_blocks
-from pqkv_kernels.format.rotary import Angles, PageAngles
+from pqkv_kernels.format.rotary import PageAngles
 from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.format.tokens import CodedTokens, Part
 from pqkv_kernels.gpu.attention_kernels import merge_kernel, split_kernel
 from pqkv_kernels.gpu.config import DecodeConfig, config_of, split_grid
 from pqkv_kernels.gpu.tables import CHUNK_PLANES, DeviceTables, device_tables, step_factors
 from pqkv_kernels.gpu.version import dot_width, launch_options, least_columns
-from pqkv_kernels.reference.attention import Part
 from pqkv_kernels.reference.score_tables import score_rows, score_tables
 
 _MAX_QUERIES = 64  # queries per program: more would not fit into registers beside a decoded page
@@ -21,57 +21,63 @@ _MANY_WARPS = 4  # of programs of more than sixteen queries, which share what th
 
 def triton_attention(
     query: torch.Tensor,
-    key_pages: Sequence[torch.Tensor],
-    value_pages: Sequence[torch.Tensor],
-    key_tables: CodecTables,
-    value_tables: CodecTables,
-    spans: torch.Tensor,
+    tokens: CodedTokens,
     scaling: float,
-    angles: Angles | PageAngles | None = None,
     softcap: float | None = None,
     config: DecodeConfig | None = None,
 ) -> Part:
-    """Attend as `pqkv_kernels.reference.attention.code_attention` does, over slabs of pages; arguments are checked already.
+    """Attend as `pqkv_kernels.reference.attention.code_attention` does; arguments are checked already.
 
     `config` is by default what was measured for the key tables here (`use_config`), else that of the device
     (`gpu.config`), and exact in the interpreter.
     """
-    batch, heads, group, tokens, dim = query.shape
-    num_pages, num_queries = sum(slab.shape[1] for slab in key_pages), group * tokens
+    batch, heads, group, num_tokens, dim = query.shape
+    num_pages, num_queries = tokens.num_pages, group * num_tokens
     if num_pages == 0 or num_queries == 0 or batch == 0:
         return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf)
-    config = config or config_of(key_tables)
-    key_pages, value_pages = whole_blocks(key_pages), whole_blocks(value_pages)  # alive until the kernel is launched
-    keys, values = device_tables(key_tables, config.tables), device_tables(value_tables, config.tables)
+    config = config or config_of(tokens.keys)
+    keys, values = (device_tables(tables, config.tables) for tables in (tokens.keys, tokens.values))
     grid = split_grid(config, num_pages, batch * heads, _num_processors(query.device))
     parts, part_lse = (query.new_empty(batch, heads, grid.num_splits, num_queries, *n) for n in ((2 * keys.num_planes,), ()))
     block = query_block(num_queries)
-    turn, turning = _turning(keys, angles, query)
     scored = _plane_queries(query, keys, keys.scale * scaling)
-    looked_up = config.key_scores == "table" and turn == 0 and num_queries == 1
-    scores, score_row = _score_tables(scored / keys.scale[:, None, None], keys) if looked_up else (query, keys.rows)
+    # Alive until the kernel is launched.
+    pages = {"p_key_pages": whole_blocks(tokens.key_pages), "p_value_pages": whole_blocks(tokens.value_pages)}
     split_kernel[(grid.num_programs, triton.cdiv(num_queries, block))](
-        *(scored, page_addresses(key_pages), page_addresses(value_pages), spans.contiguous()),
-        *(keys.part_bytes, keys.rows, keys.entries, values.part_bytes, values.rows, values.entries),
-        *(*turning, scores, score_row, parts, part_lse),
-        *(batch * heads, heads, num_queries, num_pages, *grid.numbers),
-        *(key_tables.layout.page_bytes, value_tables.layout.page_bytes),
-        *(0 if key_tables.rotary is None else key_tables.rotary.num_pairs, _angle_row(angles, batch)),
-        *(1.0 if softcap is None else softcap, scores.shape[-1], 0),
-        **{"LOOKED_UP": looked_up, "TURN": turn, "HAS_CAP": softcap is not None, "BN": block},
-        **{**_numbers(config), **_codes("K", keys), **_codes("V", values)},
-        **{"D2": dim // 2, "BP": keys.num_planes, "CHUNK": CHUNK_PLANES, **_launch(config, block)},
+        p_query=scored,
+        p_spans=tokens.spans.contiguous(),
+        p_out=parts,
+        p_lse=part_lse,
+        **{name: page_addresses(blocks) for name, blocks in pages.items()},
+        **_codes("key", keys, tokens.keys),
+        **_codes("value", values, tokens.values),
+        **_rotation(tokens, keys, query),
+        **_scores(scored, tokens, keys, config),
+        **_sizes(batch, heads, num_queries, num_pages, softcap),
+        **grid.arguments,
+        BN=block,
+        **_constants(config, dim, keys),
+        **_launch(config, block),
     )
     return _merged(query, parts, part_lse, values)
 
 
-def _numbers(config: DecodeConfig) -> dict[str, int]:
-    return {"WIDE": config.tables == "float32", "ASM": not is_interpreted(), "WIDTH": dot_width()}
+def _sizes(batch: int, heads: int, num_queries: int, num_pages: int, softcap: float | None) -> dict[str, Any]:
+    counts = {"num_heads": batch * heads, "heads": heads, "num_queries": num_queries, "num_pages": num_pages}
+    return counts | {"softcap": 1.0 if softcap is None else softcap, "HAS_CAP": softcap is not None, "zero": 0}
 
 
-def _codes(side: str, tables: DeviceTables) -> dict[str, int]:
-    found = {"STAGES": tables.num_stages, "PARTS": tables.parts, "PAIRED": tables.paired}
-    return {f"{side}_{name}": value for name, value in found.items()}
+def _constants(config: DecodeConfig, dim: int, keys: DeviceTables) -> dict[str, int]:
+    numbers = {"WIDE": config.tables == "float32", "ASM": not is_interpreted(), "WIDTH": dot_width()}
+    return numbers | {"D2": dim // 2, "BP": keys.num_planes, "CHUNK": CHUNK_PLANES}
+
+
+def _codes(side: str, device: DeviceTables, tables: CodecTables) -> dict[str, Any]:
+    """Return the arguments of one side's codes."""
+    data = {f"p_{side}_parts": device.part_bytes, f"p_{side}_rows": device.rows, f"p_{side}_entries": device.entries}
+    constants = {"STAGES": device.num_stages, "PARTS": device.parts, "PAIRED": device.paired}
+    known = {f"{side[0].upper()}_{name}": value for name, value in constants.items()}
+    return {**data, f"{side}_page_bytes": tables.layout.page_bytes, **known}
 
 
 def query_block(num_queries: int) -> int:
@@ -87,10 +93,21 @@ def _launch(config: DecodeConfig, block: int) -> dict[str, int]:
 def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, values: DeviceTables) -> Part:
     batch, heads, num_splits, num_queries = part_lse.shape
     out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:-1])
-    rows = (parts, part_lse, values.scale, out, lse, heads, num_queries, num_splits)
-    columns = triton.next_power_of_2(values.num_planes)
-    shape = {"D2": query.shape[-1] // 2, "BP": values.num_planes, "COLUMNS": columns, "BS": 16}
-    merge_kernel[(batch * heads, num_queries)](*rows, **shape, **launch_options(4))
+    merge_kernel[(batch * heads, num_queries)](
+        p_part=parts,
+        p_part_lse=part_lse,
+        p_scale=values.scale,
+        p_out=out,
+        p_lse=lse,
+        heads=heads,
+        num_queries=num_queries,
+        num_splits=num_splits,
+        D2=query.shape[-1] // 2,
+        BP=values.num_planes,
+        COLUMNS=triton.next_power_of_2(values.num_planes),
+        BS=16,
+        **launch_options(4),
+    )
     return out, lse
 
 
@@ -108,10 +125,18 @@ def _plane_queries(query: torch.Tensor, keys: DeviceTables, scale: torch.Tensor)
     return scaled.contiguous()
 
 
-def _score_tables(query: torch.Tensor, keys: DeviceTables) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the products of a plane query per head with every centroid, [B, Hkv, S] fp32, and where codes find theirs."""
+def _scores(scored: torch.Tensor, tokens: CodedTokens, keys: DeviceTables, config: DecodeConfig) -> dict[str, Any]:
+    """Return the arguments of looked-up scores: the products of a plane query per head with every centroid, where they pay.
+
+    They are [B, Hkv, S] fp32, and rows say where codes find theirs.
+    """
+    is_rotated = keys.pairs is not None and tokens.angles is not None
+    if config.key_scores != "table" or is_rotated or scored.shape[2] != 1:
+        return {"p_scores": scored, "p_score_rows": keys.rows, "num_scores": 0, "LOOKED_UP": False}  # never read
     rows = torch.nn.functional.pad(score_rows(keys.planes), (0, keys.num_planes - keys.planes.num_planes), value=-1)
-    return score_tables(query.transpose(-1, -2).contiguous(), keys.planes)[:, :, 0].contiguous(), rows
+    query = (scored / keys.scale[:, None, None]).transpose(-1, -2).contiguous()
+    scores = score_tables(query, keys.planes)[:, :, 0].contiguous()
+    return {"p_scores": scores, "p_score_rows": rows, "num_scores": scores.shape[-1], "LOOKED_UP": True}
 
 
 def is_interpreted() -> bool:
@@ -119,24 +144,23 @@ def is_interpreted() -> bool:
     return not isinstance(split_kernel, triton.runtime.JITFunction)
 
 
-def _turning(
-    keys: DeviceTables, angles: Angles | PageAngles | None, query: torch.Tensor
-) -> tuple[int, tuple[torch.Tensor, ...]]:
-    """Return how keys are turned (see `split_kernel`) and pairs, base cos, base sin, step factors, cos and sin."""
+def _rotation(tokens: CodedTokens, keys: DeviceTables, query: torch.Tensor) -> dict[str, Any]:
+    """Return `ROTATION` (see `split_kernel`), the arguments that it reads, and stand-ins for those that it does not."""
+    names = ("p_pairs", "p_base_cos", "p_base_sin", "p_factors", "p_cos", "p_sin")
+    unread = dict.fromkeys(names, query) | {"num_pairs": 0, "angle_row": 0, "ROTATION": 0}
+    angles = tokens.angles
     if keys.pairs is None or angles is None:
-        return 0, (keys.part_bytes, *(query,) * 5)  # never read
-    if isinstance(angles, PageAngles):
-        factors = step_factors(angles, keys)
-        return 1, (keys.pairs, *(t.contiguous() for t in angles.base), factors, query, query)
-    return 2, (keys.pairs, query, query, query, *(t.contiguous() for t in angles))
-
-
-def _angle_row(angles: Angles | PageAngles | None, batch: int) -> int:
-    """Return how many angles one row is away from the next: none where all rows share them."""
-    if angles is None:
-        return 0
+        return unread | {"p_pairs": keys.part_bytes}
     first = angles.base[0] if isinstance(angles, PageAngles) else angles[0]
-    return int(first.shape[1]) if first.shape[0] > 1 or batch == 1 else 0
+    # Angles from one row to the next: none where all rows share them.
+    row = first.shape[1] if first.shape[0] > 1 or len(query) == 1 else 0
+    unread |= {"p_pairs": keys.pairs, "num_pairs": first.shape[2], "angle_row": row}
+    if isinstance(angles, PageAngles):
+        base_cos, base_sin = (t.contiguous() for t in angles.base)
+        factors = step_factors(angles, keys)
+        return unread | {"ROTATION": 1, "p_base_cos": base_cos, "p_base_sin": base_sin, "p_factors": factors}
+    cos, sin = (t.contiguous() for t in angles)
+    return unread | {"ROTATION": 2, "p_cos": cos, "p_sin": sin}
 
 
 def _num_processors(device: torch.device) -> int:

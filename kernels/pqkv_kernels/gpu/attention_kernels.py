@@ -37,7 +37,7 @@ def query_operand(a_x, a_y, b_x, b_y, CHUNK: tl.constexpr, BN: tl.constexpr, WID
 
 
 @triton.jit
-def turned_query(
+def rotated_query(
     p_query,
     n,
     stop,
@@ -47,16 +47,16 @@ def turned_query(
     p_base_sin,
     num_pairs,
     plane,
-    TURN: tl.constexpr,
+    ROTATION: tl.constexpr,
     WIDE: tl.constexpr,
     D2: tl.constexpr,
 ):
-    """Return both components of the planes `plane` of the queries `n` before `stop`, see `turned_queries`."""
+    """Return both components of the planes `plane` of the queries `n` before `stop`, see `rotated_queries`."""
     m_q = (n < stop) & (plane < D2)
     p_x = tl.max_contiguous(p_query + (n * (2 * D2) + plane), [1, 1, 2, 4])
     q_x = tl.load(p_x, mask=m_q, other=0.0) * shrink
     q_y = tl.load(tl.max_contiguous(p_x + D2, [1, 1, 2, 4]), mask=m_q, other=0.0) * shrink
-    if TURN == 1:
+    if ROTATION == 1:
         pair = tl.load(p_pairs + plane)
         cos = tl.load(p_base_cos + pair, mask=pair < num_pairs, other=1.0)
         sin = tl.load(p_base_sin + pair, mask=pair < num_pairs, other=0.0)
@@ -66,7 +66,7 @@ def turned_query(
 
 
 @triton.jit
-def turned_queries(
+def rotated_queries(
     p_query,
     first,
     stop,
@@ -76,19 +76,19 @@ def turned_queries(
     p_base_sin,
     num_pairs,
     chunk: tl.constexpr,
-    TURN: tl.constexpr,
+    ROTATION: tl.constexpr,
     WIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     D2: tl.constexpr,
     CHUNK: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Return queries [2 CHUNK, BN] times `shrink`, turned back by the page's base (TURN 1), and those a quarter further."""
+    """Return queries [2 CHUNK, BN] times `shrink`, rotated back by the page's base (ROTATION 1); and the same a quarter on."""
     a = chunk * CHUNK + tl.arange(0, CHUNK // 8)[:, None, None, None] * 8 + tl.arange(0, 4)[None, None, None, :] * 2
     n = first + tl.arange(0, BN // 8)[None, :, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
     shrink = tl.reshape(shrink, (1, BN // 8, 8, 1))
-    a_x, a_y = turned_query(p_query, n, stop, shrink, p_pairs, p_base_cos, p_base_sin, num_pairs, a, TURN, WIDE, D2)
-    b_x, b_y = turned_query(p_query, n, stop, shrink, p_pairs, p_base_cos, p_base_sin, num_pairs, a + 1, TURN, WIDE, D2)
+    a_x, a_y = rotated_query(p_query, n, stop, shrink, p_pairs, p_base_cos, p_base_sin, num_pairs, a, ROTATION, WIDE, D2)
+    b_x, b_y = rotated_query(p_query, n, stop, shrink, p_pairs, p_base_cos, p_base_sin, num_pairs, a + 1, ROTATION, WIDE, D2)
     across = query_operand(a_x, a_y, b_x, b_y, CHUNK, BN, WIDTH)
     return across, query_operand(a_y, -a_x, b_y, -b_x, CHUNK, BN, WIDTH)
 
@@ -159,7 +159,7 @@ def key_operands(
     p_sin,
     num_pairs,
     chunk: tl.constexpr,
-    TURN: tl.constexpr,
+    ROTATION: tl.constexpr,
     WIDE: tl.constexpr,
     ASM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -180,22 +180,22 @@ def key_operands(
     b_words = a_words
     if not PAIRED:
         b_words = page_words(page, p_parts, b, word, STAGES, PARTS, BP, ASM)
-    if TURN == 1 and not WIDE:
+    if ROTATION == 1 and not WIDE:
         a_cosines, a_sines = step_words(p_factors, a, word, BP, ASM)
         b_cosines, b_sines = step_words(p_factors, b, word, BP, ASM)
     operands = ()
     for j in tl.static_range(4):
         a_x, a_y, b_x, b_y = decoded(p_rows, stride, p_entries, a, a_words, b_words, j, STAGES, PARTS, PAIRED, BP, WIDE, ASM)
-        if TURN == 0:
+        if ROTATION == 0:
             keys = key_operand(a_x, a_y, b_x, b_y, CHUNK, WIDTH) if WIDE else pair_operand(a_x, b_x, CHUNK, WIDTH)
             operands = operands + (keys, keys)
-        elif TURN == 1 and not WIDE:
+        elif ROTATION == 1 and not WIDE:
             a_cos, a_sin = (a_cosines >> (j // 2 * 32)).to(tl.uint32), (a_sines >> (j // 2 * 32)).to(tl.uint32)
             b_cos, b_sin = (b_cosines >> (j // 2 * 32)).to(tl.uint32), (b_sines >> (j // 2 * 32)).to(tl.uint32)
             across = times(a_x, b_x, a_cos, b_cos, j % 2, ASM, CHUNK, WIDTH)
             operands = operands + (across, times(a_x, b_x, a_sin, b_sin, j % 2, ASM, CHUNK, WIDTH))
         else:
-            if TURN == 1:
+            if ROTATION == 1:
                 a_cos, a_sin = step_factors(p_factors, a, word, j, BP)
                 b_cos, b_sin = step_factors(p_factors, b, word, j, BP)
             else:
@@ -231,7 +231,7 @@ def looked_up(
     """
     plane = chunk * CHUNK + tl.arange(0, CHUNK // 4)[:, None, None, None] * 4 + tl.arange(0, 4)[None, None, None, :]
     word = tl.arange(0, 2)[None, :, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
-    found = ()
+    scores = ()
     for j in tl.static_range(4):
         total = tl.zeros((CHUNK // 4, 2, 8, 4), tl.float32)
         for stage in tl.static_range(STAGES):
@@ -241,8 +241,8 @@ def looked_up(
             p_score = tl.max_contiguous(p_scores + row + code + plane * 0, [1, 1, 2, 4])
             total += tl.load(p_score, mask=row >= 0, other=0.0)
         sums = tl.reshape(tl.sum(tl.sum(total, 3), 0), (16,))
-        found = found + (tl.zeros((16, BN), tl.float32) + sums[:, None],)
-    return found
+        scores = scores + (tl.zeros((16, BN), tl.float32) + sums[:, None],)
+    return scores
 
 
 @triton.jit
@@ -282,11 +282,11 @@ def value_operands(
         words_b = page_words(page, p_parts, plane + 1, word, STAGES, PARTS, BP, ASM)
     a_x, a_y, b_x, b_y = (), (), (), ()
     for j in tl.static_range(4):
-        found = decoded(p_rows, stride, p_entries, plane, words, words_b, j, STAGES, PARTS, PAIRED, BP, WIDE, ASM)
+        pairs = decoded(p_rows, stride, p_entries, plane, words, words_b, j, STAGES, PARTS, PAIRED, BP, WIDE, ASM)
         if WIDE:
-            a_x, a_y, b_x, b_y = a_x + (found[0],), a_y + (found[1],), b_x + (found[2],), b_y + (found[3],)
+            a_x, a_y, b_x, b_y = a_x + (pairs[0],), a_y + (pairs[1],), b_x + (pairs[2],), b_y + (pairs[3],)
         else:
-            a, b = halves(found[0]), halves(found[2])
+            a, b = halves(pairs[0]), halves(pairs[2])
             a_x, a_y, b_x, b_y = a_x + (a[0],), a_y + (a[1],), b_x + (b[0],), b_y + (b[1],)
     return value_operand(a_x, b_x, WIDTH), value_operand(a_y, b_y, WIDTH)
 
@@ -349,7 +349,7 @@ def split_kernel(
     num_scores,
     zero,
     LOOKED_UP: tl.constexpr,
-    TURN: tl.constexpr,
+    ROTATION: tl.constexpr,
     HAS_CAP: tl.constexpr,
     WIDE: tl.constexpr,
     ASM: tl.constexpr,
@@ -367,11 +367,11 @@ def split_kernel(
 ):
     """Attend with `BN` queries of one head to the pages of one split (`split_grid`), `CHUNK` planes at a time.
 
-    p_query [B, Hkv, N, 2, D2] fp32; p_*_pages [B, P] int64 addresses; p_spans [B, 2] int64. TURN 0: keys are not turned, 1: by
-    page and step, 2: by token. LOOKED_UP: one query, whose products with the centroids are in p_scores [B, Hkv, num_scores].
-    WIDE: float32 tables and products instead of float16. ASM: see `scaled`. WIDTH: see `dot_width`.
-    p_out [B, Hkv, S, N, 2, BP] fp32, p_lse [B, Hkv, S, N] fp32 in base 2. `zero` is 0, which the compiler must not know: what
-    belongs to planes alone is loaded anew for every page, since registers to keep it are too few.
+    p_query [B, Hkv, N, 2, D2] fp32; p_*_pages [B, P] int64 addresses; p_spans [B, 2] int64. ROTATION 0: keys are not rotated,
+    1: by page and step, 2: by token. LOOKED_UP: one query, whose products with the centroids are in p_scores [B, Hkv,
+    num_scores]. WIDE: float32 tables and products instead of float16. ASM: see `scaled`. WIDTH: see `dot_width`. p_out [B,
+    Hkv, S, N, 2, BP] fp32, p_lse [B, Hkv, S, N] fp32 in base 2. `zero` is 0, which the compiler must not know: what belongs to
+    planes alone is loaded anew for every page, since registers to keep it are too few.
     """
     i_column, i_row = tl.program_id(0) % width, tl.program_id(0) // width
     i_split = i_row % rows * columns + i_column % columns
@@ -404,7 +404,7 @@ def split_kernel(
         s_1, s_2, s_3 = s_0, s_0, s_0
         for chunk in tl.static_range(BP // CHUNK):
             if LOOKED_UP:
-                found = looked_up(
+                products = looked_up(
                     key_page,
                     p_key_parts + anew,
                     p_score_rows + anew,
@@ -417,9 +417,9 @@ def split_kernel(
                     BN,
                     ASM,
                 )
-                s_0, s_1, s_2, s_3 = s_0 + found[0], s_1 + found[1], s_2 + found[2], s_3 + found[3]
+                s_0, s_1, s_2, s_3 = s_0 + products[0], s_1 + products[1], s_2 + products[2], s_3 + products[3]
             else:
-                across, along = turned_queries(
+                across, along = rotated_queries(
                     p_query + i_head * num_queries * (2 * D2) + anew,
                     i_n * BN,
                     tl.where(works, num_queries, 0),
@@ -429,7 +429,7 @@ def split_kernel(
                     p_base_sin + (i_b * angle_row + i_page) * num_pairs,
                     num_pairs,
                     chunk,
-                    TURN,
+                    ROTATION,
                     WIDE,
                     WIDTH,
                     D2,
@@ -448,7 +448,7 @@ def split_kernel(
                     p_sin + (i_b * angle_row + i_page * 64) * num_pairs,
                     num_pairs,
                     chunk,
-                    TURN,
+                    ROTATION,
                     WIDE,
                     ASM,
                     WIDTH,
@@ -462,7 +462,7 @@ def split_kernel(
                 s_1 = tl.dot(keys[2], across, s_1, input_precision="ieee")
                 s_2 = tl.dot(keys[4], across, s_2, input_precision="ieee")
                 s_3 = tl.dot(keys[6], across, s_3, input_precision="ieee")
-                if TURN != 0:
+                if ROTATION != 0:
                     s_0 = tl.dot(keys[1], along, s_0, input_precision="ieee")
                     s_1 = tl.dot(keys[3], along, s_1, input_precision="ieee")
                     s_2 = tl.dot(keys[5], along, s_2, input_precision="ieee")

@@ -120,9 +120,9 @@ class SplitGrid:
     num_programs: int
 
     @property
-    def numbers(self) -> tuple[int, ...]:
-        """What a program finds its place by, in the order in which `split_kernel` takes it."""
-        return self.width, self.columns, self.rows, self.split_pages, self.num_splits
+    def arguments(self) -> dict[str, int]:
+        """The arguments of `split_kernel` by which a program finds its pages."""
+        return {name: getattr(self, name) for name in ("width", "columns", "rows", "split_pages", "num_splits")}
 
 
 def split_grid(config: DecodeConfig, num_pages: int, num_heads: int, num_processors: int) -> SplitGrid:

@@ -5,8 +5,6 @@ from typing import Any
 import torch
 import triton
 
-from pqkv_kernels.errors import KernelError
-from pqkv_kernels.format.checks import check_angles
 from pqkv_kernels.format.layout import PAGE_TOKENS, TRIED_PROTOTYPES, CodeGroup
 from pqkv_kernels.format.packing import pack_known
 from pqkv_kernels.format.rotary import Angles
@@ -83,8 +81,21 @@ class _Encoder:
         angle_row = cos.stride(0) // pairs if pairs and cos.shape[0] > 1 else 0
         block = min(32, triton.next_power_of_2(dim))
         points_kernel[(tokens // PAGE_TOKENS, batch * heads, triton.cdiv(dim, block))](
-            *(x, channels.places, channels.factors, cos, sin, points, heads, tokens, pairs, angle_row, *x.stride()),
-            **{"TURN": self.tables.rotary is not None, "D": dim, "BD": block, **launch_options(4)},
+            p_x=x,
+            p_places=channels.places,
+            p_factors=channels.factors,
+            p_cos=cos,
+            p_sin=sin,
+            p_points=points,
+            heads=heads,
+            num_tokens=tokens,
+            num_pairs=pairs,
+            angle_row=angle_row,
+            **dict(zip(("stride_b", "stride_h", "stride_t", "stride_d"), x.stride(), strict=True)),
+            ROTATED=self.tables.rotary is not None,
+            D=dim,
+            BD=block,
+            **launch_options(4),
         )
         return points
 
@@ -96,9 +107,18 @@ class _Encoder:
         shrink = torch.exp2(-prototypes.float().abs().amax((1, 2, 3)).clamp(1e-30, 1e30).log2().ceil())
         squares = shrink[:, None] * prototypes.float().square().sum(-1)[:, 0]
         few_kernel[(tokens // PAGE_TOKENS, rows)](
-            *(points, prototypes, squares, shrink, few, heads, tokens),
-            **{"WIDE": prototypes.dtype == torch.float32, "K": group.num_centroids, "D": dim},
-            **{"BD": max(triton.next_power_of_2(dim), _LEAST_DOT), **launch_options(4, num_stages=FEW_STAGES)},
+            p_points=points,
+            p_prototypes=prototypes,
+            p_squares=squares,
+            p_shrink=shrink,
+            p_few=few,
+            heads=heads,
+            num_tokens=tokens,
+            WIDE=prototypes.dtype == torch.float32,
+            K=group.num_centroids,
+            D=dim,
+            BD=max(triton.next_power_of_2(dim), _LEAST_DOT),
+            **launch_options(4, num_stages=FEW_STAGES),
         )
         errors = self._errors(points, prototypes, few)
         chosen = few.gather(0, errors.argmin(0, keepdim=True))[0]
@@ -115,12 +135,16 @@ class _Encoder:
         total, channel = torch.zeros(few.shape, device=points.device), 0
         for i, group in enumerate(self.layout.stages[1]):
             errors = torch.empty(group.num_subspaces, *few.shape, device=points.device)
-            lines = self._lines[1, i]
             tiles, grid = self._grid(points, group)
             error_kernel[grid](
-                *(points, prototypes, few, self._codebooks[1][i], *lines, errors),
-                *(self.tables.num_heads, points.shape[2], tiles, len(few), channel),
-                **{"CHOSEN": prototypes.shape[2], **self._part(group), **launch_options(1)},
+                p_points=points,
+                p_prototypes=prototypes,
+                p_few=few,
+                p_errors=errors,
+                tried=len(few),
+                CHOSEN=prototypes.shape[2],
+                **self._part((1, i), group, tiles, channel, points),
+                **launch_options(1),
             )
             total += errors.sum(0)
             channel += group.num_channels
@@ -137,18 +161,23 @@ class _Encoder:
     ) -> None:
         """Pack the nearest centroids of one group, of what `chosen` prototypes or the stages before leave over."""
         stage, index = place
-        lines, shares = self._lines[place], self._joint.shares[stage][index]
+        shares = self._joint.shares[stage][index]
         absent = [0] * (_MOST_SHARES - len(shares))
+        offsets, widths = ([getattr(share, name) for share in shares] + absent for name in ("byte_offset", "nbits"))
         prototypes = points if chosen is None else self._codebooks[0][0]
         tiles, grid = self._grid(points, group)
         encode_kernel[grid](
-            *(points, prototypes, points if chosen is None else chosen, self._codebooks[stage][index], *lines, pages),
-            *(self.tables.num_heads, points.shape[2], tiles, channel, pages.stride(0), pages.shape[3]),
-            *(*(share.byte_offset for share in shares), *absent),
+            p_points=points,
+            p_prototypes=prototypes,
+            p_chosen=points if chosen is None else chosen,
+            p_pages=pages,
+            row_bytes=pages.stride(0),
+            page_bytes=pages.shape[3],
+            **{f"offset_{i}": offset for i, offset in enumerate(offsets)},
+            **{f"N{i}": nbits for i, nbits in enumerate(widths)},
             LAST=stage == len(self.layout.stages) - 1,
             CHOSEN=0 if chosen is None else self.layout.stages[0][0].num_centroids,
-            **{f"N{i}": nbits for i, nbits in enumerate([*(share.nbits for share in shares), *absent])},
-            **self._part(group),
+            **self._part(place, group, tiles, channel, points),
             **launch_options(1),
         )
 
@@ -157,33 +186,23 @@ class _Encoder:
         share = min(tiles, _MOST_TILES)
         return share, (triton.cdiv(tiles, share), group.num_subspaces, len(points))
 
-    def _part(self, group: CodeGroup) -> dict[str, Any]:
+    def _part(self, place: tuple[int, int], group: CodeGroup, tiles: int, channel: int, points: torch.Tensor) -> dict[str, Any]:
+        """Return the arguments of a kernel that reads the centroids of the group at `place`."""
+        stage, index = place
         size, dim = group.num_centroids, self.tables.layout.head_dim
         lines = max(size, LEAST_LINES.value)
-        return {"K": size, "LINES": lines, "CHUNK": min(lines, 64), "DSUB": group.subspace_dim, "D": dim, "WIDTH": dot_width()}
+        numbers = {"heads": self.tables.num_heads, "num_tokens": points.shape[2], "tiles": tiles, "first_channel": channel}
+        shape = {"K": size, "LINES": lines, "CHUNK": min(lines, 64), "DSUB": group.subspace_dim, "D": dim, "WIDTH": dot_width()}
+        return {"p_centroids": self._codebooks[stage][index], **self._lines[place], **numbers, **shape}
 
 
-def _lines(group: CodeGroup, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _lines(group: CodeGroup, table: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what `lines_kernel` makes of `table` [Hkv, M, K, d]: lines, and how points are scaled and moved."""
     count, size, dim = table.shape[0] * group.num_subspaces, group.num_centroids, group.subspace_dim
     lines = torch.empty(count, triton.cdiv(dim, 4), max(size, LEAST_LINES.value), 16, dtype=torch.float16, device=table.device)
     shrink, shift = torch.empty(count, device=table.device), torch.empty(count, dim, device=table.device)
-    shape = {"K": size, "DSUB": dim, "BD": triton.next_power_of_2(dim), "BK": 64}
-    lines_kernel[(count,)](table, lines, shrink, shift, **shape, **launch_options(4))
-    return lines, shrink, shift
-
-
-def check_encode(x: torch.Tensor, tables: CodecTables, angles: Angles | None) -> None:
-    """Check what `triton_encode` is given.
-
-    Raises
-    ------
-    KernelError
-        If shapes or devices do not fit, or angles are missing.
-    """
-    heads, dim = tables.num_heads, tables.layout.head_dim
-    if x.ndim != 4 or (x.shape[1], x.shape[3]) != (heads, dim) or x.shape[2] % PAGE_TOKENS:
-        raise KernelError(f"vectors have shape {list(x.shape)}; expected [B, {heads}, a multiple of {PAGE_TOKENS}, {dim}]")
-    if x.device != tables.codebooks[0][0].device:
-        raise KernelError(f"vectors lie on {x.device}, tables on {tables.codebooks[0][0].device}; expected one device")
-    check_angles(angles, tables, x.shape[0], x.shape[2])
+    made = {"p_lines": lines, "p_shrink": shrink, "p_shift": shift}
+    lines_kernel[(count,)](
+        p_centroids=table, **made, K=size, DSUB=dim, BD=triton.next_power_of_2(dim), BK=64, **launch_options(4)
+    )
+    return made

@@ -192,14 +192,14 @@ def points_kernel(
     stride_h,
     stride_t,
     stride_d,
-    TURN: tl.constexpr,
+    ROTATED: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
     """Store 64 tokens of `BD` code-space channels of one head; p_points [B * Hkv, D, T] fp32.
 
     `p_x` [B, Hkv, T, D] has any strides; a code-space channel is made of at most two of its channels
-    (`pqkv_kernels.format.tables`), turned back by p_cos and p_sin [B, T, pairs], whose rows are `angle_row` tokens apart.
+    (`pqkv_kernels.format.tables`), rotated back by p_cos and p_sin [B, T, pairs], whose rows are `angle_row` tokens apart.
     """
     i_head = tl.program_id(1).to(tl.int64)
     i_b = i_head // heads
@@ -213,17 +213,17 @@ def points_kernel(
     p_own = tl.multiple_of(tl.max_contiguous(p_row + own * stride_d, [1, BD]), [1, 1])
     point = tl.load(p_own, mask=m_d, other=0.0).to(tl.float32)
     factor = tl.load(p_factors + table + D + o_d, mask=m_d, other=0.0)
-    if TURN:
+    if ROTATED:
         partner = tl.load(p_places + table + D + o_d, mask=m_d, other=0)
         p_partner = tl.multiple_of(tl.max_contiguous(p_row + partner * stride_d, [1, BD]), [1, 1])
         other = tl.load(p_partner, mask=m_d, other=0.0).to(tl.float32)
         pair = tl.load(p_places + table + 2 * D + o_d, mask=m_d, other=0)
-        m_turn = m_d & (pair < num_pairs)
+        m_rotated = m_d & (pair < num_pairs)
         at = (i_b * angle_row + t) * num_pairs + pair
         p_cos = tl.multiple_of(tl.max_contiguous(p_cos + at, [1, BD]), [1, 1])
         p_sin = tl.multiple_of(tl.max_contiguous(p_sin + at, [1, BD]), [1, 1])
-        cos = tl.load(p_cos, mask=m_turn, other=1.0)
-        sin = tl.load(p_sin, mask=m_turn, other=0.0) * tl.load(p_factors + table + o_d, mask=m_d, other=0.0)
+        cos = tl.load(p_cos, mask=m_rotated, other=1.0)
+        sin = tl.load(p_sin, mask=m_rotated, other=0.0) * tl.load(p_factors + table + o_d, mask=m_d, other=0.0)
         point, other = point * cos + other * sin, other * cos - point * sin
         point = point * factor + other * tl.load(p_factors + table + 2 * D + o_d, mask=m_d, other=0.0)
     else:
@@ -443,12 +443,12 @@ def few_kernel(
     for i in tl.static_range(4):
         key = tl.min(k_0, 1)
         column = tl.min(tl.where(k_0 == key[:, None], columns, COLUMNS - 1), 1)
-        found = (key & (COUNT - 1)) * COLUMNS + column
+        prototype = (key & (COUNT - 1)) * COLUMNS + column
         # Where there are fewer prototypes, the first one is tried again: that changes nothing.
-        found = tl.where(key == FARTHEST, nearest, found)
+        prototype = tl.where(key == FARTHEST, nearest, prototype)
         if i == 0:
-            nearest = found
-        tl.store(row + i * tl.num_programs(1).to(tl.int64) * num_tokens, found)
+            nearest = prototype
+        tl.store(row + i * tl.num_programs(1).to(tl.int64) * num_tokens, prototype)
         out = columns == column[:, None]
         k_0, k_1, k_2, k_3 = tl.where(out, k_1, k_0), tl.where(out, k_2, k_1), tl.where(out, k_3, k_2), k_3
 

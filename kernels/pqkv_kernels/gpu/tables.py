@@ -77,8 +77,8 @@ def device_tables(tables: CodecTables, kind: TableKind) -> DeviceTables:
         if planes is None:
             raise KernelError("subspaces cut pairs of channels; expected whole pairs in each: use the torch backend")
         tables.derived[key] = _device_tables(planes, kind)
-    found: DeviceTables = tables.derived[key]
-    return found
+    made: DeviceTables = tables.derived[key]
+    return made
 
 
 def padded(rows: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def _device_tables(planes: Planes, kind: TableKind) -> DeviceTables:
     parts = [_part_bytes(stage, planes) for stage in planes.stages]
     part_bytes = padded(torch.stack(parts)).to(entries.device)
     pairs = None if planes.pairs is None else padded(planes.pairs).to(torch.int32)
-    code = sum(_parts_code(stage, found) << (10 * i) for i, (stage, found) in enumerate(zip(planes.stages, parts, strict=True)))
+    code = sum(_parts_code(stage, part) << (10 * i) for i, (stage, part) in enumerate(zip(planes.stages, parts, strict=True)))
     return DeviceTables(planes, part_bytes, code, paired, rows, entries, scale, pairs)
 
 
@@ -103,28 +103,28 @@ def _laid_out(planes: Planes, kind: TableKind, paired: bool) -> tuple[torch.Tens
     scale = _scales(planes)
     entries, rows, start = [], [], 0
     for stage in planes.stages:
-        found = stage.entries.view(torch.float32).view(-1, 2) / scale[_plane_of_entry(stage, planes)][:, None]
+        table = stage.entries.view(torch.float32).view(-1, 2) / scale[_plane_of_entry(stage, planes)][:, None]
         first = padded(stage.first_row[..., 0])
         if _is_whole(stage):
-            found, first = _side_by_side(found.view(heads, count, -1, 2))
+            table, first = _side_by_side(table.view(heads, count, -1, 2))
         elif paired:
-            found, first = _interleaved(found, stage, first)
+            table, first = _interleaved(table, stage, first)
         else:
-            found, first = _even_first(found, stage, heads)
-        entries.append(found)
+            table, first = _even_first(table, stage, heads)
+        entries.append(table)
         rows.append(first + start)
-        start += len(found)
-    table = _stored(torch.cat(entries), kind)
-    return torch.stack(rows).to(torch.int32).contiguous(), table, scale.view(heads, -1)
+        start += len(table)
+    stored = _stored(torch.cat(entries), kind)
+    return torch.stack(rows).to(torch.int32).contiguous(), stored, scale.view(heads, -1)
 
 
 def _side_by_side(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Lay planes of a code of the whole vector together: entries [Hkv, D / 2, K, 2] to [Hkv * K * BP, 2], and first rows."""
     heads, _, size, _ = entries.shape
-    found = padded(entries.permute(0, 2, 3, 1)).mT  # [Hkv, K, BP, 2]
-    width = found.shape[2]
-    steps = torch.arange(heads, device=found.device)[:, None] * (size * width)
-    return found.reshape(-1, 2), steps + torch.arange(width, device=found.device)
+    table = padded(entries.permute(0, 2, 3, 1)).mT  # [Hkv, K, BP, 2]
+    width = table.shape[2]
+    steps = torch.arange(heads, device=table.device)[:, None] * (size * width)
+    return table.reshape(-1, 2), steps + torch.arange(width, device=table.device)
 
 
 def _interleaved(entries: torch.Tensor, stage: PlaneStage, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,8 +171,8 @@ def _scales(planes: Planes) -> torch.Tensor:
     heads, device = planes.channels.shape[0], planes.channels.device
     largest = torch.zeros(heads * planes.num_planes, device=device)
     for stage in planes.stages:
-        found = stage.entries.view(torch.float32).view(-1, 2)
-        largest = largest.scatter_reduce(0, _plane_of_entry(stage, planes), found.abs().amax(-1), "amax")
+        entries = stage.entries.view(torch.float32).view(-1, 2)
+        largest = largest.scatter_reduce(0, _plane_of_entry(stage, planes), entries.abs().amax(-1), "amax")
     largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.exp2(torch.ceil(torch.log2(largest))).clamp(max=2.0**126)
 
@@ -194,22 +194,22 @@ def _sizes(stage: PlaneStage) -> torch.Tensor:
 
 
 def _part_bytes(stage: PlaneStage, planes: Planes) -> torch.Tensor:
-    found = torch.full((len(PART_WIDTHS), planes.num_planes), -1, dtype=torch.int32)
+    first_bytes = torch.full((len(PART_WIDTHS), planes.num_planes), -1, dtype=torch.int32)
     for part in stage.groups:
         group, start = part.group, part.byte_offset
         columns = part.first_plane + torch.arange(group.num_subspaces * part.planes_per_code)
         subspace = torch.arange(group.num_subspaces).repeat_interleave(part.planes_per_code)
         for width, low in code_parts(group.nbits):
             first = start + subspace * (8 * group.nbits) + 8 * low
-            found[PART_WIDTHS.index(width), columns] = first.to(torch.int32)
-    return found
+            first_bytes[PART_WIDTHS.index(width), columns] = first.to(torch.int32)
+    return first_bytes
 
 
 def _parts_code(stage: PlaneStage, part_bytes: torch.Tensor) -> int:
     """Return the ten bits of `DeviceTables.parts` for one stage."""
     present = part_bytes >= 0
-    found = sum((int(row.any()) + int(row.all())) << (2 * i) for i, row in enumerate(present))
-    return found | (256 if _is_whole(stage) else 0)
+    code = sum((int(row.any()) + int(row.all())) << (2 * i) for i, row in enumerate(present))
+    return code | (256 if _is_whole(stage) else 0)
 
 
 def step_factors(angles: PageAngles, tables: DeviceTables) -> torch.Tensor:
@@ -223,9 +223,9 @@ def step_factors(angles: PageAngles, tables: DeviceTables) -> torch.Tensor:
     if step is not angles.step[0] or factors is None:
         assert tables.pairs is not None  # angles are given only for keys coded before rotary embedding
         both = [torch.nn.functional.pad(t, (0, 1), value=v) for t, v in zip(angles.step, (1.0, 0.0), strict=True)]
-        found = torch.stack([t[:, tables.pairs.long()] for t in both])  # [2, 64, Hkv, BP]
-        found = found.unflatten(-1, (-1, 4, 2)).unflatten(1, (16, 4))  # [2, 16, 4, Hkv, BP / 8, 4, 2]
-        found = found.permute(3, 0, 4, 6, 1, 5, 2).contiguous()
-        factors = found if tables.entries.dtype == torch.float32 else found.half().view(torch.int64)
+        laid_out = torch.stack([t[:, tables.pairs.long()] for t in both])  # [2, 64, Hkv, BP]
+        laid_out = laid_out.unflatten(-1, (-1, 4, 2)).unflatten(1, (16, 4))  # [2, 16, 4, Hkv, BP / 8, 4, 2]
+        laid_out = laid_out.permute(3, 0, 4, 6, 1, 5, 2).contiguous()
+        factors = laid_out if tables.entries.dtype == torch.float32 else laid_out.half().view(torch.int64)
         kept[key] = (angles.step[0], factors)
     return factors

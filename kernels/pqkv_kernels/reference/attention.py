@@ -1,17 +1,17 @@
 """Attention in parts that merge exactly: over codes, over exact tokens. Plain fp32 torch; defines the meaning."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.layout import PAGE_TOKENS
-from pqkv_kernels.format.rotary import Angles, PageAngles, page_range, token_angles
+from pqkv_kernels.format.rotary import Angles, page_range, token_angles
 from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.format.tokens import CodedTokens, ExactTokens, Part
 from pqkv_kernels.reference.encode import decode, decode_codes, from_code_space
 
-Part = tuple[torch.Tensor, torch.Tensor]
 _LOWEST, _TINY = -1e30, 1e-30  # stand in for minus infinity and zero where differences and quotients are taken
 _BLOCK_PAGES = 32  # tokens decoded at a time: bounds the temporary to one block of keys and values
 
@@ -30,32 +30,17 @@ def code_queries(query: torch.Tensor, tables: CodecTables) -> torch.Tensor:
     return grouped @ tables.inverse[:, None]
 
 
-def code_attention(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    key_tables: CodecTables,
-    value_tables: CodecTables,
-    spans: torch.Tensor,
-    scaling: float,
-    angles: Angles | PageAngles | None = None,
-    softcap: float | None = None,
-) -> Part:
+def code_attention(query: torch.Tensor, tokens: CodedTokens, scaling: float, softcap: float | None = None) -> Part:
     """Attend to coded tokens; all of them precede all queries.
 
     Parameters
     ----------
     query
         As `code_queries` returns them, [B, Hkv, G, Tq, D] fp32.
-    key_pages, value_pages
-        [B, P, Hkv, page_bytes] uint8.
-    spans
-        First coded token of each row that counts and the one behind the last that does, [B, 2] int64. A row may have none;
-        both may lie outside ``0 .. 64 * P``.
+    tokens
+        The pages, their codecs, spans and angles.
     scaling
         Factor on the logits.
-    angles
-        Where ``key_tables.rotary`` is set: ``(cos, sin)`` [B, 64 * P, rotary_dim / 2] fp32, or those of whole pages.
     softcap
         Logits are squashed to ``softcap * tanh(logit / softcap)`` where given.
 
@@ -69,20 +54,34 @@ def code_attention(
     KernelError
         If keys and values have different numbers of pages or batch rows.
     """
-    if key_pages.shape[:3] != value_pages.shape[:3]:
-        raise KernelError(
-            f"key pages {list(key_pages.shape)} and value pages {list(value_pages.shape)} differ; expected equal B, P, Hkv"
-        )
-    parts = []
-    for start in range(0, key_pages.shape[1], _BLOCK_PAGES):
-        block = slice(start, start + _BLOCK_PAGES)
-        block_angles = token_angles(page_range(angles, start, start + _BLOCK_PAGES))
-        keys = _scored_keys(key_pages[:, block], key_tables, block_angles)
-        index = start * PAGE_TOKENS + torch.arange(keys.shape[2], device=keys.device)
-        valid = ((index >= spans[:, :1]) & (index < spans[:, 1:]))[:, None, None, None]
-        values = decode_codes(value_pages[:, block], value_tables)
-        parts.append(_attend(query, keys, values, valid, scaling, softcap))
+    parts, first = [], 0
+    for key_pages, value_pages in zip(tokens.key_pages, tokens.value_pages, strict=True):
+        if key_pages.shape[:3] != value_pages.shape[:3]:
+            raise KernelError(
+                f"key pages {list(key_pages.shape)} and value pages {list(value_pages.shape)} differ; expected equal B, P, Hkv"
+            )
+        for start in range(0, key_pages.shape[1], _BLOCK_PAGES):
+            block = slice(start, start + _BLOCK_PAGES)
+            parts.append(_page_part(query, key_pages[:, block], value_pages[:, block], first + start, tokens, scaling, softcap))
+        first += key_pages.shape[1]
     return merge(parts) if parts else _nothing(query)
+
+
+def _page_part(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    first: int,
+    tokens: CodedTokens,
+    scaling: float,
+    softcap: float | None,
+) -> Part:
+    """Attend to pages of `tokens` that begin with the page `first`."""
+    angles = token_angles(page_range(tokens.angles, first, first + key_pages.shape[1]))
+    keys = _scored_keys(key_pages, tokens.keys, angles)
+    slots = first * PAGE_TOKENS + torch.arange(keys.shape[2], device=keys.device)
+    valid = ((slots >= tokens.spans[:, :1]) & (slots < tokens.spans[:, 1:]))[:, None, None, None]
+    return _attend(query, keys, decode_codes(value_pages, tokens.values), valid, scaling, softcap)
 
 
 def leave_code_space(output: torch.Tensor, value_tables: CodecTables) -> torch.Tensor:
@@ -168,39 +167,6 @@ def _nothing(query: torch.Tensor) -> Part:
 
 
 _QUERY_BLOCK = 256  # queries scored at a time, so that logits stay small in a long chunk
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ExactTokens:
-    """Keys and values in model space of the tokens that rows read exact.
-
-    Attributes
-    ----------
-    sinks
-        Keys and values of each row's first real tokens, [B, Hkv, S, D] each; they count where their slot
-        is below the row's stop.
-    recent
-        Keys and values of the slots from `first_slot` on, [B, Hkv, T, D] each; they count from the row's stop on. The last ones
-        are the queries' own.
-    starts, stops
-        First real slot of each row and the slot behind the last that it reads as code, [B] int64.
-    newest
-        Which of `recent` is the token of the only query, [1] int64, where those behind it are not there yet.
-    """
-
-    sinks: tuple[torch.Tensor, torch.Tensor]
-    recent: tuple[torch.Tensor, torch.Tensor]
-    starts: torch.Tensor
-    stops: torch.Tensor
-    first_slot: int
-    newest: torch.Tensor | None = None
-
-    def query_slots(self, num_queries: int) -> torch.Tensor:
-        """Return the slots of the queries, [Tq] int64."""
-        if self.newest is not None:
-            return self.first_slot + self.newest
-        end = self.first_slot + self.recent[0].shape[2]
-        return torch.arange(end - num_queries, end, device=self.starts.device)
 
 
 def add_exact(coded: Part, query: torch.Tensor, exact: ExactTokens, scaling: float, softcap: float | None = None) -> Part:

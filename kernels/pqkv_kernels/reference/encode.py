@@ -81,9 +81,9 @@ def from_code_space(
         x = _take_channels(x, tables.inverse_permutation())
     if tables.map is not None:
         x = x / tables.map[:, None] if tables.inverse is None else _mapped(x, tables.inverse, tables.rotary)
-    turn = _turn(tables, angles, x) if rotated else None
-    if turn is not None and tables.rotary is not None:
-        x = rotate(x, turn[0][:, None], turn[1][:, None], tables.rotary)
+    needed = _needed_angles(tables, angles, x) if rotated else None
+    if needed is not None and tables.rotary is not None:
+        x = rotate(x, needed[0][:, None], needed[1][:, None], tables.rotary)
     return x
 
 
@@ -112,8 +112,8 @@ def _take_channels(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(-1, index.long()[None, :, None].expand(x.shape))
 
 
-def _turn(tables: CodecTables, angles: Angles | None, x: torch.Tensor) -> Angles | None:
-    """Return the angles by which `x` [B, Hkv, T, D] are turned, None where the codec does not ask."""
+def _needed_angles(tables: CodecTables, angles: Angles | None, x: torch.Tensor) -> Angles | None:
+    """Return the angles by which `x` [B, Hkv, T, D] are rotated, None where the codec does not ask."""
     check_angles(angles, tables, x.shape[0], x.shape[2])
     return angles if tables.rotary is not None else None
 
@@ -184,7 +184,7 @@ class Encoder:
         heads, dim = tables.num_heads, tables.layout.head_dim
         if x.ndim != 4 or (x.shape[1], x.shape[3]) != (heads, dim):
             raise KernelError(f"vectors have shape {list(x.shape)}; expected [B, {heads}, T, {dim}]")
-        return self.code_space(x, tables, _turn(tables, angles, x) if rotated else None)
+        return self.code_space(x, tables, _needed_angles(tables, angles, x) if rotated else None)
 
     def quantize(self, x: torch.Tensor, layout: CodeLayout, codebooks: Codebooks) -> list[torch.Tensor]:
         """Return the codes [B, Hkv, M, T] int64 of every group in storage order for code-space `x` [B, Hkv, T, D].

@@ -46,15 +46,15 @@ class JointLayout:
 
     def split(self, codes: list[torch.Tensor], stored: CodeLayout) -> list[torch.Tensor]:
         """Return the codes [B, Hkv, M, T] of the groups of `stored` in storage order, from those of `layout`."""
-        found: dict[tuple[int, int], list[torch.Tensor]] = {}
+        slices: dict[tuple[int, int], list[torch.Tensor]] = {}
         shares = [group for stage in self.shares for group in stage]
         for joint, group in zip(codes, shares, strict=True):
             low = 0
             for share in group:
                 part = (joint >> low) & ((1 << share.nbits) - 1) if len(group) > 1 else joint
-                found.setdefault((share.stage, share.group), []).append(part)
+                slices.setdefault((share.stage, share.group), []).append(part)
                 low += share.nbits
-        parts = [found[stage, index] for stage, index, *_ in stored.spans()]
+        parts = [slices[stage, index] for stage, index, *_ in stored.spans()]
         return [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts]
 
 

@@ -1,6 +1,6 @@
 """Scores without decoding: the products of a query with every centroid, looked up by code and added over a key's codes.
 
-Only for keys coded as the cache is given them: where every token is turned by its own angle, no table serves two tokens. Good
+Only for keys coded as the cache is given them: where every token is rotated by its own angle, no table serves two tokens. Good
 for one query per key/value head; several are served better by decoding once (a table each would be looked up for each).
 """
 
@@ -16,7 +16,7 @@ def score_tables(query: torch.Tensor, planes: Planes) -> torch.Tensor:
 
     The S entries of a head are those of its codes one after the other, see `score_rows`.
     """
-    heads, found = planes.channels.shape[0], []
+    heads, products = planes.channels.shape[0], []
     for stage in planes.stages:
         table = stage.entries.view(torch.float32).view(heads, -1, 2)
         first = 0
@@ -24,22 +24,22 @@ def score_tables(query: torch.Tensor, planes: Planes) -> torch.Tensor:
             codes, width, size = part.group.num_subspaces, part.planes_per_code, part.group.num_centroids
             entries = table[:, first : first + codes * width * size].unflatten(1, (codes, width, size))
             rows = query[..., part.first_plane : part.first_plane + codes * width, :].unflatten(3, (codes, width))
-            found.append(torch.einsum("bhnmwc,hmwkc->bhnmk", rows, entries).flatten(3))
+            products.append(torch.einsum("bhnmwc,hmwkc->bhnmk", rows, entries).flatten(3))
             first += codes * width * size
-    return torch.cat(found, dim=-1)
+    return torch.cat(products, dim=-1)
 
 
 def score_rows(planes: Planes) -> torch.Tensor:
     """Return where the entries of every plane's code start, [stages, D / 2] int32; -1 but for a code's first plane."""
-    found = torch.full((len(planes.stages), planes.num_planes), -1, dtype=torch.int32)
+    first_rows = torch.full((len(planes.stages), planes.num_planes), -1, dtype=torch.int32)
     start = 0
     for i, stage in enumerate(planes.stages):
         for part in stage.groups:
             group, last = part.group, part.first_plane + part.group.num_subspaces * part.planes_per_code
             rows = start + torch.arange(group.num_subspaces, dtype=torch.int32) * group.num_centroids
-            found[i, part.first_plane : last : part.planes_per_code] = rows
+            first_rows[i, part.first_plane : last : part.planes_per_code] = rows
             start += group.num_subspaces * group.num_centroids
-    return found.to(planes.channels.device)
+    return first_rows.to(planes.channels.device)
 
 
 def table_scores(pages: torch.Tensor, planes: Planes, tables: torch.Tensor) -> torch.Tensor:
