@@ -99,13 +99,14 @@ def _planned(
         wanted.bits,
         style,
         settings,
+        spaces=spaces,
         num_vectors=num_trial_vectors(CalibrationStore(run.calibration).positions()),
         trials=run.trials,
         record=run.codebooks / ALLOCATION_FILE,
     )
     model, _ = opened()
 
-    return lambda: allocation.plan(model, _store(run, shape, spaces, opened), spaces, exact, reporter)
+    return lambda: allocation.plan(model, _store(run, shape, spaces, opened), exact, reporter)
 
 
 def _store(run: Run, shape: ModelGeometry, spaces: KeySpaces, opened: OpenModel) -> CalibrationStore:
