@@ -123,7 +123,8 @@ def fit_settings(recipe: Recipe) -> FitSettings:
 
 def code_style(recipe: Recipe) -> CodeStyle:
     """Return what the recipe's codes are made of."""
-    return CodeStyle(recipe.codebooks.profile, recipe.codebooks.prototype_bits)
+    wanted = recipe.codebooks
+    return CodeStyle(wanted.profile, wanted.prototype_bits, wanted.key_map, wanted.value_map)
 
 
 def cache_spec(recipe: Recipe) -> CacheSpec:
