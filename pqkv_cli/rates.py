@@ -41,10 +41,22 @@ Profile = Literal["quality", "speed"]
 
 @dataclass(frozen=True, slots=True)
 class CodeStyle:
-    """What codes of a rate are made of: `profile`, and bits of the code of the whole vector (None: what the profile has)."""
+    """What codes of a rate are made of.
+
+    Attributes
+    ----------
+    profile
+        Which tables.
+    prototype_bits
+        Bits of the code of the whole vector; None: what the profile has.
+    key_map, value_map
+        Names of what is applied to keys and values before (`specs.CODEC_MAPS`); None: what is usual for them.
+    """
 
     profile: Profile = "quality"
     prototype_bits: int | None = None
+    key_map: str | None = None
+    value_map: str | None = None
 
     @property
     def whole_vector_bits(self) -> int:

@@ -7,6 +7,7 @@ gives it (`Setting`). Stages, options, the schema for editors and the page of re
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -28,6 +29,7 @@ from pqkv_cli.rates import CodeStyle, Profile, rate_names
 from pqkv_cli.recipe_faults import describe_faults
 from pqkv_cli.recipe_sources import Sources
 from pqkv_cli.setting import Setting, Stage
+from pqkv_cli.specs import KeyMap, ValueMap, map_words
 
 TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated", "longbench"]
 ModeName = Literal["all", "cache"]
@@ -144,6 +146,8 @@ class CodebookRecipe(_Section):
         BeforeValidator(_not_removed),
         Setting("Code keys before rotary embedding (pre_rope) or after it (post_rope).", _FIT, "--key-space"),
     ] = "pre_rope"
+    key_map: Annotated[KeyMap | None, Setting(map_words("keys"), _FIT, came_later=True)] = None
+    value_map: Annotated[ValueMap | None, Setting(map_words("values"), _FIT, came_later=True)] = None
     iterations: Annotated[int, Field(ge=1), Setting("Most rounds of k-means.", _FIT, "--iterations")] = 10
     refine: Annotated[
         bool,
@@ -308,6 +312,14 @@ def settings(model: type[BaseModel] = Recipe) -> dict[str, Setting]:
     return found
 
 
+def came_later(recipe: Recipe) -> set[str]:
+    """Return the names of the settings that came later and have their default: what is hashed of `recipe` lacks them."""
+    kind = type(recipe)
+    fields = setting_fields(kind)
+    later = {name for name, setting in settings(kind).items() if setting.came_later}
+    return {name for name in later if reduce(getattr, name.split("."), recipe) == fields[name].default}
+
+
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
         inner = field.annotation
@@ -364,5 +376,7 @@ def recipe_hash(recipe: Recipe) -> str:
     identified by their content elsewhere, so moving a file changes nothing.
     """
     data = recipe.model_dump(mode="json", include={"dtype", "seed", "calibration", "codebooks", "cache"})
-    del data["calibration"]["data"]
+    for name in ("calibration.data", *came_later(recipe)):
+        section, _, key = name.rpartition(".")
+        (data.get(section, {}) if section else data).pop(key, None)
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -26,6 +26,9 @@ class Setting:
         Words that a shell may complete the value with.
     by_content
         Whether the setting says where something lies: its stage depends on what lies there, and not on the setting itself.
+    came_later
+        Whether there are runs and artifacts from before the setting: it counts for them only where it has another value than
+        its default.
     """
 
     help: str
@@ -35,6 +38,7 @@ class Setting:
     metavar: str | None = None
     offers: tuple[str, ...] = ()
     by_content: bool = False
+    came_later: bool = False
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -4,15 +4,66 @@ Only independent fields are stored; everything else is derived.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
 
 KeySpace = Literal["pre_rope", "post_rope"]
+# The numbers of a map: none, one per channel, a 2 x 2 matrix per two channels, or a matrix. An artifact says no more of it.
 MapKind = Literal["identity", "scale", "blocks", "matrix"]
 Side = Literal["keys", "values"]
 SIDES: tuple[Side, Side] = ("keys", "values")
+
+
+@dataclass(frozen=True, slots=True)
+class CodecMap:
+    """A way to make the map of a codec from calibration statistics.
+
+    Attributes
+    ----------
+    kind
+        What numbers it has.
+    maker
+        ``module:function``, imported where codebooks are fitted: the function takes `quantizers.maps.MapStatistics` and
+        returns the map.
+    help
+        A few words for those who choose.
+    is_remade
+        Whether a map of kind ``matrix`` is made again once prototypes are fitted, from what they leave over.
+    """
+
+    kind: MapKind
+    maker: str
+    help: str
+    is_remade: bool = False
+
+
+# What a recipe may name. Each kind has a map of its own name, which layers get where the recipe names none.
+CODEC_MAPS: dict[str, CodecMap] = {
+    "identity": CodecMap("identity", "pqkv_cli.quantizers.maps:identity", "as they are"),
+    "scale": CodecMap("scale", "pqkv_cli.quantizers.maps:scale", "each channel by what its errors cost"),
+    "blocks": CodecMap("blocks", "pqkv_cli.quantizers.maps:blocks", "the metric of errors within rotary pairs"),
+    "matrix": CodecMap("matrix", "pqkv_cli.quantizers.maps:matrix", "the metric of errors over all channels", is_remade=True),
+}
+# By side; blocks are of rotary pairs, which values do not have.
+_SIDE_MAPS: dict[Side, dict[str, CodecMap]] = {
+    "keys": CODEC_MAPS,
+    "values": {name: row for name, row in CODEC_MAPS.items() if row.kind != "blocks"},
+}
+# As types, which a recipe checks; type checkers cannot see the names in a table.
+if TYPE_CHECKING:
+    KeyMap = str
+    ValueMap = str
+else:
+    KeyMap, ValueMap = (Literal[tuple(_SIDE_MAPS[side])] for side in SIDES)
+
+
+def map_words(side: Side) -> str:
+    """Return in one sentence which maps the keys or values of a layer can have."""
+    names = ", ".join(f"{name} ({row.help})" for name, row in _SIDE_MAPS[side].items())
+    usual = "blocks, or matrix after rotary embedding" if side == "keys" else "matrix"
+    return f"Map of {side} before they are coded: {names}; unless given {usual}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +132,21 @@ class ModelGeometry:
 
 @dataclass(frozen=True, slots=True)
 class CodecSpec:
-    """One code format. `key_space` is None for values; `map` names the transform before coding."""
+    """One code format. `key_space` is None for values; `map` names the transform before coding, one of `CODEC_MAPS`."""
 
     layout: CodeLayout
-    map: MapKind
+    map: str
     key_space: KeySpace | None = None
+
+
+def fitting_maps(layer: LayerGeometry, key_space: KeySpace | None) -> tuple[str, ...]:
+    """Return the names of the maps that keys of `layer` can have in `key_space`, or its values (None); the usual one first."""
+    kinds: tuple[MapKind, ...] = ("scale", "identity")
+    if key_space != "pre_rope":
+        kinds = ("matrix", *kinds)
+    elif layer.head_dim % 2 == 0:  # blocks cover all channels in twos: no channel may be left over outside the rotary pairs
+        kinds = ("blocks", *kinds)
+    return tuple(name for kind in kinds for name, row in CODEC_MAPS.items() if row.kind == kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +178,8 @@ class CompressionPlan:
         """Return the codec of one layer's keys or values, None where the layer stays dense."""
         plan = self.layers[layer]
         return None if plan.dense_reason else self.codecs[getattr(plan, side)]
+
+    def as_stored(self) -> "CompressionPlan":
+        """Return the plan as an artifact has it: it holds the numbers of maps and their kinds, not how they were made."""
+        kinds = {name: replace(codec, map=CODEC_MAPS[codec.map].kind) for name, codec in self.codecs.items()}
+        return replace(self, codecs=kinds)

@@ -1,5 +1,6 @@
 """A setting is declared once: stages, schema, page, options and errors take what they need from its line."""
 
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import pytest
@@ -9,10 +10,11 @@ from typer.testing import CliRunner
 
 from pqkv_cli.cli.main import VERBS
 from pqkv_cli.cli.recipe_options import Changes, recipe_options, with_recipe_options
-from pqkv_cli.errors import RecipeError
+from pqkv_cli.errors import RecipeError, RunError
 from pqkv_cli.pipeline.recipe_schema import recipe_schema, setting_schemas
-from pqkv_cli.pipeline.state import STAGES, stage_settings
-from pqkv_cli.recipe import CodebookRecipe, Recipe, override, settings
+from pqkv_cli.pipeline.rundir import Run
+from pqkv_cli.pipeline.state import STAGES, begin, finish, require_done, stage_inputs, stage_settings
+from pqkv_cli.recipe import CodebookRecipe, Recipe, override, recipe_hash, settings
 from pqkv_cli.setting import Setting, Stage
 from tools.generate_docs import recipe_page
 
@@ -56,6 +58,40 @@ def test_one_line_makes_an_option() -> None:
     assert given[0]["codebooks.patience"] == 5
     assert "Rounds without progress." in CliRunner().invoke(app, ["--help"]).stdout
     assert "codebooks.patience" not in recipe_options("export", LargerRecipe)
+
+
+class LaterCodebooks(CodebookRecipe):
+    patience: Annotated[int, Field(ge=1), Setting("Rounds without progress.", "fit-codebooks", came_later=True)] = 3
+
+
+class LaterRecipe(Recipe):
+    """The recipe with one line more, of which runs and artifacts from before say nothing."""
+
+    codebooks: LaterCodebooks = LaterCodebooks()
+
+
+class Silent:
+    def note(self, text: str) -> None:
+        pass
+
+    def progress(self, label: str) -> Any:
+        raise AssertionError("nothing here takes long")
+
+
+def test_what_was_made_before_a_setting_stays_current(tmp_path: Path) -> None:
+    before, usual = Recipe(name="a", model="b"), LaterRecipe(name="a", model="b")
+    other = override(usual, {"codebooks.patience": 4})
+    assert recipe_hash(usual) == recipe_hash(before) != recipe_hash(other)
+    assert stage_settings(usual, "fit-codebooks") == stage_settings(before, "fit-codebooks")
+    assert stage_settings(other, "fit-codebooks")["codebooks.patience"] == 4
+    run = Run(tmp_path)
+    for recipe, another, words in ((before, other, "from None to 4"), (other, usual, "from 4 to None")):
+        for stage in ("calibrate", "fit-codebooks"):
+            begin(run, stage, stage_inputs(run, recipe, stage, {}), None, Silent())
+            finish(run, stage, {})
+        assert require_done(run, recipe, "fit-codebooks").done
+        with pytest.raises(RunError, match=f"codebooks.patience changed {words}"):
+            require_done(run, another, "fit-codebooks")
 
 
 def test_a_field_without_a_setting_is_refused() -> None:

@@ -21,7 +21,7 @@ from pqkv_cli.artifact.schema import MAX_CODECS
 from pqkv_cli.calibration.store import CalibrationStore
 from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.files import write_text
-from pqkv_cli.fitting.gradient_costs import Place, gradient_costs
+from pqkv_cli.fitting.gradient_costs import LayerSide, gradient_costs
 from pqkv_cli.fitting.layer_file import make_directory
 from pqkv_cli.fitting.plan import KeySpaces, check_codable, codec_name, rated_plan, rated_specs
 from pqkv_cli.fitting.run import layer_request
@@ -30,7 +30,7 @@ from pqkv_cli.fitting.side_by_side import side_by_side
 from pqkv_cli.fitting.trial import Trial, load_trial, save_trial, try_layer
 from pqkv_cli.rates import TABLE_NUMBER_BYTES, CodeStyle
 from pqkv_cli.reporter import Reporter
-from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry
+from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry, Side
 from pqkv_kernels.format.layout import PAGE_TOKENS
 
 # The gap to the optimum at which the solver stops: far below what losses are known to.
@@ -160,6 +160,8 @@ class Allocation:
         What codes are made of.
     settings
         How the codebooks will be fitted; trials take a share of its rounds.
+    spaces
+        Where keys of rotary layers are coded.
     num_vectors
         How many vectors a trial is fitted to (`num_trial_vectors`).
     trials
@@ -180,6 +182,7 @@ class Allocation:
         style: CodeStyle,
         settings: FitSettings,
         *,
+        spaces: KeySpaces,
         num_vectors: int,
         trials: Path,
         record: Path,
@@ -187,15 +190,11 @@ class Allocation:
         check_codable(geometry)
         self._geometry, self._settings = geometry, settings
         self._directory, self._record = trials, record
-        self._bits, self._style = bits, style
-        self._num_vectors = num_vectors
-        self._spaces: KeySpaces = {}
-        self._menus = _menus(geometry, bits, style, self._num_vectors, self._spaces)
+        self._bits, self._style, self._spaces = bits, style, spaces
+        self._menus = _menus(geometry, bits, style, num_vectors, spaces)
 
-    def plan(
-        self, model: Any, store: CalibrationStore, spaces: KeySpaces, cache: CacheSpec, reporter: Reporter
-    ) -> CompressionPlan:
-        """Return the plan, and write down how it came about; `store` has the keys in the `spaces` in which they are coded.
+    def plan(self, model: Any, store: CalibrationStore, cache: CacheSpec, reporter: Reporter) -> CompressionPlan:
+        """Return the plan, and write down how it came about; `store` has the keys in the spaces in which they are coded.
 
         Raises
         ------
@@ -204,37 +203,33 @@ class Allocation:
         RunError
             If files cannot be written.
         """
-        self._spaces = spaces
-        self._menus = _menus(self._geometry, self._bits, self._style, self._num_vectors, spaces)
         trials = self._trials(store, reporter)
         losses = _losses(model, store, trials, reporter)
         bases = {(index, side): trials[index].error(side, trials[index].tables[side][0]) for index, side in self._menus}
         slopes = _slopes(bases, losses)
-        candidates = [self._candidates(place, trials, slopes[place]) for place in self._menus]
-        channels = sum(self._heads(place) * self._geometry.layers[place[0]].head_dim for place in self._menus)
+        candidates = [self._candidates(index, side, trials[index], slopes[index, side]) for index, side in self._menus]
+        layers = [self._geometry.layers[index] for index, _ in self._menus]
+        channels = sum(layer.num_kv_heads * layer.head_dim for layer in layers)
         budget = self._bits * channels * PAGE_TOKENS / 8
         least = sum(candidate.loss for candidate in allocate(candidates, budget))
         chosen = dict(zip(self._menus, allocate(candidates, budget, byte_price=byte_price_at(least, channels)), strict=True))
-        _write(self._record, self._bits, {place: (losses[place], chosen[place]) for place in self._menus})
-        return rated_plan(self._geometry, lambda *place: chosen[place].bits, cache, self._style, spaces)
+        _write(self._record, self._bits, losses, chosen)
+        return rated_plan(self._geometry, lambda index, side: chosen[index, side].bits, cache, self._style, self._spaces)
 
-    def _heads(self, place: Place) -> int:
-        return self._geometry.layers[place[0]].num_kv_heads
-
-    def _candidates(self, place: Place, trials: Mapping[int, Trial], slope: float) -> list[Candidate]:
+    def _candidates(self, index: int, side: Side, trial: Trial, slope: float) -> list[Candidate]:
         return [
             Candidate(
-                codec_name(self._geometry, *place, rate, self._spaces.get(place[0], "pre_rope")),
+                codec_name(self._geometry, index, side, rate, self._spaces.get(index, "pre_rope")),
                 rate,
-                self._heads(place) * spec.layout.page_bytes,
-                self._heads(place) * spec.layout.table_numbers * TABLE_NUMBER_BYTES,
-                slope * trials[place[0]].error(place[1], spec),
+                self._geometry.layers[index].num_kv_heads * spec.layout.page_bytes,
+                self._geometry.layers[index].num_kv_heads * spec.layout.table_numbers * TABLE_NUMBER_BYTES,
+                slope * trial.error(side, spec),
             )
-            for rate, spec in self._menus[place].items()
+            for rate, spec in self._menus[index, side].items()
         ]
 
     def _trials(self, store: CalibrationStore, reporter: Reporter) -> dict[int, Trial]:
-        """Return the trials of all coded layers; what earlier trials tell is not tried again."""
+        """Return the trials of all coded layers; what earlier trials hold is not tried again."""
         coded = sorted({index for index, _ in self._menus})
         make_directory(self._directory)
         with reporter.progress("try rates") as advance:
@@ -254,7 +249,7 @@ class Allocation:
 
 def _menus(
     geometry: ModelGeometry, bits: float, style: CodeStyle, num_vectors: int, spaces: KeySpaces
-) -> dict[Place, Mapping[float, CodecSpec]]:
+) -> dict[LayerSide, Mapping[float, CodecSpec]]:
     """Return the formats of every side that is coded, by rate around `bits`; no tables with more entries than vectors.
 
     Raises
@@ -262,7 +257,7 @@ def _menus(
     UsageError
         If `bits` is out of their range.
     """
-    menus: dict[Place, Mapping[float, CodecSpec]] = {
+    menus: dict[LayerSide, Mapping[float, CodecSpec]] = {
         (index, side): _few_entries(rated_specs(layer, side, style, spaces.get(index, "pre_rope")), num_vectors)
         for index, layer in enumerate(geometry.layers)
         if not layer.dense_reason
@@ -281,8 +276,8 @@ def _menus(
             "calibration vectors allow; choose another budget, or calibrate on more text"
         )
     return {
-        place: {rate: spec for rate, spec in menu.items() if bits / LEAST_SHARE <= rate <= bits + MOST_MORE}
-        for place, menu in menus.items()
+        layer_side: {rate: spec for rate, spec in menu.items() if bits / LEAST_SHARE <= rate <= bits + MOST_MORE}
+        for layer_side, menu in menus.items()
     }
 
 
@@ -295,18 +290,18 @@ def byte_price_at(loss: float, channels: int) -> float:
     return log(4) * 8 * loss / channels / TABLE_TOKENS
 
 
-def _losses(model: Any, store: CalibrationStore, trials: Mapping[int, Trial], reporter: Reporter) -> dict[Place, float]:
+def _losses(model: Any, store: CalibrationStore, trials: Mapping[int, Trial], reporter: Reporter) -> dict[LayerSide, float]:
     """Return the KL divergence in bits per token that one side alone would cause at its base rate, for each."""
     tables = {(index, side): trial.tables[side][1] for index, trial in trials.items() for side in SIDES}
     with reporter.progress("measure costs") as advance:
         return gradient_costs(model, store.held_out()[:MOST_WINDOWS], tables, advance)
 
 
-def _slopes(errors: Mapping[Place, float], losses: Mapping[Place, float]) -> dict[Place, float]:
+def _slopes(errors: Mapping[LayerSide, float], losses: Mapping[LayerSide, float]) -> dict[LayerSide, float]:
     """Return what a relative error of one would cost each side; the usual price where a side was coded without any error."""
-    known = {place: losses[place] / error for place, error in errors.items() if error > 0}
+    known = {layer_side: losses[layer_side] / error for layer_side, error in errors.items() if error > 0}
     usual = median(known.values()) if known else 1.0
-    return {place: known.get(place, usual) for place in errors}
+    return {layer_side: known.get(layer_side, usual) for layer_side in errors}
 
 
 def _few_entries(specs: Mapping[float, CodecSpec], most: int) -> dict[float, CodecSpec]:
@@ -318,18 +313,18 @@ def _entries(spec: CodecSpec) -> int:
     return max(group.num_centroids for stage in spec.layout.stages for group in stage)
 
 
-def _write(path: Path, bits: float, rows: Mapping[Place, tuple[float, Candidate]]) -> None:
-    places = [
+def _write(path: Path, bits: float, losses: Mapping[LayerSide, float], chosen: Mapping[LayerSide, Candidate]) -> None:
+    entries = [
         {
             "layer": index,
             "side": side,
-            "kl_bits_alone": loss,
-            "codec": chosen.codec,
-            "bits": chosen.bits,
-            "predicted_kl_bits": chosen.loss,
-            "table_bytes": chosen.table_bytes,
+            "kl_bits_alone": losses[index, side],
+            "codec": candidate.codec,
+            "bits": candidate.bits,
+            "predicted_kl_bits": candidate.loss,
+            "table_bytes": candidate.table_bytes,
         }
-        for (index, side), (loss, chosen) in rows.items()
+        for (index, side), candidate in chosen.items()
     ]
-    document = {"schema": SCHEMA, "budget": bits, "places": places}
+    document = {"schema": SCHEMA, "budget": bits, "places": entries}
     write_text(path, json.dumps(document, indent=1) + "\n")

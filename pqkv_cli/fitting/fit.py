@@ -11,16 +11,16 @@ from pqkv_cli.errors import DataError, UsageError
 from pqkv_cli.fitting.settings import FitSettings, Weighting
 from pqkv_cli.fitting.side_by_side import stop_point
 from pqkv_cli.quantizers.grouping import balanced_pairs
-from pqkv_cli.quantizers.maps import metric_rotation, pair_metric, pair_scale, range_factor
+from pqkv_cli.quantizers.maps import MapStatistics, make_map, range_factor
 from pqkv_cli.quantizers.product import Codebooks, Prototypes, fit_product, fit_prototypes, num_prototype_stages, relative_error
-from pqkv_cli.specs import SIDES, CodecSpec, KeySpace, LayerGeometry, Side
+from pqkv_cli.specs import CODEC_MAPS, SIDES, CodecSpec, KeySpace, LayerGeometry, Side, fitting_maps
 from pqkv_kernels.dispatch import to_code_space
 from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.reference.merged_stages import joint_layout
 
 
-def as_gradients_see(samples: LayerSamples, side: Side) -> LayerSamples:
+def weighted_by_gradients(samples: LayerSamples, side: Side) -> LayerSamples:
     """Return `samples` with the cost of an error of `side`, as gradients measured it, in the place of the attention mass.
 
     Raises
@@ -72,7 +72,7 @@ PART_VECTORS = 65536
 
 
 class SideFit:
-    """Fits codecs of one side of a layer that share their map and key space: the metric, and prototypes, are found once.
+    """Fits codecs of one side of a layer that share their map and key space: map and prototypes are fitted once.
 
     Parameters
     ----------
@@ -90,8 +90,8 @@ class SideFit:
         self, samples: LayerSamples, layer: LayerGeometry, spec: CodecSpec, side: Side, index: int, settings: FitSettings
     ) -> None:
         if settings.weighting(side) == "fisher":
-            samples = as_gradients_see(samples, side)
-        self._samples, self._spec, self._side, self._settings = samples, spec, side, settings
+            samples = weighted_by_gradients(samples, side)
+        self._spec, self._side, self._settings, self._seed = spec, side, settings, settings.derived_seed(index, side)
         everything = (samples.keys if side == "keys" else samples.values).float()
         fitted, judged = split_samples(samples.positions)
         self._vectors, self._judged = everything[:, fitted], everything[:, judged]
@@ -100,12 +100,13 @@ class SideFit:
         rotary = layer.rotary if spec.key_space == "pre_rope" else None
         num_heads = len(self._vectors)
         self._tables = CodecTables(spec.layout, _blank(spec.layout, num_heads), rotary=rotary)
-        metric, self._factor = _metric(samples, spec, side, rotary, layer.head_dim), torch.ones(num_heads)
-        if metric is not None:
-            self._factor = range_factor(_coded(self._vectors, replace(self._tables, map=metric)))
-            scaled = metric * self._factor.view(-1, *[1] * (metric.ndim - 1))
+        gram = samples.query_moment if side == "keys" else samples.output_gram
+        self._statistics = MapStatistics(self._vectors, self._weights, gram, samples.pair_moment, rotary, self._seed)
+        made, self._factor = make_map(spec.map, self._statistics), torch.ones(num_heads)
+        if made is not None:
+            self._factor = range_factor(_coded(self._vectors, replace(self._tables, map=made)))
+            scaled = made * self._factor.view(-1, *[1] * (made.ndim - 1))
             self._tables = replace(self._tables, map=scaled, inverse=None)
-        self._seed = settings.derived_seed(index, side)
         self._prototypes: dict[tuple[int, ...], tuple[Prototypes, torch.Tensor | None]] = {}
 
     def fit(self, layout: CodeLayout, iterations: int, part_vectors: int = PART_VECTORS) -> tuple[CodecTables, torch.Tensor]:
@@ -134,8 +135,9 @@ class SideFit:
         sizes = tuple(stage[0].nbits for stage in layout.stages[: num_prototype_stages(layout)])
         if sizes not in self._prototypes:
             points = _coded(self._vectors, self._tables)
-            found = fit_prototypes(points, layout, weights=self._weights, iterations=self._settings.iterations, seed=self._seed)
-            self._prototypes[sizes] = found, self._spread(found.residual)
+            iterations = self._settings.iterations
+            prototypes = fit_prototypes(points, layout, weights=self._weights, iterations=iterations, seed=self._seed)
+            self._prototypes[sizes] = prototypes, self._spread(prototypes.residual)
         return self._prototypes[sizes]
 
     def _spread(self, residual: torch.Tensor) -> torch.Tensor | None:
@@ -146,11 +148,11 @@ class SideFit:
         if self._tables.rotary is not None:
             return _pair_energy(residual, self._weights, self._tables.rotary)
         stays = self._side == "values" and not self._settings.rotate_values
-        if self._spec.map != "matrix" or self._tables.map is None or stays:
+        if self._tables.map is None or not CODEC_MAPS[self._spec.map].is_remade or stays:
             return None
         plain = residual.double() @ torch.linalg.inv(self._tables.map.double()).mT
-        counted = plain if self._weights is None else plain * self._weights[..., None].double()
-        moment: torch.Tensor = counted.mT @ plain / plain.shape[1]
+        weighted = plain if self._weights is None else plain * self._weights[..., None].double()
+        moment: torch.Tensor = weighted.mT @ plain / plain.shape[1]
         return moment
 
     def _arranged(
@@ -162,13 +164,15 @@ class SideFit:
             return tables, tuple((c,) for c in prototypes.centroids)
         if tables.rotary is not None:
             order = balanced_pairs(spread, tables.rotary, parts)
-            places = order.long()[:, None, None]
-            moved = tuple(c.gather(-1, places.expand(c.shape)) for c in prototypes.centroids)
+            channels = order.long()[:, None, None]
+            moved = tuple(c.gather(-1, channels.expand(c.shape)) for c in prototypes.centroids)
             return replace(tables, permutation=order), tuple((c,) for c in moved)
-        assert tables.map is not None  # or there is no spread
-        turned = metric_rotation(_gram(self._samples, self._side), spread, parts) * self._factor.view(-1, 1, 1)
-        turn = (turned.double() @ torch.linalg.inv(tables.map.double())).mT[:, None]
-        return replace(tables, map=turned, inverse=None), tuple(((c.double() @ turn).float(),) for c in prototypes.centroids)
+        made = make_map(self._spec.map, replace(self._statistics, residual_moment=spread, parts=parts))
+        assert tables.map is not None and made is not None  # or there is no spread
+        remade = made * self._factor.view(-1, 1, 1)
+        # What was fitted under the first map goes back to model space, and under the other one.
+        change = (remade.double() @ torch.linalg.inv(tables.map.double())).mT[:, None]
+        return replace(tables, map=remade, inverse=None), tuple(((c.double() @ change).float(),) for c in prototypes.centroids)
 
 
 def fit_side(
@@ -193,25 +197,6 @@ def sample_weights(mass: torch.Tensor, weighting: Weighting, damping: float) -> 
     return (relative if weighting == "mass" else relative.sqrt()) + damping
 
 
-def _metric(
-    samples: LayerSamples, spec: CodecSpec, side: Side, rotary: RotaryLayout | None, head_dim: int
-) -> torch.Tensor | None:
-    """Return the map in which plain L2 is the error that matters: from the query moment, or from the output projection."""
-    gram = _gram(samples, side)
-    if spec.map == "identity":
-        return None
-    if spec.map == "scale":
-        return pair_scale(gram, rotary)
-    if spec.map == "blocks" and rotary is not None:
-        return pair_metric(samples.pair_moment, samples.query_moment, rotary, head_dim)
-    return metric_rotation(gram)
-
-
-def _gram(samples: LayerSamples, side: Side) -> torch.Tensor:
-    """Return the second moment [Hkv, D, D] of what an error of this side is multiplied with."""
-    return samples.query_moment if side == "keys" else samples.output_gram
-
-
 def _coded(vectors: torch.Tensor, tables: CodecTables) -> torch.Tensor:
     # Sampled keys are those before rotary embedding already.
     return to_code_space(vectors[None], tables, rotated=False)[0]
@@ -233,8 +218,8 @@ def _pair_energy(mapped: torch.Tensor, weights: torch.Tensor | None, rotary: Rot
     does the second axis of a pair that spreads along one.
     """
     x, y = (mapped[..., channels].double() for channels in torch.tensor(rotary.pairs()).unbind(1))  # [Hkv, N, P]
-    counted = torch.ones(mapped.shape[:2], dtype=torch.float64) if weights is None else weights.double()
-    shares = (counted / counted.sum(dim=1, keepdim=True))[:, None]  # [Hkv, 1, N]
+    weights = torch.ones(mapped.shape[:2]) if weights is None else weights
+    shares = (weights.double() / weights.double().sum(dim=1, keepdim=True))[:, None]  # [Hkv, 1, N]
     x, y = x - shares @ x, y - shares @ y
     return ((shares @ (x * x)) * (shares @ (y * y)) - (shares @ (x * y)).square())[:, 0].clamp(min=0).sqrt()
 
@@ -328,16 +313,20 @@ def _check_spec(spec: CodecSpec, layer: LayerGeometry, sampled: KeySpace, index:
             f"layer {index}, {side}: the codec covers {spec.layout.head_dim} channels; expected head_dim {layer.head_dim}; "
             "plan a codec of its own for layers of this width"
         )
-    if side == "values":
-        return
-    if spec.key_space == "pre_rope" and (layer.rotary is None or spec.map == "matrix"):
-        found = "a matrix map" if layer.rotary is not None else "a layer without rotary embedding"
+    if side == "keys" and spec.key_space == "pre_rope" and layer.rotary is None:
         raise UsageError(
-            f"layer {index}, keys: found {found} for codes before rotary embedding; expected rotary keys and the map "
-            "'blocks', 'scale' or 'identity'; plan this layer with the key space 'post_rope'"
+            f"layer {index}, keys: found a layer without rotary embedding for codes before it; expected rotary keys; plan this "
+            "layer with the key space 'post_rope'"
         )
-    if layer.rotary is not None and spec.key_space != sampled:
+    if side == "keys" and layer.rotary is not None and spec.key_space != sampled:
         raise UsageError(
             f"layer {index}, keys: found samples in the key space {sampled!r} for codes in {spec.key_space!r}; expected the "
             "same; take them from a RotatedStore where keys are coded after rotary embedding"
+        )
+    maps = fitting_maps(layer, spec.key_space)
+    if spec.map not in maps:
+        where = "codes before rotary embedding" if spec.key_space == "pre_rope" else side
+        raise UsageError(
+            f"layer {index}, {side}: found the map {spec.map!r} for {where}; expected one of {', '.join(maps)}; plan it with "
+            "one of them, or keys in another key space"
         )

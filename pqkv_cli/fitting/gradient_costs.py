@@ -24,16 +24,17 @@ DRAWS = 2
 # Tokens of a window that are looked at: a graph of all activations lies in memory.
 MOST_TOKENS = 1024
 
-Place = tuple[int, Side]
+# The keys or the values of a layer.
+LayerSide = tuple[int, Side]
 
 
 def gradient_costs(
     model: Any,
     windows: torch.Tensor,
-    tables: Mapping[Place, CodecTables],
+    tables: Mapping[LayerSide, CodecTables],
     on_progress: Callable[[int, int], None],
     draws: int = DRAWS,
-) -> dict[Place, float]:
+) -> dict[LayerSide, float]:
     """Return the KL divergence, in bits per token, that each codec of `tables` would cause alone, estimated from gradients.
 
     Parameters
@@ -43,7 +44,7 @@ def gradient_costs(
     windows
         [N, T] int64 token ids.
     tables
-        The codec of one side of a layer, by place; keys in either space.
+        The codec of one side of a layer; keys in either space.
     on_progress
         Called with (windows done, N).
     draws
@@ -60,21 +61,23 @@ def gradient_costs(
         observer = HeldSteps(index for index, _ in tables)
         with frozen(model), torch.enable_grad(), tap(model, observer, differentiable=True):
             logits = model(input_ids=window[None], use_cache=False).logits
-        errors = {place: _error(shape, observer.steps, place, codec) for place, codec in tables.items()}
+        errors = {each: _error(shape, observer.steps, each, codec) for each, codec in tables.items()}
         for direction in fisher_directions(logits, [number], draws, seed=0):
             for index, (keys, values) in layer_gradients(shape, observer.steps, logits, direction):
-                for place, gradient in (((index, "keys"), keys), ((index, "values"), values)):
-                    if place in errors:
-                        costs[place] += float((gradient * errors[place]).sum(-1).double().square().sum())
+                for layer_side, gradient in (((index, "keys"), keys), ((index, "values"), values)):
+                    if layer_side in errors:
+                        costs[layer_side] += float((gradient * errors[layer_side]).sum(-1).double().square().sum())
         on_progress(number + 1, len(windows))
     scale = 2 * math.log(2) * draws * windows.numel()
-    return {place: cost / scale for place, cost in costs.items()}
+    return {layer_side: cost / scale for layer_side, cost in costs.items()}
 
 
 @torch.no_grad()
-def _error(shape: ModelGeometry, steps: Mapping[int, AttentionStep], place: Place, tables: CodecTables) -> torch.Tensor:
+def _error(
+    shape: ModelGeometry, steps: Mapping[int, AttentionStep], layer_side: LayerSide, tables: CodecTables
+) -> torch.Tensor:
     """Return what the codec leaves over of what attention was given, [B, Hkv, T, D] fp32, keys before rotary embedding."""
-    index, side = place
+    index, side = layer_side
     step, codec = steps[index], ProductCodec(tables)
     if side == "values":
         values = step.values.detach().float()

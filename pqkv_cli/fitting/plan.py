@@ -13,9 +13,9 @@ from pqkv_cli.specs import (
     KeySpace,
     LayerGeometry,
     LayerPlan,
-    MapKind,
     ModelGeometry,
     Side,
+    fitting_maps,
 )
 
 # Where keys of rotary layers are coded, by layer; before rotary embedding where a layer is not named.
@@ -49,7 +49,8 @@ def rated_plan(
     """Return a plan that codes every layer that can be, each side at its own of the known rates.
 
     Keys of rotary layers are coded before rotary embedding in the metric of each pair, unless `key_spaces` says otherwise;
-    other keys in the metric of their queries; values in the metric of the output projection. Codecs are named ``k4`` and
+    other keys in the metric of their queries; values in the metric of the output projection; or all in the maps that `style`
+    names. Codecs are named ``k4`` and
     ``v4``, ``k4_d128`` where layers differ in width, and ``k4_post`` where keys are coded after a rotary embedding.
 
     Raises
@@ -96,17 +97,22 @@ def side_spec(layer: LayerGeometry, side: Side, bits: float, style: CodeStyle, s
     Raises
     ------
     UsageError
-        If the rate is unknown or does not fit the head_dim.
+        If the rate is unknown or does not fit the head_dim, or the map that `style` names does not fit the side.
     """
-    if side == "values":
-        return CodecSpec(rate_layout(bits, layer.head_dim, style), "matrix")
-    if layer.rotary is None or space == "post_rope":
-        return CodecSpec(rate_layout(bits, layer.head_dim, style), "matrix", "post_rope")
-    return CodecSpec(key_layout(bits, layer.head_dim, style), _key_map(layer), "pre_rope")
+    coded_in = _key_space(layer, side, space)
+    layout = key_layout if coded_in == "pre_rope" else rate_layout
+    return CodecSpec(layout(bits, layer.head_dim, style), _map(layer, side, style, coded_in), coded_in)
 
 
 def rated_specs(layer: LayerGeometry, side: Side, style: CodeStyle, space: KeySpace = "pre_rope") -> Mapping[float, CodecSpec]:
-    """Return the format of one side of a layer at every rate that fits it, from the lowest."""
+    """Return the format of one side of a layer at every rate that fits it, from the lowest.
+
+    Raises
+    ------
+    UsageError
+        If the map that `style` names does not fit the side.
+    """
+    _map(layer, side, style, _key_space(layer, side, space))
     specs = {}
     for bits in sorted(style.rates):
         try:
@@ -140,6 +146,20 @@ def mean_bits(geometry: ModelGeometry, plan: CompressionPlan) -> float:
     return bits / channels
 
 
-def _key_map(layer: LayerGeometry) -> MapKind:
-    # Blocks cover all channels in twos; one channel left over outside the rotary pairs leaves only a scale.
-    return "scale" if layer.head_dim % 2 else "blocks"
+def _key_space(layer: LayerGeometry, side: Side, space: KeySpace) -> KeySpace | None:
+    """Return where the side is coded if rotary keys are in `space`; None for values."""
+    if side == "values":
+        return None
+    return "post_rope" if layer.rotary is None else space
+
+
+def _map(layer: LayerGeometry, side: Side, style: CodeStyle, space: KeySpace | None) -> str:
+    """Return the map that `style` names, checked to fit, or the usual one."""
+    maps, name = fitting_maps(layer, space), style.key_map if side == "keys" else style.value_map
+    if name is not None and name not in maps:
+        where = {"pre_rope": "keys before rotary embedding", "post_rope": "keys as the cache gets them", None: "values"}[space]
+        raise UsageError(
+            f"codebooks.{side.removesuffix('s')}_map is {name}; expected one of {', '.join(maps)} for {where} "
+            f"of {layer.head_dim} channels; choose one of them, or leave it out"
+        )
+    return name or maps[0]

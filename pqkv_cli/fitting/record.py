@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pqkv_cli.errors import PqkvError, RunError
+from pqkv_cli.errors import PqkvError, RunError, did_you_mean
 from pqkv_cli.fitting.settings import FitSettings
-from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, LayerPlan, Side
+from pqkv_cli.specs import CODEC_MAPS, SIDES, CacheSpec, CodecSpec, CompressionPlan, LayerPlan, Side
 from pqkv_kernels.format.layout import CodeGroup, CodeLayout
 
 SCHEMA = "pqkv.fit/1"
@@ -49,6 +49,26 @@ def digest(document: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def read_document(path: Path, schema: str, advice: str) -> dict[str, Any] | None:
+    """Return the JSON object of `schema` in the file `path`, None where there is no file; `advice` ends every error.
+
+    Raises
+    ------
+    RunError
+        If it cannot be read, or has another schema.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read ({error}); expected JSON; {advice}") from error
+    if not isinstance(document, dict) or document.get("schema") != schema:
+        stated = document.get("schema") if isinstance(document, dict) else type(document).__name__
+        raise RunError(f"{path} has schema {stated!r}; expected {schema!r}; {advice}")
+    return document
+
+
 def load_record(directory: Path) -> FitRecord:
     """Read `fit.json`.
 
@@ -59,16 +79,10 @@ def load_record(directory: Path) -> FitRecord:
     """
     path = directory / RECORD_NAME
     advice = "run pqkv fit-codebooks on this run; finished layers are kept"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    document = read_document(path, SCHEMA, advice)
+    if document is None:
         state = "an unfinished fit" if any(directory.glob("layer_*.safetensors")) else "no fitted codebooks"
-        raise RunError(f"{directory} holds {state}; expected {RECORD_NAME}; {advice}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read ({error}); expected JSON; {advice}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise RunError(f"{path} has schema {found!r}; expected {SCHEMA!r}; {advice}")
+        raise RunError(f"{directory} holds {state}; expected {RECORD_NAME}; {advice}")
     try:
         record = _record(document)
         _check_names(record)
@@ -93,7 +107,7 @@ def _record(document: Mapping[str, Any]) -> FitRecord:
 
 
 def _check_names(record: FitRecord) -> None:
-    """Raise ValueError or KeyError where layers are not all there, or name codecs that are not."""
+    """Raise ValueError or KeyError where layers are not all there, or name codecs or maps that are not."""
     counts = {len(part) for part in (record.plan.layers, record.relative_error, record.layers_sha256)}
     if len(counts) > 1:
         raise ValueError(f"it tells of {' and of '.join(map(str, sorted(counts)))} layers")
@@ -102,6 +116,9 @@ def _check_names(record: FitRecord) -> None:
             raise TypeError(f"layer {index} is not described by names")
         for side in SIDES:
             record.plan.codec(index, side)
+    for name, spec in record.plan.codecs.items():
+        if spec.map not in CODEC_MAPS:
+            raise ValueError(f"codec {name} has the unknown map {spec.map!r}{did_you_mean(str(spec.map), CODEC_MAPS)}")
 
 
 def _codec(document: Mapping[str, Any]) -> CodecSpec:

@@ -16,7 +16,7 @@ from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import FittedLayer
 from pqkv_cli.fitting.layer_file import layer_path, make_directory, save_layer, tensors_sha256
-from pqkv_cli.fitting.record import RECORD_NAME, FitRecord, digest
+from pqkv_cli.fitting.record import RECORD_NAME, FitRecord, digest, read_document
 from pqkv_cli.fitting.refine import Refinement
 from pqkv_cli.fitting.refine_work import RefineSettings
 
@@ -80,19 +80,11 @@ def load_outcome(directory: Path) -> dict[str, Any] | None:
     RunError
         If it is damaged.
     """
-    path = directory / OUTCOME_NAME
-    try:
-        outcome = json.loads(path.read_text(encoding="utf-8"))
-        if outcome["schema"] != SCHEMA or not isinstance(outcome["is_better"], bool):
-            raise ValueError(f"schema {outcome['schema']!r}")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} is damaged ({type(error).__name__}: {error}); expected {SCHEMA!r}; delete it and run "
-            "pqkv fit-codebooks --refine on this run"
-        ) from error
-    return dict(outcome)
+    path, advice = directory / OUTCOME_NAME, "delete it and run pqkv fit-codebooks --refine on this run"
+    outcome = read_document(path, SCHEMA, advice)
+    if outcome is not None and not isinstance(outcome.get("is_better"), bool):
+        raise RunError(f"{path} says of is_better {outcome.get('is_better')!r}; expected true or false; {advice}")
+    return outcome
 
 
 def final_directory(directory: Path) -> Path:

@@ -124,9 +124,10 @@ class CodecSums:
             Gradient of the log-likelihood of tokens drawn from the model with respect to the decoded vectors, [B, Hkv, T, D];
             the mean of its square is the Fisher information.
         """
-        for sums, found, (_, _, group, _, start) in zip(self._groups, codes, self._tables.layout.spans(), strict=True):
+        for sums, own_codes, (_, _, group, _, start) in zip(self._groups, codes, self._tables.layout.spans(), strict=True):
             channels = slice(start, start + group.num_channels)
-            sums.add(half, found, error[..., channels], _weight(score[..., channels], group.num_subspaces, self._weighting))
+            weight = _weight(score[..., channels], group.num_subspaces, self._weighting)
+            sums.add(half, own_codes, error[..., channels], weight)
 
     def steps(self) -> list[torch.Tensor]:
         """Return the step [Hkv, M, ksub, dsub] fp32 of every group."""
@@ -242,11 +243,11 @@ class RefineWork:
         course, chosen, weightings = [fmean(self.divergences(selection))], None, self.settings.weightings
         for _ in range(self.settings.rounds):
             sums = self.sums(training, weightings)
-            start, found = [codec.tables for codec in self.codecs], []
+            start, candidates = [codec.tables for codec in self.codecs], []
             for name in weightings:
                 self.set_tables([moved(tables, own.steps()) for tables, own in zip(start, sums[name], strict=True)])
-                found.append((fmean(self.divergences(selection)), name, [codec.tables for codec in self.codecs]))
-            best, name, tables = min(found, key=lambda each: each[0])
+                candidates.append((fmean(self.divergences(selection)), name, [codec.tables for codec in self.codecs]))
+            best, name, tables = min(candidates, key=lambda candidate: candidate[0])
             if best >= course[-1]:
                 self.set_tables(start)
                 break
@@ -265,12 +266,13 @@ class RefineWork:
         """Return the mean divergence of each window, bits per token; the codecs measure their errors on these windows alone."""
         for codec in self.codecs:
             codec.forget_errors()
-        found = []
+        divergences = []
         for window in windows:
-            plain = self.logits(window, "exact").log_softmax(-1)
-            found.append(float((plain.exp() * (plain - self.logits(window, "coded").log_softmax(-1))).sum(-1).mean()) / _LN2)
+            exact = self.logits(window, "exact").log_softmax(-1)
+            coded = self.logits(window, "coded").log_softmax(-1)
+            divergences.append(float((exact.exp() * (exact - coded)).sum(-1).mean()) / _LN2)
             self.counter.step()
-        return tuple(found)
+        return tuple(divergences)
 
     def sums(self, windows: torch.Tensor, weightings: Sequence[Weighting]) -> Mapping[Weighting, list[CodecSums]]:
         """Return, by weighting and codec, what cells hold while `windows` go through the quantized model.

@@ -13,7 +13,7 @@ from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import FittedLayer, SideFit, checked_side, num_fitted
 from pqkv_cli.fitting.layer_file import load_layer, save_layer
-from pqkv_cli.fitting.record import digest
+from pqkv_cli.fitting.record import digest, read_document
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.specs import SIDES, CodecSpec, LayerGeometry, Side
 from pqkv_kernels.format.tables import CodecTables
@@ -108,9 +108,9 @@ def shortened(settings: FitSettings) -> FitSettings:
 
 
 def base_rate(errors: Mapping[float, float], bits: float) -> float:
-    """Return the rate nearest to `bits` of those that leave errors which can be told from none, the lower of two."""
-    told = [rate for rate, error in errors.items() if error >= LEAST_ERROR * max(errors.values())]
-    return min(told, key=lambda rate: (abs(rate - bits), rate))
+    """Return the rate nearest to `bits` of those whose errors can be told from none, the lower of two."""
+    with_error = [rate for rate, error in errors.items() if error >= LEAST_ERROR * max(errors.values())]
+    return min(with_error, key=lambda rate: (abs(rate - bits), rate))
 
 
 def num_trial_vectors(positions: torch.Tensor) -> int:
@@ -140,9 +140,9 @@ def load_trial(directory: Path, index: int, menus: Mapping[Side, Menu], request_
     A file that is absent, damaged or of another request tells nothing.
     """
     trial = NOTHING_TRIED
-    with contextlib.suppress(RunError, OSError, ValueError, KeyError, TypeError, StopIteration):
-        document = json.loads(_errors_path(directory, index).read_text(encoding="utf-8"))
-        if document["schema"] == SCHEMA and document["request_sha256"] == request_sha256:
+    with contextlib.suppress(RunError, AttributeError, ValueError, KeyError, TypeError, StopIteration):
+        document = read_document(_errors_path(directory, index), SCHEMA, "")
+        if document is not None and document["request_sha256"] == request_sha256:
             trial = Trial({side: {name: float(e) for name, e in document["errors"][side].items()} for side in SIDES}, {})
             base = {side: next(s for s in menus[side].values() if _name(s) == document["base"][side]) for side in SIDES}
             fitted, stamp = load_layer(_tables_path(directory, index), base)

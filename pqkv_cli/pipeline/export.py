@@ -82,7 +82,7 @@ def _header(run: Run, recipe: Recipe, record: FitRecord, label: str, shape: Mode
         model=ModelInfo(label, shape.model_type, identity["config_sha256"], identity["weights_sha256"]),
         geometry=shape.layers,
         # The fit does not depend on what the cache keeps exact, so only the export decides it.
-        plan=replace(record.plan, cache=cache_spec(recipe)),
+        plan=replace(record.plan.as_stored(), cache=cache_spec(recipe)),
         relative_error=tuple(LayerError(e["keys"], e["values"]) if e else None for e in record.relative_error),
         calibration=CalibrationInfo(
             data_sha256=settings["data_sha256"],

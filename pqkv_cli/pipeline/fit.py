@@ -99,13 +99,14 @@ def _planned(
         wanted.bits,
         style,
         settings,
+        spaces=spaces,
         num_vectors=num_trial_vectors(CalibrationStore(run.calibration).positions()),
         trials=run.trials,
         record=run.codebooks / ALLOCATION_FILE,
     )
     model, _ = opened()
 
-    return lambda: allocation.plan(model, _store(run, shape, spaces, opened), spaces, exact, reporter)
+    return lambda: allocation.plan(model, _store(run, shape, spaces, opened), exact, reporter)
 
 
 def _store(run: Run, shape: ModelGeometry, spaces: KeySpaces, opened: OpenModel) -> CalibrationStore:
@@ -122,7 +123,8 @@ def fit_settings(recipe: Recipe) -> FitSettings:
 
 def code_style(recipe: Recipe) -> CodeStyle:
     """Return what the recipe's codes are made of."""
-    return CodeStyle(recipe.codebooks.profile, recipe.codebooks.prototype_bits)
+    wanted = recipe.codebooks
+    return CodeStyle(wanted.profile, wanted.prototype_bits, wanted.key_map, wanted.value_map)
 
 
 def cache_spec(recipe: Recipe) -> CacheSpec:

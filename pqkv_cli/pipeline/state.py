@@ -17,7 +17,7 @@ from typing import Any, get_args
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.pipeline.rundir import Run
-from pqkv_cli.recipe import Recipe, settings
+from pqkv_cli.recipe import Recipe, came_later, settings
 from pqkv_cli.reporter import Reporter
 from pqkv_cli.setting import Stage
 
@@ -98,7 +98,8 @@ def require_done(run: Run, recipe: Recipe, stage: Stage) -> StageRecord:
     if position:
         before = STAGES[position - 1]
         wanted[before] = require_done(run, recipe, before).key
-    if changed := _difference({name: record.inputs.get(name) for name in wanted}, wanted):
+    # A setting that has its default now may have had another value then.
+    if changed := _difference({name: record.inputs.get(name) for name in [*wanted, *sorted(came_later(recipe))]}, wanted):
         raise RunError(f"{run.path}: after {stage} was done, {changed}; bring it up to date with: {command}")
     return record
 
@@ -140,10 +141,13 @@ def finish(run: Run, stage: Stage, facts: Mapping[str, Any]) -> None:
 
 
 def stage_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """Return the settings that `stage` depends on, by dotted name; what lies at a place is an input of its own."""
-    values = recipe.model_dump(mode="json")
+    """Return the settings that `stage` depends on, by dotted name; what lies at a place is an input of its own.
+
+    Settings that came later are left out while they have their default: runs from before them stay done.
+    """
+    values, unset = recipe.model_dump(mode="json"), came_later(recipe)
     names = (name for name, each in settings(type(recipe)).items() if stage in each.stages and not each.by_content)
-    return {name: reduce(getitem, name.split("."), values) for name in names}
+    return {name: reduce(getitem, name.split("."), values) for name in names if name not in unset}
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

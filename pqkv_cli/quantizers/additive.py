@@ -1,5 +1,7 @@
 """Tables whose sums code the same points (additive quantization, Babenko and Lempitsky 2014). Knows points and weights only.
 
+An algorithm of its own beside k-means, though `quantizers.product` alone calls it: that file knows layouts, this one does not.
+
 Small tables read faster than one large one of as many sums, and bend less to the points. They are fitted together: points go to
 their nearest sum, then all tables at once to the least squared error for those codes, again and again.
 """
@@ -16,7 +18,7 @@ from pqkv_kernels.reference.merged_stages import all_sums
 # Share of a subspace's weight that holds every table entry where it was: tables of sums may trade a constant with each other.
 RIDGE = 1e-6
 TOLERANCE = 1e-4
-# Points of which the two ways to begin are told apart.
+# Points on which the two ways to begin are compared.
 TRIAL_POINTS = 4096
 TRIAL_ITERATIONS = 4
 
@@ -58,12 +60,10 @@ def fit_sums(
         As `kmeans`.
     """
     rows = max(1, CHUNK_COORDINATES // max(1, points[0].numel()))
-    spread = torch.ones(points.shape[:2], device=points.device) if weights is None else weights
-    found = [
-        _fit(part, counted, sizes, iterations, generator)
-        for part, counted in zip(points.split(rows), spread.split(rows), strict=True)
-    ]
-    return [torch.cat(tables) for tables in zip(*found, strict=True)]
+    weights = torch.ones(points.shape[:2], device=points.device) if weights is None else weights
+    parts = zip(points.split(rows), weights.split(rows), strict=True)
+    tables_of_parts = [_fit(part, part_weights, sizes, iterations, generator) for part, part_weights in parts]
+    return [torch.cat(tables) for tables in zip(*tables_of_parts, strict=True)]
 
 
 def _fit(
@@ -71,13 +71,13 @@ def _fit(
 ) -> list[torch.Tensor]:
     """Return the tables of some subspaces: those of the better beginning, on some of the points, and then fitted to all."""
     stride = max(1, points.shape[1] // TRIAL_POINTS)
-    some, counted = points[:, ::stride], weights[:, ::stride]
-    begun = [_after_each_other(some, counted, sizes, iterations, generator)]
+    sample, sample_weights = points[:, ::stride], weights[:, ::stride]
+    beginnings = [_after_each_other(sample, sample_weights, sizes, iterations, generator)]
     if len(sizes) <= points.shape[-1]:
-        begun.append(_side_by_side(some, counted, sizes, iterations, generator))
-    tried = [_fitted(some, counted, tables, min(TRIAL_ITERATIONS, iterations)) for tables in begun]
-    tables, least = tried[0]
-    for other, error in tried[1:]:
+        beginnings.append(_side_by_side(sample, sample_weights, sizes, iterations, generator))
+    trial_iterations = min(TRIAL_ITERATIONS, iterations)
+    (tables, least), *others = (_fitted(sample, sample_weights, each, trial_iterations) for each in beginnings)
+    for other, error in others:
         better = (error < least)[:, None, None]
         tables = [torch.where(better, new, old) for new, old in zip(other, tables, strict=True)]
         least = torch.minimum(error, least)
@@ -94,8 +94,8 @@ def _fitted(
     for step in range(iterations + 1):
         sums = all_sums(tables)
         codes = nearest_centroids(points, sums)
-        gap = (points - sums.gather(1, codes[..., None].expand(points.shape))).square().sum(-1)
-        error = (gap * weights).sum(1, dtype=torch.float64) / total
+        errors = (points - sums.gather(1, codes[..., None].expand(points.shape))).square().sum(-1)
+        error = (errors * weights).sum(1, dtype=torch.float64) / total
         better = (error < least)[:, None, None]
         best = [torch.where(better, new, old) for new, old in zip(tables, best, strict=True)]
         least = torch.minimum(error, least)
@@ -115,8 +115,8 @@ def _solved(points: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, ta
     num_sums = math.prod(sizes)
     device = points.device
     flat = (codes + torch.arange(num_subspaces, device=device)[:, None] * num_sums).flatten()
-    counted = torch.cat((points * weights[..., None], weights[..., None]), dim=-1).flatten(0, 1).double()
-    totals = torch.zeros(num_subspaces * num_sums, dim + 1, dtype=torch.float64, device=device).index_add_(0, flat, counted)
+    weighted = torch.cat((points * weights[..., None], weights[..., None]), dim=-1).flatten(0, 1).double()
+    totals = torch.zeros(num_subspaces * num_sums, dim + 1, dtype=torch.float64, device=device).index_add_(0, flat, weighted)
     totals = totals.view(num_subspaces, num_sums, dim + 1)
     member = _members(sizes).to(device)  # [sums, entries]
     mass = totals[..., -1]
@@ -125,8 +125,8 @@ def _solved(points: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, ta
     current = torch.cat(tables, dim=1).double()
     hold = RIDGE * mass.sum(1).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     system = normal + torch.diag_embed(hold.expand(-1, len(member.T)))
-    found = torch.linalg.solve(system, right + hold[..., None] * current).float()
-    return list(found.split(sizes, dim=1))
+    entries = torch.linalg.solve(system, right + hold[..., None] * current).float()
+    return list(entries.split(sizes, dim=1))
 
 
 def _members(sizes: Sequence[int]) -> torch.Tensor:
@@ -170,7 +170,7 @@ def _side_by_side(
     for i, size in enumerate(sizes):
         own = axes[..., [a for a, o in enumerate(owner) if o == i]]
         along = (centred @ own).float()
-        found = kmeans(along, size, weights=weights, iterations=iterations, generator=generator).centroids
+        centroids = kmeans(along, size, weights=weights, iterations=iterations, generator=generator).centroids
         offset = mean if i == 0 else torch.zeros_like(mean)
-        tables.append((found.double() @ own.mT + offset[:, None]).float())
+        tables.append((centroids.double() @ own.mT + offset[:, None]).float())
     return tables

@@ -1,4 +1,4 @@
-"""What every vector quantizer in a simulated cache looks like, ours and the rivals'. Knows no cache and no model."""
+"""What every vector quantizer in a simulated cache looks like, ours and the baselines'. Knows no cache and no model."""
 
 from typing import Protocol
 
@@ -55,14 +55,3 @@ class ProductCodec:
         """Return the decoded codes of `x` [B, Hkv, T, D], fp32."""
         self._tables = self._tables.to(x.device)
         return round_trip(x, self._tables, rotated=False)
-
-
-class ExactCodec:
-    """Changes nothing: what stands in for a side that is left alone while another one is judged."""
-
-    rotary: RotaryLayout | None = None
-    bits_per_channel = 32.0
-
-    def encode_decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `x` in fp32."""
-        return x.float()

@@ -132,12 +132,12 @@ def kmeans(
     """
     _check(points, num_centroids, weights)
     rows = max(1, CHUNK_COORDINATES // max(1, points[0].numel()))
-    spread = [None] * -(-len(points) // rows) if weights is None else weights.split(rows)
-    found = [
+    weight_parts = [None] * -(-len(points) // rows) if weights is None else weights.split(rows)
+    results = [
         _fitted(part, num_centroids, part_weights, iterations, generator)
-        for part, part_weights in zip(points.split(rows), spread, strict=True)
+        for part, part_weights in zip(points.split(rows), weight_parts, strict=True)
     ]
-    return KMeansResult(torch.cat([f.centroids for f in found]), torch.cat([f.distortion for f in found]))
+    return KMeansResult(torch.cat([r.centroids for r in results]), torch.cat([r.distortion for r in results]))
 
 
 def _fitted(

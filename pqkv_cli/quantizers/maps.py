@@ -1,14 +1,20 @@
-"""Linear maps into the space where plain L2 is the error that matters. Knows second moments; nothing of samples or codes.
+"""Linear maps into the space where plain L2 is the error that matters. Knows vectors and second moments; nothing of codes.
 
-Every map undoes a gauge freedom of attention: rescaling a channel (a rotary pair) by a power of two, and what it is multiplied
-with by the inverse, leaves the mapped vectors bit for bit as they were. That is why ridges are relative to each diagonal
-entry, and why no floor depends on other channels unless a moment is exactly zero.
+`specs.CODEC_MAPS` lists the maps that there are, and `make_map` makes one of them.
+
+Every map of this file undoes a gauge freedom of attention: rescaling a channel (a rotary pair) by a power of two, and what it
+is multiplied with by the inverse, leaves the mapped vectors bit for bit as they were. That is why ridges are relative to each
+diagonal entry, and why no floor depends on other channels unless a moment is exactly zero.
 """
+
+from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.quantizers.grouping import deal, subspace_bits, subspace_dims
+from pqkv_cli.specs import CODEC_MAPS
 from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
 
 # A channel without any second moment gets this share of its head's mean root mean square, so that the map stays invertible.
@@ -18,6 +24,85 @@ PAIR_RIDGE = 1e-4
 # Shares of the diagonal added to a Gram matrix: the first whose map inverts to within INVERSE_TOLERANCE in fp32 is taken.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 INVERSE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class MapStatistics:
+    """What a map is made from: one side of one layer.
+
+    Attributes
+    ----------
+    vectors
+        Keys, before rotary embedding if `rotary` is set, or values: those that codebooks are fitted to, [Hkv, N, D] fp32.
+    weights
+        What each vector counts for, [Hkv, N] fp32; None where all count the same.
+    error_gram
+        The second moment of what an error of the side is multiplied with, queries or columns of the output projection:
+        [Hkv, D, D] fp64. An error `e` costs ``e^T error_gram e``.
+    pair_moment
+        For keys before rotary embedding the same per rotary pair, as they meet the queries: [Hkv, num_pairs, 2, 2] fp64.
+    rotary
+        The rotary pairs of keys before rotary embedding, else None.
+    seed
+        For what is drawn at random; another one for each layer and side.
+    residual_moment, parts
+        Set where a map is remade: the second moment of what prototypes leave over of the vectors, [Hkv, D, D] fp64, and the
+        codes of the rest.
+    """
+
+    vectors: torch.Tensor
+    weights: torch.Tensor | None
+    error_gram: torch.Tensor
+    pair_moment: torch.Tensor
+    rotary: RotaryLayout | None
+    seed: int
+    residual_moment: torch.Tensor | None = None
+    parts: CodeLayout | None = None
+
+
+def make_map(name: str, statistics: MapStatistics) -> torch.Tensor | None:
+    """Return the map called `name`: None, a scale [Hkv, D], blocks [Hkv, D / 2, 2, 2] or matrices [Hkv, D, D], fp32.
+
+    Raises
+    ------
+    DataError
+        If it cannot be made from these statistics.
+    TypeError
+        If the function that makes it returns another kind of map than its row in `CODEC_MAPS` says.
+    """
+    row = CODEC_MAPS[name]
+    module, _, function = row.maker.partition(":")
+    made: torch.Tensor | None = getattr(import_module(module), function)(statistics)
+    heads, _, dim = statistics.vectors.shape
+    shapes = {"identity": None, "scale": (heads, dim), "blocks": (heads, dim // 2, 2, 2), "matrix": (heads, dim, dim)}
+    shape = None if made is None else tuple(made.shape)
+    if shape != shapes[row.kind]:
+        raise TypeError(
+            f"{row.maker} made a map of shape {shape}; expected {shapes[row.kind]}, of the kind {row.kind!r} that the map "
+            f"{name!r} has; correct the function, or the kind in its row of CODEC_MAPS"
+        )
+    return None if made is None else made.float()
+
+
+def identity(statistics: MapStatistics) -> None:
+    """Return no map."""
+
+
+def scale(statistics: MapStatistics) -> torch.Tensor:
+    """Return `pair_scale`, within which plain L2 is the error as far as channels do not depend on each other."""
+    return pair_scale(statistics.error_gram, statistics.rotary)
+
+
+def blocks(statistics: MapStatistics) -> torch.Tensor:
+    """Return `pair_metric`, in which plain L2 is the error as far as rotary pairs do not depend on each other."""
+    assert statistics.rotary is not None  # or the kind of the map would not fit the side
+    dim = statistics.vectors.shape[-1]
+    return pair_metric(statistics.pair_moment, statistics.error_gram, statistics.rotary, dim)
+
+
+def matrix(statistics: MapStatistics) -> torch.Tensor:
+    """Return `metric_rotation`, in which plain L2 is the error, turned to suit the parts once they are known."""
+    return metric_rotation(statistics.error_gram, statistics.residual_moment, statistics.parts)
 
 
 def pair_scale(query_moment: torch.Tensor, rotary: RotaryLayout | None) -> torch.Tensor:
@@ -149,8 +234,8 @@ def metric_rotation(
         if inverse_error(matrix) <= INVERSE_TOLERANCE:
             return matrix
     raise DataError(
-        f"the output projection cannot be inverted: error {inverse_error(matrix):.2g} at ridge {RIDGES[-1]}, expected at most "
-        f"{INVERSE_TOLERANCE}; use the map 'identity' for these values"
+        f"the metric of errors cannot be inverted: error {inverse_error(matrix):.2g} at ridge {RIDGES[-1]}, expected at most "
+        f"{INVERSE_TOLERANCE}; choose another map, such as scale for codebooks.key_map or value_map"
     )
 
 

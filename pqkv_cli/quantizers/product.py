@@ -143,25 +143,25 @@ def _fit_group(
     """Return the tables [Hkv, M, ksub, dsub] fp16 of one group's channels, `points` [Hkv, N, M * dsub]."""
     num_heads, num_vectors, _ = points.shape
     split = points.unflatten(-1, (group.num_subspaces, group.subspace_dim)).transpose(1, 2).flatten(0, 1)
-    spread = None if weights is None else weights.repeat_interleave(group.num_subspaces, dim=0)
+    weights = None if weights is None else weights.repeat_interleave(group.num_subspaces, dim=0)
     if len(shares) == 1:
-        found = [kmeans(split, group.num_centroids, weights=spread, iterations=iterations, generator=generator).centroids]
+        tables = [kmeans(split, group.num_centroids, weights=weights, iterations=iterations, generator=generator).centroids]
     else:
         sizes = [1 << share.nbits for share in shares]
-        found = fit_sums(split, sizes, weights=spread, iterations=iterations, generator=generator)
-    return [stored(table).unflatten(0, (num_heads, group.num_subspaces)) for table in found]
+        tables = fit_sums(split, sizes, weights=weights, iterations=iterations, generator=generator)
+    return [stored(table).unflatten(0, (num_heads, group.num_subspaces)) for table in tables]
 
 
 def _stage_tables(
     tables: list[list[torch.Tensor]], shares: tuple[tuple[Share, ...], ...], stage: int
 ) -> tuple[torch.Tensor, ...]:
     """Return the codebooks of one stored stage: of neighbouring joint groups that share a table, their parts of it together."""
-    found: dict[int, list[torch.Tensor]] = {}
-    for of_group, shared in zip(tables, shares, strict=True):
-        for table, share in zip(of_group, shared, strict=True):
+    parts: dict[int, list[torch.Tensor]] = {}
+    for group_tables, shared in zip(tables, shares, strict=True):
+        for table, share in zip(group_tables, shared, strict=True):
             if share.stage == stage:
-                found.setdefault(share.group, []).append(table)
-    return tuple(torch.cat(parts, dim=1) for _, parts in sorted(found.items()))
+                parts.setdefault(share.group, []).append(table)
+    return tuple(torch.cat(of_group, dim=1) for _, of_group in sorted(parts.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,7 @@ def fit_prototypes(
     generator = torch.Generator().manual_seed(seed)
     residual, centroids = points.float(), []
     for stage in layout.stages[: num_prototype_stages(layout)]:
-        found = kmeans(residual, stage[0].num_centroids, weights=weights, iterations=iterations, generator=generator)
-        centroids.append(found.centroids[:, None])
+        result = kmeans(residual, stage[0].num_centroids, weights=weights, iterations=iterations, generator=generator)
+        centroids.append(result.centroids[:, None])
         residual = residual - reconstruct(residual, CodeLayout((stage,)), ((stored(centroids[-1]),),))
     return Prototypes(tuple(centroids), residual)

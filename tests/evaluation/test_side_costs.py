@@ -8,8 +8,8 @@ import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
 from pqkv_cli.evaluation.text_windows import diverge
-from pqkv_cli.fitting.gradient_costs import Place, gradient_costs
-from pqkv_cli.quantizers.codec import ExactCodec, ProductCodec
+from pqkv_cli.fitting.gradient_costs import LayerSide, gradient_costs
+from pqkv_cli.quantizers.codec import ProductCodec
 from pqkv_cli.runtime import load
 from pqkv_cli.runtime.attach import simulate
 from pqkv_cli.specs import SIDES
@@ -20,9 +20,18 @@ NUM_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[Place, CodecTables]:
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[LayerSide, CodecTables]:
     artifact = load(fit_artifact(tiny_llama(), Path(tmp_path_factory.mktemp("tiny")), 1))
     return {(i, side): found[side] for i, found in enumerate(artifact.tables) if found is not None for side in SIDES}
+
+
+class ExactCodec:
+    """Changes nothing: stands in for a side that is left alone while the other one is measured."""
+
+    rotary, bits_per_channel = None, 32.0
+
+    def encode_decode(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
 
 
 class OneTokenOfOneHead:
@@ -39,7 +48,7 @@ class OneTokenOfOneHead:
         return moved
 
 
-def alone(model: Any, window: torch.Tensor, place: Place, codec: Any) -> float:
+def alone(model: Any, window: torch.Tensor, place: LayerSide, codec: Any) -> float:
     """Return the sum over tokens of the divergence, in bits, that one moved vector causes."""
     index, side = place
     codecs: list[Any] = [None, None]
@@ -51,7 +60,7 @@ def alone(model: Any, window: torch.Tensor, place: Place, codec: Any) -> float:
 
 
 @pytest.mark.parametrize("place", [(0, "keys"), (1, "keys"), (0, "values"), (1, "values")])
-def test_costs_are_those_of_one_vector_after_another(tables: dict[Place, CodecTables], place: Place) -> None:
+def test_costs_are_those_of_one_vector_after_another(tables: dict[LayerSide, CodecTables], place: LayerSide) -> None:
     model, window = tiny_llama(), tokens(1, NUM_TOKENS, seed=7)
     costs = gradient_costs(model, window, tables, lambda *_: None, draws=400)
     codec = ProductCodec(tables[place])
@@ -62,7 +71,7 @@ def test_costs_are_those_of_one_vector_after_another(tables: dict[Place, CodecTa
     assert costs[place] == pytest.approx(total / SHARE**2 / NUM_TOKENS, rel=0.15)
 
 
-def divergence(model: Any, windows: torch.Tensor, place: Place, tables: CodecTables) -> float:
+def divergence(model: Any, windows: torch.Tensor, place: LayerSide, tables: CodecTables) -> float:
     """Return the mean KL divergence, in bits per predicted token, with one side of one layer quantized alone."""
     index, side = place
     codecs: list[Any] = [None, None]
@@ -76,7 +85,7 @@ def divergence(model: Any, windows: torch.Tensor, place: Place, tables: CodecTab
     return float(torch.stack(losses).mean())
 
 
-def test_costs_tell_what_divergence_tells(tables: dict[Place, CodecTables]) -> None:
+def test_costs_tell_what_divergence_tells(tables: dict[LayerSide, CodecTables]) -> None:
     model, windows = tiny_llama(), tokens(4, 64, seed=8)
     costs = gradient_costs(model, windows, tables, lambda *_: None, draws=4)
     measured = {place: divergence(model, windows, place, found) for place, found in tables.items()}
@@ -86,7 +95,7 @@ def test_costs_tell_what_divergence_tells(tables: dict[Place, CodecTables]) -> N
         assert 1 / 3 < costs[place] / loss < 3, (place, costs[place], loss)
 
 
-def test_it_counts_windows_and_leaves_the_model_as_it_was(tables: dict[Place, CodecTables]) -> None:
+def test_it_counts_windows_and_leaves_the_model_as_it_was(tables: dict[LayerSide, CodecTables]) -> None:
     model, seen = tiny_llama(), []
     asking = [parameter.requires_grad for parameter in model.parameters()]
     gradient_costs(model, tokens(2, 20), tables, lambda *n: seen.append(n))

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import fitting_support as support
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from pqkv_cli.errors import DataError, UsageError
 from pqkv_cli.fitting.fit import fit_layer, sample_weights
-from pqkv_cli.fitting.plan import uniform_plan
+from pqkv_cli.fitting.plan import rated_specs, uniform_plan
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.rates import RATES, SPEED_RATES, CodeStyle, key_layout, rate_layout
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, LayerGeometry, ModelGeometry
@@ -140,7 +141,8 @@ def test_too_few_vectors_name_the_layer() -> None:
     ("keys", "layer", "message"),
     [
         (support.KEYS, replace(support.LAYER, rotary=None), "a layer without rotary embedding"),
-        (replace(support.KEYS, map="matrix"), support.LAYER, "a matrix map"),
+        (replace(support.KEYS, map="matrix"), support.LAYER, "the map 'matrix' for codes before .*; expected one of blocks"),
+        (replace(support.KEYS, map="metric"), support.LAYER, "the map 'metric' for codes before rotary embedding"),
         (
             replace(support.KEYS, key_space="post_rope"),
             support.LAYER,
@@ -152,6 +154,12 @@ def test_too_few_vectors_name_the_layer() -> None:
 def test_formats_that_do_not_fit_are_refused(keys: object, layer: LayerGeometry, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         fit_layer(support.samples(0), layer, {**support.SPECS, "keys": keys}, settings=FAST)
+
+
+def test_values_have_no_blocks() -> None:
+    values = replace(support.VALUES, map="blocks")
+    with pytest.raises(UsageError, match="layer 0, values: found the map 'blocks' for values; expected one of matrix, scale"):
+        fit_layer(support.samples(0), support.LAYER, {**support.SPECS, "values": values}, settings=FAST)
 
 
 def test_settings_are_checked() -> None:
@@ -217,6 +225,48 @@ def test_uniform_plan_tells_layers_apart() -> None:
     plan = uniform_plan(geometry, 2, CacheSpec())
     assert set(plan.codecs) == {"k2_d64", "v2_d64", "k2_d128", "v2_d128", "k2_d64_nope"}
     assert plan.codecs["k2_d64_nope"].map == "matrix"
+
+
+def test_a_style_may_name_other_maps() -> None:
+    layer = LayerGeometry(4, 2, 64, RotaryLayout(64))
+    geometry = ModelGeometry("x", (layer,), 4096)
+
+    def maps(style: CodeStyle, **changes: Any) -> tuple[str, ...]:
+        layers = tuple(replace(each, **changes) for each in geometry.layers)
+        plan = uniform_plan(replace(geometry, layers=layers), 2, CacheSpec(), style)
+        return tuple(plan.codecs[name].map for name in ("k2", "v2"))
+
+    assert maps(CodeStyle()) == ("blocks", "matrix")
+    assert maps(CodeStyle(), rotary=None) == ("matrix", "matrix")
+    assert maps(CodeStyle(value_map="identity")) == ("blocks", "identity")
+    assert maps(CodeStyle(key_map="scale", value_map="scale")) == ("scale", "scale")
+    assert maps(CodeStyle(key_map="matrix"), rotary=None) == ("matrix", "matrix")
+
+
+@pytest.mark.parametrize(
+    ("style", "message"),
+    [
+        (
+            CodeStyle(key_map="matrix"),
+            "codebooks.key_map is matrix; expected one of blocks, scale, identity for keys before rotary",
+        ),
+        (
+            CodeStyle(value_map="blocks"),
+            "codebooks.value_map is blocks; expected one of matrix, scale, identity for values of 64",
+        ),
+        (
+            CodeStyle(value_map="hadamard"),
+            "codebooks.value_map is hadamard; expected one of .*; choose one of them, or leave it out",
+        ),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused(style: CodeStyle, message: str) -> None:
+    layer = LayerGeometry(4, 2, 64, RotaryLayout(64))
+    with pytest.raises(UsageError, match=message):
+        uniform_plan(ModelGeometry("x", (layer,), 4096), 2, CacheSpec(), style)
+    with pytest.raises(UsageError, match=message):
+        for side in SIDES:
+            rated_specs(layer, side, style)
 
 
 def test_uniform_plan_refuses_what_does_not_fit() -> None:

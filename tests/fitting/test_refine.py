@@ -239,8 +239,17 @@ def test_other_text_and_other_settings_are_other_requests(directory: Path) -> No
     assert len(set(requests)) == 4
 
 
-@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"schema": "pqkv.refinement/9", "is_better": True})])
-def test_a_damaged_outcome_is_named(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "has schema 'list'; expected 'pqkv.refinement/1'"),
+        (json.dumps({"schema": "pqkv.refinement/9", "is_better": True}), "has schema 'pqkv.refinement/9'"),
+        (json.dumps({"schema": "pqkv.refinement/1", "is_better": 1}), "says of is_better 1; expected true or false"),
+    ],
+)
+def test_a_damaged_outcome_is_named(tmp_path: Path, content: str, fault: str) -> None:
     (tmp_path / "refinement.json").write_text(content)
-    with pytest.raises(RunError, match="refinement.json is damaged"):
+    with pytest.raises(RunError, match=rf"refinement.json {fault}.*; delete it and run pqkv fit-codebooks --refine"):
         final_directory(tmp_path)
