@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pqkv_cli.artifact.schema import Header, header_document, map_word
+from pqkv_cli.artifact.header import header_document, map_word
+from pqkv_cli.artifact.schema import Header
 from pqkv_cli.artifact.summary import Summary, summarize_header
 from pqkv_cli.errors import ArtifactError
 from pqkv_cli.files import write_text

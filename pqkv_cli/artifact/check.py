@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from pqkv_cli.artifact.faults import listed
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.errors import ArtifactError
 from pqkv_cli.specs import LayerGeometry, ModelGeometry, ModelIdentity
@@ -42,14 +43,12 @@ def check_model(
     """
     faults = _geometry_faults(artifact, geometry)
     if faults:
-        lines = "\n".join(f"  - {fault}" for fault in faults)
         found = f"{artifact.path} was made for {artifact.header.model.label}, whose attention is not that of {label}"
-        raise ArtifactError(f"{found}:\n{lines}\nuse that model, or calibrate and export an artifact for this one")
+        raise ArtifactError(listed(found, faults, "use that model, or calibrate and export an artifact for this one"))
     differences = _hash_differences(artifact, identity, label)
     if differences and not force:
         hint = "use that model, export an artifact for this one, or pass --force to try it at the cost of quality"
-        lines = "\n".join(f"  - {difference}" for difference in differences)
-        raise ArtifactError(f"{artifact.path} was made for another model:\n{lines}\n{hint}")
+        raise ArtifactError(listed(f"{artifact.path} was made for another model", differences, hint))
     return (*differences, EARLIER) if _is_earlier(artifact, identity) else differences
 
 

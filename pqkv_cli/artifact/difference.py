@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.artifact.schema import header_document, map_word
+from pqkv_cli.artifact.header import header_document, map_word
 from pqkv_cli.artifact.store import Artifact, open_artifact
 from pqkv_cli.artifact.summary import LayerRow, Summary, summarize
 from pqkv_cli.artifact.tensors import flatten_tables

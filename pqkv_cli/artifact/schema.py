@@ -1,20 +1,16 @@
-"""The header of an artifact as frozen data, and its canonical JSON. Knows no files and no tensors.
-
-Parsing lives in `pqkv_cli.artifact.header`, the laws between fields in `pqkv_cli.artifact.header`.
-"""
+"""The header of an artifact as frozen data. Knows no files and no tensors; `pqkv_cli.artifact.header` reads and writes it."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from pqkv_cli.specs import CodecSpec, CompressionPlan, LayerGeometry, LayerPlan
-from pqkv_kernels.format.layout import CodeGroup
+from pqkv_cli.specs import CompressionPlan, LayerGeometry
 
 FORMAT = "pqkv"
 VERSION = 1
 # What an artifact is called in its directory.
 ARTIFACT_FILE = "pqkv.safetensors"
+# Each codec compiles its own kernel, and so does each group.
 MAX_CODECS = 6
 MAX_GROUPS = 3
 MAX_STAGES = 4
@@ -90,79 +86,3 @@ def canonical_json(document: object) -> str:
         If it holds a number that is not finite.
     """
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def header_document(header: Header) -> dict[str, Any]:
-    """Return `header` as a JSON document (see docs/artifact-format.md)."""
-    model, calibration, cache = header.model, header.calibration, header.plan.cache
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": {
-            "label": model.label,
-            "model_type": model.model_type,
-            "config_sha256": model.config_sha256,
-            "weights_sha256": model.weights_sha256,
-            "num_layers": len(header.geometry),
-        },
-        "geometry": [_geometry_document(layer) for layer in header.geometry],
-        "codecs": {name: _codec_document(codec) for name, codec in header.plan.codecs.items()},
-        "layers": [_layer_document(layer) for layer in header.plan.layers],
-        "cache": {"num_sinks": cache.num_sinks, "window_tokens": cache.window_tokens},
-        "kernels": {name: dict(config) for name, config in header.kernels.items()},
-        "relative_error": [
-            None if error is None else {"keys": list(error.keys), "values": list(error.values)}
-            for error in header.relative_error
-        ],
-        "recipe_sha256": header.recipe_sha256,
-        "calibration": {
-            "data_sha256": calibration.data_sha256,
-            "num_samples": calibration.num_samples,
-            "num_held_out": calibration.num_held_out,
-            "seq_len": calibration.seq_len,
-            "reservoir_size": calibration.reservoir_size,
-            "seed": calibration.seed,
-        },
-        "pqkv_version": header.pqkv_version,
-        "sha256": header.sha256,
-    }
-
-
-def map_word(codec: CodecSpec) -> str:
-    """Return the word the format uses for the transform of `codec`."""
-    words = {"blocks": "pair_metric", "scale": "pair_scale" if codec.key_space == "pre_rope" else "scale"}
-    return words.get(codec.map, codec.map)
-
-
-def _geometry_document(layer: LayerGeometry) -> dict[str, Any]:
-    rotary = layer.rotary
-    return {
-        "num_heads": layer.num_heads,
-        "num_kv_heads": layer.num_kv_heads,
-        "head_dim": layer.head_dim,
-        "rotary": None if rotary is None else {"rotary_dim": rotary.rotary_dim, "interleaved": rotary.interleaved},
-        "dense_reason": layer.dense_reason,
-    }
-
-
-def _codec_document(codec: CodecSpec) -> dict[str, Any]:
-    stages = []
-    for stage in codec.layout.stages:
-        groups, channel = [], 0
-        for group in stage:
-            groups.append(_group_document(group, channel))
-            channel += group.num_channels
-        stages.append({"groups": groups})
-    return {"kind": "pq", "key_space": codec.key_space, "map": map_word(codec), "stages": stages}
-
-
-def _group_document(group: CodeGroup, first_channel: int) -> dict[str, Any]:
-    starts = range(first_channel, first_channel + group.num_channels, group.subspace_dim)
-    dims = [list(range(start, start + group.subspace_dim)) for start in starts]
-    return {"M": group.num_subspaces, "nbits": group.nbits, "dims": dims}
-
-
-def _layer_document(layer: LayerPlan) -> dict[str, Any]:
-    if layer.dense_reason:
-        return {"dense": layer.dense_reason}
-    return {"keys": {"store": [layer.keys]}, "values": {"store": [layer.values]}}

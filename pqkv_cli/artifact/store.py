@@ -13,8 +13,9 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import save
 
-from pqkv_cli.artifact.header import listed, parse_document, parse_header
-from pqkv_cli.artifact.schema import ARTIFACT_FILE, Header, canonical_json, header_document
+from pqkv_cli.artifact.faults import listed
+from pqkv_cli.artifact.header import header_document, parse_document, parse_header
+from pqkv_cli.artifact.schema import ARTIFACT_FILE, Header, canonical_json
 from pqkv_cli.artifact.tensors import (
     DTYPES,
     LayerTables,

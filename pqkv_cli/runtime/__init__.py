@@ -4,7 +4,7 @@
     with attach(model, artifact) as attached:
         model.generate(**inputs, cache=attached.new_cache())
 
-Knows no evaluation and no command line; typer, rich, pydantic, yaml and datasets may be absent.
+Knows no evaluation and no command line; typer, rich, yaml and datasets may be absent.
 """
 
 from pqkv_cli.artifact.store import Artifact

@@ -102,7 +102,7 @@ def test_torch_free_rooms_import_no_torch(root: Path) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("foreign", ["typer", "rich", "pydantic", "yaml", "datasets"])
+@pytest.mark.parametrize("foreign", ["typer", "rich", "yaml", "datasets"])
 def test_the_small_runtime_needs_no_front_end(root: Path, foreign: str) -> None:
     front = {
         "cli",

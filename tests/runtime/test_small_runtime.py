@@ -6,7 +6,7 @@ import sys
 CODE = """
 import builtins, sys
 
-ABSENT = ("typer", "rich", "pydantic", "datasets")
+ABSENT = ("typer", "rich", "datasets")
 sys.modules.update(dict.fromkeys(ABSENT))
 real_import = builtins.__import__
 
