@@ -135,23 +135,21 @@ def native_attention(
         held |= _turning(keys, angles)
         base = angles.base[0]
         numbers |= {"num_pairs": base.shape[2], "base_row": base.shape[1] if base.shape[0] > 1 else 0}
-    sides = [
-        _Side(
-            groups=ctypes.addressof(t.groups),
-            num_groups=len(t.groups),
-            pages=where.data_ptr(),
-            page_bytes=slabs[0].shape[3],
-        )
-        for t, where, slabs in zip(tables, addresses, (key_pages, value_pages), strict=True)
-    ]
+    page_bytes = [slabs[0].shape[3] for slabs in (key_pages, value_pages)]
+    sides = dict(zip(("keys", "values"), map(_side, tables, addresses, page_bytes), strict=True))
     pointers = {name: t.data_ptr() for name, t in held.items()}
-    job = _Job(keys=sides[0], values=sides[1], softcap=softcap or 0.0, **pointers, **numbers)
+    job = _Job(**sides, softcap=softcap or 0.0, **pointers, **numbers)
     # Its loops know every block that `_blocks` makes.
     most = max(1, batch * heads * blocks * num_pages // _THREAD_PAGES)
     in_shares(library.pqkv_attend, job, batch * heads * blocks * chunks, most)
     if chunks > 1:
         in_shares(library.pqkv_merge, job, batch * heads * blocks, 1)
     return _unblocked(out, group, num_queries), _unblocked(lse, group, num_queries)
+
+
+def _side(tables: NativeTables, pages: torch.Tensor, page_bytes: int) -> Struct:
+    groups = ctypes.addressof(tables.groups)
+    return _Side(groups=groups, num_groups=len(tables.groups), pages=pages.data_ptr(), page_bytes=page_bytes)
 
 
 def _blocks(query: torch.Tensor, keys: Planes, scaling: float) -> torch.Tensor:
