@@ -6,7 +6,7 @@ from native_machines import MACHINES, library_of
 from tests_support import random_codebooks
 
 from pqkv_kernels.cpu import encode as native_nearest
-from pqkv_kernels.cpu.encode import NativeEncoder, native_few
+from pqkv_kernels.cpu.encode import NativeEncoder, native_top_k
 from pqkv_kernels.format.layout import CodeGroup, CodeLayout
 
 pytestmark = pytest.mark.skipif(native_nearest._nearest_library() is None, reason="no C++ compiler on this machine")
@@ -61,15 +61,15 @@ def machine(request: pytest.FixtureRequest):
 @pytest.mark.parametrize("centroids", [256, 1000])
 def test_cells_find_what_the_search_among_all_finds(kind: str, centroids: int, machine: str) -> None:
     x, c = plane(kind, POINTS, centroids)
-    expected = torch.cat([native_few(part, c, 1) for part in x.split(FEW, dim=1)], dim=2)
-    assert torch.equal(native_few(x, c, 1), expected)
+    expected = torch.cat([native_top_k(part, c, 1) for part in x.split(FEW, dim=1)], dim=2)
+    assert torch.equal(native_top_k(x, c, 1), expected)
 
 
 @pytest.mark.parametrize("centroids", [65_536, 65_537])
 def test_the_most_centroids_and_one_more_are_found_too(centroids: int, machine: str) -> None:
     x, c = plane("normal", POINTS, centroids)
-    expected = torch.cat([native_few(part, c, 1) for part in x[:1].split(FEW, dim=1)], dim=2)
-    assert torch.equal(native_few(x[:1], c[:1], 1), expected)
+    expected = torch.cat([native_top_k(part, c, 1) for part in x[:1].split(FEW, dim=1)], dim=2)
+    assert torch.equal(native_top_k(x[:1], c[:1], 1), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -6,7 +6,7 @@ import torch
 from pqkv_kernels.cpu import build as native_build
 from pqkv_kernels.cpu import build as native_threads
 from pqkv_kernels.cpu import encode as native
-from pqkv_kernels.cpu.encode import MOST_FEW, SHORT_DIMS, NativeEncoder, can_search, native_few
+from pqkv_kernels.cpu.encode import MOST_TOP_K, SHORT_DIMS, NativeEncoder, can_search, native_top_k
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.reference.nearest import nearest_centroids
 
@@ -34,7 +34,7 @@ def test_it_finds_what_matrix_products_find(dim: int, points: int, centroids: in
 
 
 @needs_compiler
-@pytest.mark.parametrize("count", range(1, MOST_FEW + 1))
+@pytest.mark.parametrize("count", range(1, MOST_TOP_K + 1))
 @pytest.mark.parametrize(("dim", "centroids"), [(2, 4), (16, 21), (80, 130)])
 def test_it_finds_the_nearest_few_in_order(count: int, dim: int, centroids: int, poisoned: None) -> None:
     x, c = points_and_centroids(3, 70, centroids, dim)
@@ -53,16 +53,16 @@ def test_threads_and_memory_layout_change_nothing(count: int, own: bool, monkeyp
     if own:  # as where torch has no OpenMP
         monkeypatch.setattr(native_threads, "_shared_threads", lambda: None)
     x, c = points_and_centroids(7, 130, 16, 2)
-    expected = native_few(x, c, count)
+    expected = native_top_k(x, c, count)
     before = torch.get_num_threads()
     try:
         for threads in (2, 3, 16):
             torch.set_num_threads(threads)
-            assert torch.equal(native_few(x, c, count), expected)
+            assert torch.equal(native_top_k(x, c, count), expected)
     finally:
         torch.set_num_threads(before)
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(native_few(turned, c.double(), count), expected)
+    assert torch.equal(native_top_k(turned, c.double(), count), expected)
 
 
 @needs_compiler
@@ -75,13 +75,13 @@ def test_loops_run_on_the_threads_of_torch() -> None:
 def test_ties_go_to_the_smaller_index() -> None:
     _, c = points_and_centroids(2, 1, 9, 4)
     twice = torch.cat((c, c), dim=1)
-    assert torch.equal(native_few(twice, twice, 1)[:, 0], torch.arange(9).repeat(2).expand(2, 18))
-    assert torch.equal(native_few(twice, twice, 2)[:, 1], torch.arange(9, 18).repeat(2).expand(2, 18))
+    assert torch.equal(native_top_k(twice, twice, 1)[:, 0], torch.arange(9).repeat(2).expand(2, 18))
+    assert torch.equal(native_top_k(twice, twice, 2)[:, 1], torch.arange(9, 18).repeat(2).expand(2, 18))
 
 
 def test_other_devices_and_machines_without_a_compiler_use_products(monkeypatch: pytest.MonkeyPatch) -> None:
     x, c = points_and_centroids(2, 40, 8, 2)
-    assert not can_search(x, MOST_FEW + 1)
+    assert not can_search(x, MOST_TOP_K + 1)
     assert not can_search(torch.zeros(1, 1, 2, device="meta"))
     expected = NATIVE.nearest(x, c)
 

@@ -6,23 +6,25 @@ from pathlib import Path
 
 import torch
 
-from pqkv_kernels.cpu.build import found_library, in_shares, native_library
+from pqkv_kernels.cpu.build import SOURCE, found_library, in_shares, native_library
+from pqkv_kernels.cpu.structs import Struct, constant, constants, structure
 from pqkv_kernels.format.addresses import page_addresses, whole_blocks
-from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.pairs import PlaneGroup, Planes, step_factors
 from pqkv_kernels.format.rotary import PageAngles
 from pqkv_kernels.format.tokens import CodedTokens, ExactTokens, Part
 
+_JOB_SOURCE = SOURCE.with_name("attention_job.h")
+_Group, _Side, _Job = (structure(_JOB_SOURCE, name) for name in ("Group", "Side", "AttentionJob"))
 _WIDE_PLANES = 8  # codes of so many planes are read row by row
-_LANES = 16  # rows are filled up to a multiple of
-_FEWEST_BYTES = 128  # entries that one instruction looks up
+_ROW_MULTIPLE = constant(_JOB_SOURCE, "kRowMultiple")  # rows are filled up to a multiple of so many planes
+_FEWEST_ENTRIES = 1 << constant(SOURCE.with_name("codes.h"), "kFewestBits")  # of a table of bytes
 
 
 @dataclass(frozen=True, slots=True)
 class NativeTables:
-    """Groups of one codec as the kernel reads them, [G, 9] int64, and the tensors whose addresses they hold."""
+    """Groups of one codec as the kernel reads them, an array of its ``Group``, and the tensors whose addresses they hold."""
 
-    groups: torch.Tensor
+    groups: ctypes.Array[Struct]
     held: tuple[torch.Tensor, ...]
 
 
@@ -44,12 +46,12 @@ def byte_planes(table: torch.Tensor) -> torch.Tensor:
     bits = table.contiguous().view(torch.int32)
     rounded = bits + 0x7F + ((bits >> 8) & 1)
     upper = rounded.contiguous().view(torch.uint8).unflatten(-1, (2, 4))[..., 1:]  # [..., K, 2, 3], little-endian
-    missing = max(0, _FEWEST_BYTES - table.shape[-2])
+    missing = max(0, _FEWEST_ENTRIES - table.shape[-2])
     return torch.nn.functional.pad(upper.movedim(-3, -1), (0, missing)).contiguous()
 
 
 def _tables(planes: Planes, in_bytes: bool) -> NativeTables:
-    rows, held = [], []
+    groups, held = [], []
     for stage in planes.stages:
         entries = stage.entries.view(torch.float32).view(planes.channels.shape[0], -1, 2)
         first = 0
@@ -57,9 +59,9 @@ def _tables(planes: Planes, in_bytes: bool) -> NativeTables:
             count = part.group.num_subspaces * part.planes_per_code * part.group.num_centroids
             table, is_wide = _table(part, entries[:, first : first + count], in_bytes)
             held.append(table)
-            rows.append(_group_row(part, table, is_wide))
+            groups.append(_group(part, table, is_wide))
             first += count
-    return NativeTables(torch.tensor(rows), tuple(held))
+    return NativeTables((_Group * len(groups))(*groups), tuple(held))
 
 
 def _table(part: PlaneGroup, entries: torch.Tensor, in_bytes: bool) -> tuple[torch.Tensor, bool]:
@@ -68,45 +70,31 @@ def _table(part: PlaneGroup, entries: torch.Tensor, in_bytes: bool) -> tuple[tor
     table = entries.unflatten(1, (-1, num_centroids))  # [Hkv, M * planes, K, 2]
     if width >= _WIDE_PLANES:  # [Hkv, M, K, 2, planes and zeros]
         rows = table.unflatten(1, (-1, width)).permute(0, 1, 3, 4, 2)
-        return torch.nn.functional.pad(rows, (0, -width % _LANES)).contiguous(), True
+        return torch.nn.functional.pad(rows, (0, -width % _ROW_MULTIPLE)).contiguous(), True
     return byte_planes(table) if in_bytes else table.contiguous(), False
 
 
-def _group_row(part: PlaneGroup, table: torch.Tensor, is_wide: bool) -> list[int]:
+def _group(part: PlaneGroup, table: torch.Tensor, is_wide: bool) -> Struct:
     group = part.group
     head_bytes = table.stride(0) * table.element_size()
-    place = [part.byte_offset, group.num_subspaces, group.nbits, part.planes_per_code, part.first_plane]
-    return [*place, table.data_ptr(), head_bytes, head_bytes // group.num_subspaces, int(is_wide)]
+    return _Group(
+        byte_offset=part.byte_offset,
+        num_subspaces=group.num_subspaces,
+        nbits=group.nbits,
+        planes=part.planes_per_code,
+        first_plane=part.first_plane,
+        table=table.data_ptr(),
+        head_bytes=head_bytes,
+        subspace_bytes=head_bytes // group.num_subspaces,
+        wide=is_wide,
+    )
 
 
 MOST_QUERIES = 16  # per key/value head; more are served better by matrix products
 _CHUNK_PAGES = 64
-_MOST_BLOCK = 4  # queries that share what is looked up
-_READ_BEYOND = 15  # numbers behind a row that may be loaded with it
+_MOST_BLOCK = max(constants(_JOB_SOURCE, "kBlocks"))  # queries that share what is looked up
+_READ_BEYOND = _ROW_MULTIPLE - 1  # numbers behind a row that may be loaded with it
 _THREAD_PAGES = 64  # less work than this is not worth waking another thread
-
-
-class _Side(ctypes.Structure):
-    _fields_ = [
-        ("groups", ctypes.c_void_p),
-        ("num_groups", ctypes.c_int64),
-        ("pages", ctypes.c_void_p),
-        ("page_bytes", ctypes.c_int64),
-    ]
-
-
-_POINTERS = ("query", "spans", "pair", "base_cos", "base_sin", "step_cos", "step_sin", "row_cos", "row_sin")
-_SIZES = ("batch", "heads", "query_blocks", "block", "chunks", "chunk_pages", "num_pages", "planes", "num_pairs", "base_row")
-
-
-class _Job(ctypes.Structure):
-    _fields_ = [
-        ("keys", _Side),
-        ("values", _Side),
-        *((name, ctypes.c_void_p) for name in (*_POINTERS, "out", "lse")),
-        *((name, ctypes.c_int64) for name in _SIZES),
-        ("softcap", ctypes.c_float),
-    ]
 
 
 def attention_obstacle(query: torch.Tensor, tokens: CodedTokens) -> str | None:
@@ -128,7 +116,7 @@ def native_attention(
     rows = _blocks(query, keys, scaling)
     blocks, block = rows.shape[2:4]
     key_pages, value_pages = whole_blocks(tokens.key_pages), whole_blocks(tokens.value_pages)
-    addresses = [page_addresses(slabs) for slabs in (key_pages, value_pages)]
+    addresses = [page_addresses(pages) for pages in (key_pages, value_pages)]
     num_pages = addresses[0].shape[1]
     chunk_pages = _chunk_pages(num_pages, batch * heads * blocks)
     chunks = -(-num_pages // chunk_pages)
@@ -142,17 +130,21 @@ def native_attention(
         held |= _rotation(keys, tokens.angles)
         base = tokens.angles.base[0]
         numbers |= {"num_pairs": base.shape[2], "base_row": base.shape[1] if base.shape[0] > 1 else 0}
-    sides = [
-        _Side(t.groups.data_ptr(), len(t.groups), where.data_ptr(), slabs[0].shape[3])
-        for t, where, slabs in zip(tables, addresses, (key_pages, value_pages), strict=True)
-    ]
-    job = _Job(*sides, softcap=softcap or 0.0, **{name: t.data_ptr() for name, t in held.items()}, **numbers)
+    page_bytes = [pages[0].shape[3] for pages in (key_pages, value_pages)]
+    sides = dict(zip(("keys", "values"), map(_side, tables, addresses, page_bytes), strict=True))
+    pointers = {name: t.data_ptr() for name, t in held.items()}
+    job = _Job(**sides, softcap=softcap or 0.0, **pointers, **numbers)
     # Its loops know every block that `_blocks` makes.
     most = max(1, batch * heads * blocks * num_pages // _THREAD_PAGES)
     in_shares(library.pqkv_attend, job, batch * heads * blocks * chunks, most)
     if chunks > 1:
         in_shares(library.pqkv_merge, job, batch * heads * blocks, 1)
     return _unblocked(out, group, num_queries), _unblocked(lse, group, num_queries)
+
+
+def _side(tables: NativeTables, pages: torch.Tensor, page_bytes: int) -> Struct:
+    groups = ctypes.addressof(tables.groups)
+    return _Side(groups=groups, num_groups=len(tables.groups), pages=pages.data_ptr(), page_bytes=page_bytes)
 
 
 def _blocks(query: torch.Tensor, keys: Planes, scaling: float) -> torch.Tensor:
@@ -198,27 +190,11 @@ def _unblocked(blocks: torch.Tensor, group: int, num_queries: int) -> torch.Tens
     return first.reshape(*first.shape[:2], group, num_queries, *blocks.shape[5:])
 
 
-assert PAGE_TOKENS == 64  # the C++ source says so, too
-
-
 EXACT_SOURCE = Path(__file__).parent / "src" / "exact.cpp"
+_Tokens, _ExactJob = (structure(EXACT_SOURCE, name) for name in ("Tokens", "ExactJob"))
 MOST_EXACT_QUERIES = 16  # more are served better by matrix products
 _DTYPES = (torch.float32, torch.bfloat16)
 _THREAD_PRODUCTS = 1 << 19  # less work than so many products is not worth waking another thread
-
-
-class _Tokens(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "head", "token"))]
-
-
-class _ExactJob(ctypes.Structure):
-    _fields_ = [
-        *((name, _Tokens) for name in ("sink_keys", "sink_values", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("query", "starts", "stops", "out", "lse")),
-        *((name, ctypes.c_int64) for name in ("kv_heads", "group", "num_queries", "dim", "num_sinks", "num_exact")),
-        *((name, ctypes.c_int64) for name in ("first_slot", "halved")),
-        *((name, ctypes.c_float) for name in ("scaling", "softcap")),
-    ]
 
 
 def exact_obstacle(query: torch.Tensor, exact: ExactTokens) -> str | None:
@@ -247,15 +223,20 @@ def native_add_exact(coded: Part, query: torch.Tensor, exact: ExactTokens, scali
     held = {"query": query.float().contiguous(), "starts": exact.starts.contiguous(), "stops": exact.stops.contiguous()}
     numbers = {"num_queries": num_queries, "dim": dim, "num_sinks": exact.sinks[0].shape[2], "num_exact": num_exact}
     job = _ExactJob(
-        *(_Tokens(t.data_ptr(), *t.stride()[:3]) for t in (*exact.sinks, *exact.recent)),
+        **dict(zip(("sink_keys", "sink_values", "keys", "values"), map(_tokens, (*exact.sinks, *exact.recent)), strict=True)),
         **{name: t.data_ptr() for name, t in (held | {"out": out, "lse": lse}).items()},
         **numbers,
         kv_heads=kv_heads,
         group=heads // kv_heads,
         first_slot=exact.first_slot,
-        halved=query.dtype == torch.bfloat16,
+        is_bfloat16=query.dtype == torch.bfloat16,
         scaling=scaling,
         softcap=softcap or 0.0,
     )
     in_shares(library.pqkv_exact, job, batch * kv_heads, max(1, query.numel() * num_exact // _THREAD_PRODUCTS))
     return out, lse
+
+
+def _tokens(t: torch.Tensor) -> Struct:
+    row, head, token, _ = t.stride()
+    return _Tokens(data=t.data_ptr(), row=row, head=head, token=token)

@@ -1,20 +1,14 @@
 """What a step of k-means needs of every point and its centroid, in one pass over the points in C++. CPU tensors only."""
 
-import ctypes
 from pathlib import Path
 
 import torch
 
 from pqkv_kernels.cpu.build import in_shares, native_library
+from pqkv_kernels.cpu.structs import structure
 
 SOURCE = Path(__file__).parent / "src" / "centroids.cpp"
-
-
-class _Job(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("points", "weights", "centroids", "codes", "sums", "errors")),
-        *((name, ctypes.c_int64) for name in ("num_points", "num_centroids", "dim")),
-    ]
+_Job = structure(SOURCE, "CentroidJob")
 
 
 def native_centroid_sums(
@@ -29,9 +23,11 @@ def native_centroid_sums(
     """
     library = native_library(SOURCE)
     num_subspaces, num_centroids, dim = centroids.shape
-    held = [tensor.contiguous() for tensor in (points, weights, centroids, codes)]
     sums = torch.zeros(num_subspaces, num_centroids, dim + 1, dtype=torch.float64)
     errors = torch.empty(points.shape[:2])
-    places = [tensor.data_ptr() for tensor in (*held, sums, errors)]
-    in_shares(library.pqkv_centroid_sums, _Job(*places, points.shape[1], num_centroids, dim), num_subspaces)
+    given = {"points": points, "weights": weights, "centroids": centroids, "codes": codes}
+    held = {name: tensor.contiguous() for name, tensor in given.items()} | {"sums": sums, "errors": errors}
+    pointers = {name: tensor.data_ptr() for name, tensor in held.items()}
+    job = _Job(**pointers, num_points=points.shape[1], num_centroids=num_centroids, dim=dim)
+    in_shares(library.pqkv_centroid_sums, job, num_subspaces)
     return sums, errors

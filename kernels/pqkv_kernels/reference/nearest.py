@@ -8,7 +8,7 @@ from torch.nn import functional
 from pqkv_kernels.errors import KernelError
 
 
-def score_lines(centroids: torch.Tensor) -> torch.Tensor:
+def augmented_centroids(centroids: torch.Tensor) -> torch.Tensor:
     """Return ``(2 c, -||c||^2)`` of `centroids` [..., K, d], [..., K, d + 1]: their products with ``(x, 1)`` are scores."""
     return torch.cat((2 * centroids, -centroids.square().sum(-1, keepdim=True)), dim=-1)
 
@@ -107,12 +107,12 @@ def _search_rows(
     """Fill `codes` [R, ..., N] of `points` [R, N, d], `columns` points at a time, with `scores` as scratch space."""
     rows, num_points, _ = points.shape
     num_centroids = centroids.shape[1]
-    lines = score_lines(centroids)
-    augmented = torch.cat((points.transpose(1, 2), points.new_ones(rows, 1, num_points)), dim=1)
+    augmented = augmented_centroids(centroids)
+    points_and_ones = torch.cat((points.transpose(1, 2), points.new_ones(rows, 1, num_points)), dim=1)
     for start in range(0, num_points, columns):
         stop = min(start + columns, num_points)
         block = scores[: rows * num_centroids * (stop - start)].view(rows, num_centroids, stop - start)
-        torch.bmm(lines, augmented[:, :, start:stop], out=block)
+        torch.bmm(augmented, points_and_ones[:, :, start:stop], out=block)
         codes[..., start:stop] = choose(block)
 
 

@@ -1,22 +1,34 @@
-// The nearest centroid of every point, for points of few channels, and the nearest few for points of any. See cpu/encode.py
-// for what the arguments mean.
+// The nearest centroid of every point, for points of few channels, and the nearest few for points of any. `cpu/encode.py` lays
+// out the arguments.
 
 #include <cstdint>
 #include <vector>
 
-#include "cells.h"
+#include "constants.h"
 #include "search.h"
+
+// S subspaces of n points and k centroids of d channels.
+struct NearestJob {
+  const float* points;     // [S, n, d]
+  const float* augmented;  // [S, k, d + 1]: centroids, see search.h
+  int64_t* codes;          // [S, top_k, n]: numbers of the nearest centroids, the nearest first
+  int64_t num_points, num_centroids, dim, top_k;
+};
 
 namespace {
 
-// points [n, D]; codes [n] get what `search`, a function of kBlock points, finds.
+constexpr int kShortDims[] = {1, 2, 4, 8};  // so many channels of a block of points stay in registers
+constexpr int kTopK[] = {1, 2, 3, 4};       // so many of the nearest centroids of a block of points stay in registers
+
+// points [n, D]; codes [n] get what `search`, a function of kBlockPoints points, chooses. A function of its own, so that its
+// loop has all registers.
 template <int D, typename Search>
-void one_subspace(const float* points, int64_t n, int64_t* codes, Search search) {
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t count = n - start < kBlock ? n - start : kBlock;
-    Floats x[kVectors][D], best[kVectors];
-    Ints index[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
+__attribute__((noinline)) void one_subspace(const float* points, int64_t n, int64_t* codes, Search search) {
+  for (int64_t start = 0; start < n; start += kBlockPoints) {
+    const int64_t count = n - start < kBlockPoints ? n - start : kBlockPoints;
+    Floats x[kBlockVectors][D], best[kBlockVectors];
+    Ints index[kBlockVectors];
+    for (int v = 0; v < kBlockVectors; ++v) {
       for (int lane = 0; lane < kLanes; ++lane) {
         const int64_t point = v * kLanes + lane;
         for (int i = 0; i < D; ++i) x[v][i][lane] = point < count ? points[(start + point) * D + i] : 0.0f;
@@ -34,115 +46,102 @@ constexpr int kTogether = 4;
 constexpr int kTogether = 2;
 #endif
 
-// Keep the N largest scores and their rows, from the largest; of equal ones the smaller row, if rows come in order.
-template <int N>
-inline void keep(Floats score, int64_t row, Floats (&best)[N], Ints (&index)[N]) {
-  if (!any(score > best[N - 1])) return;
+// Keep the K largest scores and their rows, from the largest; of equal ones the smaller row, if rows come in order.
+template <int K>
+inline void keep(Floats score, int64_t row, Floats (&best)[K], Ints (&index)[K]) {
+  if (!any(score > best[K - 1])) return;
   Ints here = Ints{} + static_cast<int32_t>(row);
-  for (int j = 0; j < N; ++j) {  // what is better moves in, what it displaces moves on
+  for (int j = 0; j < K; ++j) {  // what is better moves in, what it displaces moves on
     const Ints better = score > best[j];
-    const Floats old = best[j];
-    const Ints place = index[j];
-    best[j] = better ? score : old;
-    index[j] = better ? here : place;
-    score = better ? old : score;
-    here = better ? place : here;
+    const Floats old_score = best[j];
+    const Ints old_row = index[j];
+    best[j] = better ? score : old_score;
+    index[j] = better ? here : old_row;
+    score = better ? old_score : score;
+    here = better ? old_row : here;
   }
 }
 
-// Scores of T neighbouring rows of `lines` for kBlock points, channel by channel in `x` [d, kBlock].
-template <int N, int T>
-inline void pass(const float* x, const float* lines, int64_t d, int64_t row, Floats (&best)[kVectors][N],
-                 Ints (&index)[kVectors][N]) {
-  const float* own = lines + row * (d + 1);
-  Floats score[T][kVectors];
+// Scores of T neighbouring rows of `augmented` for kBlockPoints points, channel by channel in `x` [d, kBlockPoints].
+template <int K, int T>
+inline void pass(const float* x, const float* augmented, int64_t d, int64_t row, Floats (&best)[kBlockVectors][K],
+                 Ints (&index)[kBlockVectors][K]) {
+  const float* centroids = augmented + row * (d + 1);
+  Floats score[T][kBlockVectors];
   for (int j = 0; j < T; ++j)
-    for (int v = 0; v < kVectors; ++v) score[j][v] = own[j * (d + 1) + d] - Floats{};
+    for (int v = 0; v < kBlockVectors; ++v) score[j][v] = centroids[j * (d + 1) + d] - Floats{};  // as in search.h
   for (int64_t i = 0; i < d; ++i) {
-    Floats point[kVectors];
-    for (int v = 0; v < kVectors; ++v) point[v] = *reinterpret_cast<const Floats*>(x + i * kBlock + v * kLanes);
+    Floats point[kBlockVectors];
+    for (int v = 0; v < kBlockVectors; ++v) point[v] = load(x + i * kBlockPoints + v * kLanes);
 #pragma GCC unroll 4
     for (int j = 0; j < T; ++j) {
-      const float line = own[j * (d + 1) + i];
+      const float channel = centroids[j * (d + 1) + i];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) score[j][v] += point[v] * line;
+      for (int v = 0; v < kBlockVectors; ++v) score[j][v] += point[v] * channel;
     }
   }
   for (int j = 0; j < T; ++j)
-    for (int v = 0; v < kVectors; ++v) keep<N>(score[j][v], row + j, best[v], index[v]);
+    for (int v = 0; v < kBlockVectors; ++v) keep<K>(score[j][v], row + j, best[v], index[v]);
 }
 
-// points [count, d] of one subspace, at most kBlock; codes [N, n] get the rows of the N largest scores; x is scratch space.
-template <int N>
-void one_block(const float* points, const float* lines, int64_t count, int64_t k, int64_t d, float* x, int64_t n, int64_t* codes) {
-  for (int64_t p = 0; p < kBlock; ++p)
-    for (int64_t i = 0; i < d; ++i) x[i * kBlock + p] = p < count ? points[p * d + i] : 0.0f;
-  Floats best[kVectors][N];
-  Ints index[kVectors][N];
-  for (int v = 0; v < kVectors; ++v)
-    for (int j = 0; j < N; ++j) {
+// points [count, d] of one subspace, at most kBlockPoints; codes [K, n] get the rows of the K largest scores; `x` is scratch
+// space.
+template <int K>
+__attribute__((noinline)) void one_block(const float* points, const float* augmented, int64_t count, int64_t k, int64_t d,
+                                         float* x, int64_t n, int64_t* codes) {
+  for (int64_t p = 0; p < kBlockPoints; ++p)
+    for (int64_t i = 0; i < d; ++i) x[i * kBlockPoints + p] = p < count ? points[p * d + i] : 0.0f;
+  Floats best[kBlockVectors][K];
+  Ints index[kBlockVectors][K];
+  for (int v = 0; v < kBlockVectors; ++v)
+    for (int j = 0; j < K; ++j) {
       best[v][j] = Floats{} + kLowest;
       index[v][j] = Ints{};
     }
   int64_t row = 0;
-  for (; row + kTogether <= k; row += kTogether) pass<N, kTogether>(x, lines, d, row, best, index);
-  for (; row < k; ++row) pass<N, 1>(x, lines, d, row, best, index);
-  for (int j = 0; j < N; ++j)
+  for (; row + kTogether <= k; row += kTogether) pass<K, kTogether>(x, augmented, d, row, best, index);
+  for (; row < k; ++row) pass<K, 1>(x, augmented, d, row, best, index);
+  for (int j = 0; j < K; ++j)
     for (int64_t p = 0; p < count; ++p) codes[j * n + p] = index[p / kLanes][j][p % kLanes];
 }
 
 }  // namespace
 
-struct Job {
-  const float* points;  // [S, n, d]
-  const float* lines;   // [S, k, d + 1]
-  int64_t* codes;       // [S, few, n]
-  int64_t n, k, d, few;
-};
-
-// Subspaces begin..end-1, the nearest one of each point; returns 1 where `d` is not known here.
-extern "C" int pqkv_nearest(const Job* job, int64_t begin, int64_t end) {
-  const int64_t n = job->n, k = job->k, d = job->d;
+// Subspaces begin..end-1, the nearest one of each point; returns 1 where the channels are none of kShortDims.
+extern "C" int pqkv_nearest(const NearestJob* job, int64_t begin, int64_t end) {
+  const int64_t n = job->num_points, k = job->num_centroids, d = job->dim;
   Cells cells;
   for (int64_t s = begin; s < end; ++s) {
-    const float* own = job->points + s * n * d;
-    const float* lines = job->lines + s * k * (d + 1);
-    int64_t* found = job->codes + s * n;
-    const auto all = [&](auto& x, auto& best, auto& index) { largest(x, lines, k, best, index); };
+    const float* points = job->points + s * n * d;
+    const float* augmented = job->augmented + s * k * (d + 1);
+    int64_t* codes = job->codes + s * n;
     if (d == 2 && Cells::pay(k, n)) {
-      cells.build(lines, k);
-      one_subspace<2>(own, n, found, [&](auto&... block) { cells.largest(block...); });
+      cells.build(augmented, k);
+      one_subspace<2>(points, n, codes, [&](auto&... block) { cells.largest(block...); });
       continue;
     }
-    switch (d) {
-      case 1: one_subspace<1>(own, n, found, all); break;
-      case 2: one_subspace<2>(own, n, found, all); break;
-      case 4: one_subspace<4>(own, n, found, all); break;
-      case 8: one_subspace<8>(own, n, found, all); break;
-      default: return 1;
-    }
+    const auto all = [&](auto& x, auto& best, auto& index) { largest(x, augmented, k, best, index); };
+    if (!with_constant<kShortDims>(d, [&](auto dim) { one_subspace<dim>(points, n, codes, all); })) return 1;
   }
   return 0;
 }
 
-// Blocks begin..end-1 of kBlock points, counted over all subspaces, of any channels; returns 1 where `few` is not known here.
-extern "C" int pqkv_few(const Job* job, int64_t begin, int64_t end) {
-  const int64_t n = job->n, k = job->k, d = job->d, blocks = (n + kBlock - 1) / kBlock;
-  std::vector<float> x(d * kBlock);
+// Blocks begin..end-1 of kBlockPoints points, counted over all subspaces, the nearest `top_k` of each, for any number of
+// channels; returns 1 where `top_k` is none of kTopK.
+extern "C" int pqkv_top_k(const NearestJob* job, int64_t begin, int64_t end) {
+  const int64_t n = job->num_points, k = job->num_centroids, d = job->dim, blocks = (n + kBlockPoints - 1) / kBlockPoints;
+  std::vector<float> x(d * kBlockPoints);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t s = unit / blocks, start = unit % blocks * kBlock, count = n - start < kBlock ? n - start : kBlock;
+    const int64_t s = unit / blocks, start = unit % blocks * kBlockPoints;
+    const int64_t count = n - start < kBlockPoints ? n - start : kBlockPoints;
     const float* points = job->points + (s * n + start) * d;
-    const float* lines = job->lines + s * k * (d + 1);
-    int64_t* codes = job->codes + s * job->few * n + start;
-    switch (job->few) {
-      case 1: one_block<1>(points, lines, count, k, d, x.data(), n, codes); break;
-      case 2: one_block<2>(points, lines, count, k, d, x.data(), n, codes); break;
-      case 3: one_block<3>(points, lines, count, k, d, x.data(), n, codes); break;
-      case 4: one_block<4>(points, lines, count, k, d, x.data(), n, codes); break;
-      default: return 1;
-    }
+    const float* augmented = job->augmented + s * k * (d + 1);
+    int64_t* codes = job->codes + s * job->top_k * n + start;
+    const auto block = [&](auto top_k) { one_block<top_k>(points, augmented, count, k, d, x.data(), n, codes); };
+    if (!with_constant<kTopK>(job->top_k, block)) return 1;
   }
   return 0;
 }
 
-extern "C" int64_t pqkv_block() { return kBlock; }
+// Points of one block, which depend on the machine.
+extern "C" int64_t pqkv_block() { return kBlockPoints; }
