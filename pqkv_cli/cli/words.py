@@ -89,7 +89,8 @@ def checked(changes: "Changes") -> "Changes":
     RecipeError
         With all that are not.
     """
-    from pqkv_cli.recipe import Recipe, override
+    from pqkv_cli.recipe import Recipe
+    from pqkv_cli.recipe_files import override
 
     override(Recipe(name="any", model="any"), changes, "this command line")
     return changes

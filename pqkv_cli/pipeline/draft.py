@@ -10,8 +10,8 @@ from pqkv_cli.models.geometry import check_quantizable, geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.target import resolve_target
-from pqkv_cli.recipe import Recipe, override
-from pqkv_cli.recipe_files import dump_recipe
+from pqkv_cli.recipe import Recipe
+from pqkv_cli.recipe_files import dump_recipe, override
 from pqkv_cli.specs import CacheSpec, ModelGeometry
 
 _SUFFIXES = (".yaml", ".yml")

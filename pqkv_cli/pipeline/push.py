@@ -19,8 +19,8 @@ from pqkv_cli.pipeline.lock import locked
 from pqkv_cli.pipeline.outcome import StageOutcome
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run
 from pqkv_cli.pipeline.target import parse_hub_name
-from pqkv_cli.recipe import Recipe, override
-from pqkv_cli.recipe_files import dump_recipe
+from pqkv_cli.recipe import Recipe
+from pqkv_cli.recipe_files import dump_recipe, override
 from pqkv_cli.reporter import Reporter
 
 
