@@ -8,7 +8,7 @@ from pydantic import Field
 from typer.testing import CliRunner
 
 from pqkv_cli.cli.main import VERBS
-from pqkv_cli.cli.recipe_options import Changes, recipe_options, with_recipe_options
+from pqkv_cli.cli.option_set import Changes, recipe_options, with_recipe_options
 from pqkv_cli.errors import RecipeError
 from pqkv_cli.pipeline.state import STAGES, stage_settings
 from pqkv_cli.recipe import CodebookRecipe, Recipe, settings

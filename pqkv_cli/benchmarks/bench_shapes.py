@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.benchmarks.decode_speed import ROOM, time_tokens
 from pqkv_cli.benchmarks.equal_memory import Throughput, codes_row_bytes, codes_throughput, static_row_bytes, static_throughput
-from pqkv_cli.benchmarks.prefill_speed import time_prefill
 from pqkv_cli.benchmarks.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
+from pqkv_cli.benchmarks.step_speed import ROOM, time_prefill, time_tokens
 from pqkv_cli.errors import RunError
 from pqkv_cli.evaluation.record import environment
 from pqkv_cli.reporter import Reporter

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from pqkv_cli.benchmarks.decode_speed import ROOM, Step, cache_bytes, captured_static, filled, plain_step, wall_ms
 from pqkv_cli.benchmarks.shapes import ModelShape
+from pqkv_cli.benchmarks.step_speed import ROOM, Step, cache_bytes, captured_static, filled, plain_step, wall_ms
 from pqkv_cli.cache.schedule import most_exact, num_pages
 from pqkv_cli.cache.storage import BLOCK_PAGES
 from pqkv_cli.errors import CacheError

@@ -8,7 +8,7 @@ from pqkv_cli.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pqkv_cli.cli.recipe_options import Changes
+    from pqkv_cli.cli.option_set import Changes
     from pqkv_cli.pipeline.target import Target
     from pqkv_cli.reporter import Reporter
 

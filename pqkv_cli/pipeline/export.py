@@ -18,9 +18,8 @@ from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.fit import cache_spec
-from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run
-from pqkv_cli.pipeline.state import stage_inputs
+from pqkv_cli.pipeline.state import Facts, StageOutcome, StageWork, do_stage, stage_inputs
 from pqkv_cli.recipe import Recipe, recipe_hash
 from pqkv_cli.recipe_files import dump_recipe
 from pqkv_cli.reporter import Reporter

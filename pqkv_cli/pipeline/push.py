@@ -16,8 +16,8 @@ from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.pipeline.evaluation_settings import BUILT_IN
 from pqkv_cli.pipeline.export import export
 from pqkv_cli.pipeline.lock import locked
-from pqkv_cli.pipeline.outcome import StageOutcome
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run
+from pqkv_cli.pipeline.state import StageOutcome
 from pqkv_cli.pipeline.target import parse_hub_name
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.recipe_files import dump_recipe, override

@@ -9,8 +9,7 @@ from pqkv_cli.artifact.summary import Summary
 from pqkv_cli.cache.schedule import first_exact, num_pages
 from pqkv_cli.evaluation.channels import ChannelPeaks, over_median, pooled
 from pqkv_cli.evaluation.record import OURS
-from pqkv_cli.report.canvas import png, svg
-from pqkv_cli.report.charts import Axis, HeatMap, Lines, heat_maps, line_chart
+from pqkv_cli.report.charts import Axis, HeatMap, Lines, heat_maps, line_chart, png, svg
 from pqkv_cli.report.rows import SIDES_OF_RECORDS, Record, Table, size, tokens
 from pqkv_cli.specs import SIDES
 from pqkv_kernels.format.layout import PAGE_TOKENS
