@@ -26,6 +26,7 @@ from pqkv_cli.errors import UsageError
 from pqkv_cli.gates import parse_gates
 from pqkv_cli.rates import CodeStyle, Profile, rate_names
 from pqkv_cli.setting import Setting, Stage
+from pqkv_cli.specs import CacheSpec
 
 TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated", "longbench"]
 ModeName = Literal["all", "cache"]
@@ -173,6 +174,11 @@ class CodebookRecipe(_Section):
         ),
     ] = False
 
+    @property
+    def style(self) -> CodeStyle:
+        """What codes are made of."""
+        return CodeStyle(self.profile, self.prototype_bits)
+
     @field_validator("bits")
     @classmethod
     def _known_rate(cls, bits: float, info: ValidationInfo) -> float:
@@ -189,6 +195,11 @@ class CacheRecipe(_Section):
 
     num_sinks: Annotated[int, Field(ge=0), Setting("First tokens of a row that stay exact.", "export", "--num-sinks")] = 4
     window_tokens: Annotated[int, Field(ge=0), Setting("Most recent tokens that stay exact.", "export", "--window-tokens")] = 64
+
+    @property
+    def spec(self) -> CacheSpec:
+        """What stays exact, as the cache knows it."""
+        return CacheSpec(self.num_sinks, self.window_tokens)
 
 
 class EvaluationRecipe(_Section):

@@ -17,7 +17,7 @@ from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.calibration.row_text import joined_rows
 from pqkv_cli.calibration.stdlib_text import TEXTS, stdlib_text
 from pqkv_cli.calibration.text_files import file_text, named_file
-from pqkv_cli.errors import DataError, UsageError, did_you_mean
+from pqkv_cli.errors import DataError, UsageError, did_you_mean, first_line
 from pqkv_cli.hf.loading import NO_CODE, needs_own_code
 from pqkv_cli.models.prefix import plain_ids, prefix_ids
 
@@ -72,10 +72,9 @@ def _rows(source: str, name: str, options: Mapping[str, str]) -> Iterator[Mappin
                 f"data {source} needs code of its own, which pqkv never runs; expected a data set of plain files (Parquet, "
                 "JSON Lines, CSV). Convert it, or give a text file."
             ) from error
-        reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"data {source} cannot be had ({type(error).__name__}: {reason}); expected {_FORM}, online or in the hub's cache; "
-            "a UTF-8 text file needs neither"
+            f"data {source} cannot be had ({type(error).__name__}: {first_line(error)}); expected {_FORM}, online or in the "
+            "hub's cache; a UTF-8 text file needs neither"
         ) from error
 
 

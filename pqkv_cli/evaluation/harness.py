@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pqkv_cli.errors import DataError, UsageError, did_you_mean
+from pqkv_cli.errors import DataError, UsageError, did_you_mean, first_line
 from pqkv_cli.evaluation.longbench_metrics import INSTALL
 from pqkv_cli.evaluation.qa_runner import answering_cost
 from pqkv_cli.evaluation.record import TaskOutcome, fullest_bits
@@ -152,10 +152,9 @@ def _evaluated(name: str, model: Any, manager: Any, settings: EvaluationSettings
             fewshot_random_seed=settings.seed,
         )
     except (OSError, ImportError, ConnectionError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"the harness's task {name} cannot be run ({type(error).__name__}: {reason}); its data come from the hub: go "
-            "online once, or give a directory with your own tasks with --data"
+            f"the harness's task {name} cannot be run ({type(error).__name__}: {first_line(error)}); its data come from the "
+            "hub: go online once, or give a directory with your own tasks with --data"
         ) from error
     assert found is not None  # only other processes of a distributed run get None
     results: Results = found

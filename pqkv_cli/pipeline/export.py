@@ -17,7 +17,6 @@ from pqkv_cli.models.footprint import weights
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
-from pqkv_cli.pipeline.fit import cache_spec
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run
 from pqkv_cli.pipeline.state import Facts, StageOutcome, StageWork, do_stage, stage_inputs
 from pqkv_cli.recipe import Recipe, recipe_hash
@@ -81,7 +80,7 @@ def _header(run: Run, recipe: Recipe, record: FitRecord, label: str, shape: Mode
         model=ModelInfo(label, shape.model_type, identity["config_sha256"], identity["weights_sha256"]),
         geometry=shape.layers,
         # The fit does not depend on what the cache keeps exact, so only the export decides it.
-        plan=replace(record.plan, cache=cache_spec(recipe)),
+        plan=replace(record.plan, cache=recipe.cache.spec),
         relative_error=tuple(LayerError(e["keys"], e["values"]) if e else None for e in record.relative_error),
         calibration=CalibrationInfo(
             data_sha256=settings["data_sha256"],

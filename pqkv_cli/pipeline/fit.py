@@ -28,10 +28,9 @@ from pqkv_cli.pipeline.calibration_text import calibration_texts
 from pqkv_cli.pipeline.loading import open_model
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.state import Facts, StageOutcome, StageWork, do_stage, stage_inputs
-from pqkv_cli.rates import CodeStyle
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.reporter import Reporter
-from pqkv_cli.specs import CacheSpec, CompressionPlan, ModelGeometry, Side
+from pqkv_cli.specs import CompressionPlan, ModelGeometry, Side
 
 # Windows to refine on, at most: more than were calibrated on, if the text has more.
 MOST_WINDOWS = 192
@@ -102,7 +101,7 @@ def _planned(
     run: Run, recipe: Recipe, shape: ModelGeometry, settings: FitSettings, reporter: Reporter, opened: OpenModel
 ) -> Callable[[], CompressionPlan]:
     """Return what makes the plan, after everything that can be wrong with the request has been found."""
-    wanted, style, exact = recipe.codebooks, code_style(recipe), cache_spec(recipe)
+    wanted, style, exact = recipe.codebooks, recipe.codebooks.style, recipe.cache.spec
     spaces: KeySpaces = dict.fromkeys(_rotary_layers(shape), wanted.key_space)
     if wanted.allocation == "uniform":
         plan = uniform_plan(shape, wanted.bits, exact, style, spaces)
@@ -147,16 +146,6 @@ def fit_settings(recipe: Recipe) -> FitSettings:
     """Return how the recipe fits; vectors count by gradients where its calibration measures them."""
     weighting: Weighting = "fisher" if recipe.calibration.fisher else FitSettings().key_weighting
     return FitSettings(recipe.seed, recipe.codebooks.iterations, weighting, weighting)
-
-
-def code_style(recipe: Recipe) -> CodeStyle:
-    """Return what the recipe's codes are made of."""
-    return CodeStyle(recipe.codebooks.profile, recipe.codebooks.prototype_bits)
-
-
-def cache_spec(recipe: Recipe) -> CacheSpec:
-    """Return what the recipe keeps exact."""
-    return CacheSpec(recipe.cache.num_sinks, recipe.cache.window_tokens)
 
 
 def _mean(errors: Sequence[Mapping[Side, tuple[float, ...]]], side: Side) -> float:

@@ -12,7 +12,7 @@ from pqkv_cli import __version__
 from pqkv_cli.artifact.card import CARD_FILE, HEADER_FILE, header_text, model_card
 from pqkv_cli.artifact.schema import ARTIFACT_FILE
 from pqkv_cli.artifact.store import Artifact, open_artifact
-from pqkv_cli.errors import RunError, UsageError
+from pqkv_cli.errors import RunError, UsageError, first_line
 from pqkv_cli.pipeline.evaluation_settings import BUILT_IN
 from pqkv_cli.pipeline.export import export
 from pqkv_cli.pipeline.lock import locked
@@ -116,7 +116,7 @@ def _name(text: str) -> str:
 
 
 def _failure(repository: str, error: Exception) -> RunError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    reason = first_line(error)[:200]
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if status in (401, 403):
         return RunError(
