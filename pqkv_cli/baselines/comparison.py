@@ -34,6 +34,7 @@ from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.rotary import rotary_angles
 from pqkv_cli.quantizers.codec import VectorCodec
+from pqkv_cli.reporter import Advance
 from pqkv_cli.runtime.attach import artifact_codecs, simulate
 from pqkv_cli.specs import SIDES, LayerGeometry, Side
 from pqkv_kernels.format.layout import RotaryLayout
@@ -174,7 +175,7 @@ def compare(
     subject: Subject,
     settings: EvaluationSettings,
     contestants: Sequence[Contestant],
-    on_progress: Callable[[int, int], None],
+    on_progress: Advance,
 ) -> int:
     """Let every contestant see the windows of the text, collecting its divergences; return how many tokens there were.
 

@@ -4,7 +4,7 @@ Greedy; a prompt longer than the limit loses its middle; chat models are asked t
 code are continued; one score per task, 0 to 100, and their average. Knows the protocol; rows, metrics and facts are elsewhere.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,14 @@ from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, inte
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.models.chat import chat_text, has_chat_template, template_notes
 from pqkv_cli.models.prefix import plain_ids
+from pqkv_cli.reporter import Advance
 
 _LEAST_PROMPT = 16  # tokens; what is left of a prompt that is cut to fewer asks nothing
 _SPARE_TOKENS = 64  # for a chat template, and for prompts that are cut elsewhere
 _LENGTHS = ((4000, "0-4k"), (8000, "4-8k"))
 
 
-def longbench(subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]) -> TaskOutcome:
+def longbench(subject: Subject, settings: EvaluationSettings, on_progress: Advance) -> TaskOutcome:
     """Answer LongBench with and without compression; `settings.context` is the longest prompt before the chat template.
 
     Raises

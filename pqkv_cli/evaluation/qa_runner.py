@@ -17,6 +17,7 @@ from pqkv_cli.evaluation.sample_log import Group, Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.text_windows import CacheFactory, contender
 from pqkv_cli.models.load import free_memory
+from pqkv_cli.reporter import Advance
 
 Batch = Mapping[str, Any]
 
@@ -93,7 +94,7 @@ def ask(
     settings: EvaluationSettings,
     questions: Sequence[Question],
     score: Score,
-    on_progress: Callable[[int, int], None],
+    on_progress: Advance,
 ) -> Answers:
     """Ask every question with and without compression; batches that the subject's log holds already are not asked again.
 

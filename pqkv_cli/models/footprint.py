@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pqkv_cli.errors import ModelError, first_line
-from pqkv_cli.hf.configs import layer_kind, text_config
-from pqkv_cli.models.config_reader import layer_config
+from pqkv_cli.hf.configs import layer_config, layer_kind, text_config
 from pqkv_cli.models.geometry import geometry, layer_types
 
 _DEFAULT_ITEM_BYTES = 2  # bfloat16, where the config names no dtype

@@ -8,8 +8,7 @@ import torch
 from tape import Capturer
 
 from pqkv_cli.benchmarks import bench_shapes as module
-from pqkv_cli.benchmarks.bench_shapes import SPEC, ShapeSettings, bench_shapes
-from pqkv_cli.benchmarks.equal_memory import codes_row_bytes
+from pqkv_cli.benchmarks.bench_shapes import SPEC, ShapeSettings, bench_shapes, codes_row_bytes
 from pqkv_cli.benchmarks.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
 from pqkv_cli.benchmarks.step_speed import filled, plain_step, time_tokens
 from pqkv_cli.cache.storage import BLOCK_PAGES
