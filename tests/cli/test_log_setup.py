@@ -208,7 +208,7 @@ def test_the_seconds_are_documented() -> None:
 
 
 def test_every_exit_code_is_listed() -> None:
-    from pqkv_cli.cli.failure import INTERRUPTED, TERMINATED
+    from pqkv_cli.cli.main import INTERRUPTED, TERMINATED
     from pqkv_cli.errors import GateError, PqkvError, UsageError
 
     known: set[Any] = {0, PqkvError.exit_code, UsageError.exit_code, GateError.exit_code, INTERRUPTED, TERMINATED}

@@ -25,7 +25,7 @@ from pqkv_cli.report.charts import (
     png,
     svg,
 )
-from pqkv_cli.report.pictures import grids_svg
+from tools.draw_grids import grids_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
