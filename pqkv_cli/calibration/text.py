@@ -21,7 +21,7 @@ from pqkv_cli.errors import DataError, UsageError, did_you_mean, first_line
 from pqkv_cli.hf.loading import NO_CODE, needs_own_code
 from pqkv_cli.models.prefix import plain_ids, prefix_ids
 
-HUB = "hf:"
+HUB, STDLIB = "hf:", "stdlib:"  # what names that are no paths begin with
 _KEYS = ("name", "split", "column", "rows", "revision")
 _FORM = f"{HUB}ORG/NAME?name=CONFIG&split=train&column=text&rows=1000"
 
@@ -78,9 +78,6 @@ def _rows(source: str, name: str, options: Mapping[str, str]) -> Iterator[Mappin
         ) from error
 
 
-_STDLIB = "stdlib:"
-
-
 def load_text(source: str) -> str:
     """Return the text of `source`: a file or folder (`file_text`), ``stdlib:NAME`` (`TEXTS`), or a data set (`hub_text`).
 
@@ -94,14 +91,14 @@ def load_text(source: str) -> str:
     if source == SELF:
         raise DataError(
             f"data {SELF!r} is text that a model writes for its own calibration, and for nothing else; expected a UTF-8 text "
-            f"file, {_STDLIB}evaluation or {HUB}ORG/NAME. A file of that name is ./{SELF}"
+            f"file, {STDLIB}evaluation or {HUB}ORG/NAME. A file of that name is ./{SELF}"
         )
     if source.startswith(HUB):
         return hub_text(source)
-    if source.startswith(_STDLIB):
-        name = source.removeprefix(_STDLIB)
+    if source.startswith(STDLIB):
+        name = source.removeprefix(STDLIB)
         if name not in TEXTS:
-            known = ", ".join(_STDLIB + known for known in TEXTS)
+            known = ", ".join(STDLIB + known for known in TEXTS)
             raise DataError(f"data {source!r} is unknown; expected one of {known}{did_you_mean(name, tuple(TEXTS))}")
         return stdlib_text(name)
     return file_text(*named_file(source))

@@ -63,7 +63,7 @@ DebugOption = Annotated[
 ]
 
 # What is no plain setting of the recipe: each is turned into settings, by `words.py` or by its verb. All others are declared in
-# `recipe.py` and get their options in `recipe_options.py`.
+# `recipe.py` and get their options in `option_set.py`.
 BudgetOption = Annotated[
     float | None,
     typer.Option("--budget", metavar="N", help="Mean bits of code per channel; each layer's keys and values get their share."),
