@@ -12,7 +12,7 @@ from pqkv_cli import __version__
 from pqkv_cli.artifact.card import CARD_FILE, HEADER_FILE, header_text, model_card
 from pqkv_cli.artifact.schema import ARTIFACT_FILE
 from pqkv_cli.artifact.store import Artifact, open_artifact
-from pqkv_cli.calibration.text import STDLIB
+from pqkv_cli.calibration.text import HUB, STDLIB
 from pqkv_cli.errors import RunError, UsageError, first_line
 from pqkv_cli.pipeline.export import export
 from pqkv_cli.pipeline.lock import locked
@@ -112,7 +112,10 @@ def portable(recipe: Recipe, artifact: Artifact) -> Recipe:
 
 def _name(text: str) -> str:
     """Return `text` without what only this machine knows: of a path its last part, of a name all of it."""
-    return text if text.startswith(STDLIB) else Path(text).name
+    form = HUB if text.startswith(HUB) else ""
+    place = text.removeprefix(form)
+    is_name = text.startswith(STDLIB) or (form and not Path(place.partition("?")[0]).expanduser().is_dir())
+    return text if is_name else form + Path(place).name
 
 
 def _failure(repository: str, error: Exception) -> RunError:
