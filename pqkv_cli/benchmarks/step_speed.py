@@ -126,7 +126,7 @@ def _ours(attached: Attached, cache: Any, token: torch.Tensor, context: int, cap
     return lambda position: step(position + 1)
 
 
-def _static(attached: Attached, cache: Any, token: torch.Tensor, context: int, capture: Capture, stack: ExitStack) -> Step:
+def _static(attached: Attached, cache: Any, token: torch.Tensor, context: int, capture: Capture, _: ExitStack) -> Step:
     return captured_static(attached.model, filled(attached.model, cache, context), token, context, capture)
 
 
