@@ -6,7 +6,7 @@ Knows runs and files; measures nothing.
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pqkv_cli.report.charts import require_matplotlib
 from pqkv_cli.report.pictures import pareto_png
 from pqkv_cli.reporter import Reporter
 
-Record = Mapping[str, Any]
+Record = dict[str, Any]
 Point = dict[str, Any]
 
 PARETO_SCHEMA = "pqkv.pareto/1"

@@ -133,7 +133,7 @@ def _planned_spaces(geometry: ModelGeometry, plan: CompressionPlan) -> KeySpaces
 
 def _store(run: Run, shape: ModelGeometry, spaces: KeySpaces, opened: OpenModel) -> RotatedStore:
     """Return the run's samples with keys in `spaces`; a model is opened only for keys after rotary embedding."""
-    model = opened()[0] if "post_rope" in spaces.values() else None
+    model: Any = opened()[0] if "post_rope" in spaces.values() else None
     turned = {}
     for index, space in spaces.items():
         rotary = shape.layers[index].rotary
