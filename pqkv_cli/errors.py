@@ -69,6 +69,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what `error` says, or its kind where it says nothing: what libraries say may be pages long."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` with the nearest of `known`, or an empty string."""
     nearest = difflib.get_close_matches(found, list(known), n=1, cutoff=0.5)

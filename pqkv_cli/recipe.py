@@ -6,7 +6,7 @@ gives it (`Setting`). Stages, options, the schema for editors and the page of re
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import reduce
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,19 +17,17 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
 )
 from pydantic.fields import FieldInfo
 
-from pqkv_cli.errors import RecipeError, UsageError
+from pqkv_cli.errors import UsageError
 from pqkv_cli.gates import parse_gates
 from pqkv_cli.rates import CodeStyle, Profile, rate_names
-from pqkv_cli.recipe_faults import describe_faults
-from pqkv_cli.recipe_sources import Sources
 from pqkv_cli.setting import Setting, Stage
-from pqkv_cli.specs import KeyMap, ValueMap, map_words
+from pqkv_cli.specs import CacheSpec, KeyMap, ValueMap, map_words
 
 TaskName = Literal["perplexity", "passkey", "needle", "lines", "kld", "kld_generated", "longbench"]
 ModeName = Literal["all", "cache"]
@@ -51,6 +49,29 @@ def _not_removed(key_space: object) -> object:
         )
     return key_space
 
+
+def _several(found: object) -> tuple[str, ...]:
+    """Return the sources of a text, of which one alone may stand without a list."""
+    sources = tuple(found) if isinstance(found, list | tuple) else (found,)
+    if not sources or not all(isinstance(source, str) and source for source in sources):
+        raise ValueError(f"found {found!r}, expected text that is not empty, or a list of such texts")
+    if len(set(sources)) < len(sources):
+        raise ValueError(f"found {found!r}, expected every text once: each gets an equal share of the windows")
+    return tuple(map(str, sources))
+
+
+def _written_sources(sources: tuple[str, ...]) -> str | list[str]:
+    return sources[0] if len(sources) == 1 else list(sources)
+
+
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_TEXTS = {"type": "array", "items": _TEXT, "minItems": 1, "uniqueItems": True}
+Sources = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_several),
+    PlainSerializer(_written_sources),
+    WithJsonSchema({"anyOf": [_TEXT, _TEXTS]}),
+]
 
 _TASK = r"^[\w.+-]+$"
 
@@ -156,6 +177,11 @@ class CodebookRecipe(_Section):
         ),
     ] = False
 
+    @property
+    def style(self) -> CodeStyle:
+        """What codes are made of."""
+        return CodeStyle(self.profile, self.prototype_bits, self.key_map, self.value_map)
+
     @field_validator("bits")
     @classmethod
     def _known_rate(cls, bits: float, info: ValidationInfo) -> float:
@@ -172,6 +198,11 @@ class CacheRecipe(_Section):
 
     num_sinks: Annotated[int, Field(ge=0), Setting("First tokens of a row that stay exact.", "export", "--num-sinks")] = 4
     window_tokens: Annotated[int, Field(ge=0), Setting("Most recent tokens that stay exact.", "export", "--window-tokens")] = 64
+
+    @property
+    def spec(self) -> CacheSpec:
+        """What stays exact, as the cache knows it."""
+        return CacheSpec(self.num_sinks, self.window_tokens)
 
 
 class EvaluationRecipe(_Section):
@@ -327,46 +358,6 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]
             yield from _walk(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
-
-
-def override(recipe: Recipe, changes: Mapping[str, object], source: str = "the recipe with these options") -> Recipe:
-    """Return `recipe` with `changes` (dotted keys such as ``calibration.samples``; None leaves a value as it is).
-
-    `source` names the changes in errors.
-
-    Raises
-    ------
-    RecipeError
-        If a key is unknown or a value not allowed.
-    """
-    data = recipe.model_dump()
-    for dotted, value in changes.items():
-        if value is None:
-            continue
-        *sections, key = dotted.split(".")
-        inner = data
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[key] = value
-    return checked_recipe(data, source, model=type(recipe))
-
-
-def checked_recipe(data: dict[str, Any], source: str, faults: Sequence[str] = (), model: type[Recipe] = Recipe) -> Recipe:
-    """Return the recipe that `data` says; `source` names it in errors, and `faults` are some that were found before.
-
-    Raises
-    ------
-    RecipeError
-        With all faults at once.
-    """
-    found = list(faults)
-    try:
-        recipe = model.model_validate(data)
-    except ValidationError as error:
-        found += describe_faults(error, model)
-    if found:
-        raise RecipeError(source, found)
-    return recipe
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from pqkv_cli.errors import RecipeError, UsageError
-from pqkv_cli.recipe import Recipe, override, recipe_hash
-from pqkv_cli.recipe_files import dump_recipe, load_recipe, named_recipe, parse_recipe, recipe_names
+from pqkv_cli.recipe import Recipe, recipe_hash
+from pqkv_cli.recipe_files import dump_recipe, load_recipe, named_recipe, override, parse_recipe, recipe_names
 
 GOOD = "name: mine\nmodel: org/name\n"
 

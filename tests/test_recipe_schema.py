@@ -9,9 +9,9 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from pqkv_cli.errors import RecipeError
-from pqkv_cli.pipeline.recipe_schema import recipe_schema, setting_schemas
 from pqkv_cli.recipe import settings
-from pqkv_cli.recipe_files import dump_recipe, named_recipe, parse_recipe, recipe_names
+from pqkv_cli.recipe_files import dump_recipe, named_recipe, parse_recipe, recipe_names, recipe_schema
+from tools.generate_docs import setting_schemas
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "recipe.schema.json"

@@ -9,14 +9,14 @@ from pydantic import Field
 from typer.testing import CliRunner
 
 from pqkv_cli.cli.main import VERBS
-from pqkv_cli.cli.recipe_options import Changes, recipe_options, with_recipe_options
+from pqkv_cli.cli.option_set import Changes, recipe_options, with_recipe_options
 from pqkv_cli.errors import RecipeError, RunError
-from pqkv_cli.pipeline.recipe_schema import recipe_schema, setting_schemas
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.state import STAGES, begin, finish, require_done, stage_inputs, stage_settings
-from pqkv_cli.recipe import CodebookRecipe, Recipe, override, recipe_hash, settings
+from pqkv_cli.recipe import CodebookRecipe, Recipe, recipe_hash, settings
+from pqkv_cli.recipe_files import override, recipe_schema
 from pqkv_cli.setting import Setting, Stage
-from tools.generate_docs import recipe_page
+from tools.generate_docs import recipe_page, setting_schemas
 
 
 class Codebooks(CodebookRecipe):

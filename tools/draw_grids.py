@@ -5,9 +5,25 @@ Each record gives two grids, of the uncompressed and of the compressed model on 
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pqkv_cli.report.pictures import grids_svg
+from pqkv_cli.report.charts import heat_maps, svg
+from pqkv_cli.report.pictures import Cell, recall_map
+
+
+def grids_svg(panels: Mapping[str, Sequence[Cell]], side: Mapping[str, str]) -> str:
+    """Return one SVG file with a grid per panel, for a document.
+
+    Parameters
+    ----------
+    panels
+        Cells by the panel's name: ``length`` (tokens), ``depth`` (0 to 1) and the shares found.
+    side
+        Which share a panel shows: ``baseline`` or ``quantized``.
+    """
+    figure = heat_maps(*(recall_map(name, cells, side[name]) for name, cells in panels.items()))
+    return svg(figure, "Percent found by prompt length and depth", alone=True)
 
 
 def main() -> None:

@@ -46,8 +46,8 @@ _CARD_BYTES = 24 * 10**9
 
 def pages() -> dict[Path, str]:
     """Return every generated file with the text it should have."""
-    from pqkv_cli.pipeline.recipe_schema import recipe_schema
     from pqkv_cli.recipe import Recipe
+    from pqkv_cli.recipe_files import recipe_schema
 
     schema = recipe_schema(Recipe)
     made = {DOCS / "recipe.schema.json": json.dumps(schema, indent=1) + "\n"}
@@ -95,11 +95,19 @@ def _parameters(function: Callable[..., None]) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
 
 
+def setting_schemas(schema: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what a recipe's `schema` says of every setting, by its dotted name."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, field in schema["properties"].items():
+        inner = field.get("properties")
+        found |= {name: field} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
+    return found
+
+
 def recipe_page(model: Any) -> str:
     """Return the page of recipes: which there are, every setting, and what a change of it does again."""
-    from pqkv_cli.pipeline.recipe_schema import recipe_schema, setting_schemas
     from pqkv_cli.recipe import settings
-    from pqkv_cli.recipe_files import named_recipe, recipe_names
+    from pqkv_cli.recipe_files import named_recipe, recipe_names, recipe_schema
 
     known = [named_recipe(name) for name in recipe_names()]
     schema = recipe_schema(model)

@@ -21,9 +21,8 @@ from collections.abc import Sequence
 import torch
 
 from pqkv_cli.baselines.higgs import SINKS, NormalGrid, grid_of
-from pqkv_cli.baselines.protocol import Grouping, RivalCodec, Samples
-from pqkv_cli.baselines.stored import Payload, Stored
-from pqkv_cli.baselines.uniform import from_token_rows, token_rows
+from pqkv_cli.baselines.levels import from_token_rows, token_rows
+from pqkv_cli.baselines.protocol import Grouping, Payload, RivalCodec, Samples, Stored
 from pqkv_cli.errors import CacheError, DataError
 from pqkv_cli.specs import KeySpace, Side
 from pqkv_kernels.format.layout import RotaryLayout

@@ -1,4 +1,4 @@
-"""Several ways to quantize one cache, judged side by side. Knows codecs and logits; not where codecs come from.
+"""Several ways to quantize one cache, fitted to the same samples and judged side by side. Knows no files.
 
 All of them see the same windows, and the uncompressed model runs once per window for all. Mode ``all``: every key and value
 of every token is quantized, but for the tokens that a method keeps and pays for.
@@ -14,11 +14,9 @@ import numpy as np
 import torch
 
 from pqkv_cli.artifact.store import Artifact
-from pqkv_cli.baselines.fit import fit_rival
-from pqkv_cli.baselines.protocol import Rival, RivalCodec
+from pqkv_cli.baselines.protocol import Rival, RivalCodec, Samples, StoredBits
 from pqkv_cli.baselines.registry import is_at_rest
-from pqkv_cli.baselines.stored import StoredBits
-from pqkv_cli.calibration.store import SampleStore
+from pqkv_cli.calibration.store import LayerSamples, SampleStore, rotated
 from pqkv_cli.errors import DataError, PqkvError
 from pqkv_cli.evaluation.perplexity import perplexity_metric
 from pqkv_cli.evaluation.record import OURS, SCHEMA, circumstances, codec_bits, model_facts
@@ -33,12 +31,61 @@ from pqkv_cli.evaluation.text_windows import (
     windows_of,
 )
 from pqkv_cli.hf.names import cache_argument
+from pqkv_cli.models.geometry import geometry
+from pqkv_cli.models.rotary import rotary_angles
 from pqkv_cli.quantizers.codec import VectorCodec
+from pqkv_cli.reporter import Advance
 from pqkv_cli.runtime.attach import artifact_codecs, simulate
-from pqkv_cli.specs import Side
+from pqkv_cli.specs import SIDES, LayerGeometry, Side
 from pqkv_kernels.format.layout import RotaryLayout
 
+LayerCodecs = dict[Side, RivalCodec]
 Codecs = Sequence[dict[Side, VectorCodec] | None]
+
+
+def fit_rival(rival: Rival, source: SampleStore, model: Any, seed: int) -> list[LayerCodecs | None]:
+    """Return the fitted codecs of `rival` for every layer of `model`, None where the layer stays dense.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the rival does not exist for the model's shapes.
+    DataError
+        If there are too few samples.
+    """
+    layers = geometry(model.config).layers
+    coded = [index for index, layer in enumerate(layers) if not layer.dense_reason]
+    fitted: list[LayerCodecs | None] = [None] * len(layers)
+    for side in SIDES:
+        samples = [_samples(rival, source.layer(index), layers[index], model, index, side) for index in coded]
+        for index, codec in zip(coded, rival.fit(side, samples, seed), strict=True):
+            fitted[index] = {**(fitted[index] or {}), side: codec}
+    return fitted
+
+
+def _samples(rival: Rival, samples: LayerSamples, layer: LayerGeometry, model: Any, index: int, side: Side) -> Samples:
+    weight = samples.attention_mass.float()
+    if side == "values":
+        return Samples(samples.values.float(), weight, _diagonal(samples.output_gram))
+    if layer.rotary is None:
+        return Samples(samples.keys.float(), weight, _diagonal(samples.query_moment))
+    if rival.space("keys") == "pre_rope":
+        return Samples(samples.keys.float(), weight, _before_rotation(samples, layer.rotary), layer.rotary)
+    keys = rotated(samples.keys.float(), samples.positions, rotary_angles(model, index), layer.rotary)
+    return Samples(keys, weight, _diagonal(samples.query_moment))
+
+
+def _diagonal(moment: torch.Tensor) -> torch.Tensor:
+    return moment.diagonal(dim1=-2, dim2=-1).float()
+
+
+def _before_rotation(samples: LayerSamples, rotary: RotaryLayout) -> torch.Tensor:
+    """Return what errors of the channels of keys before rotary embedding are multiplied with, [Hkv, D]."""
+    weight = _diagonal(samples.query_moment).clone()
+    pairs: Sequence[tuple[int, int]] = rotary.pairs()
+    first, second = torch.tensor(pairs).unbind(1)
+    weight[:, first], weight[:, second] = samples.pair_moment[..., 0, 0].float(), samples.pair_moment[..., 1, 1].float()
+    return weight
 
 
 class Metered:
@@ -128,7 +175,7 @@ def compare(
     subject: Subject,
     settings: EvaluationSettings,
     contestants: Sequence[Contestant],
-    on_progress: Callable[[int, int], None],
+    on_progress: Advance,
 ) -> int:
     """Let every contestant see the windows of the text, collecting its divergences; return how many tokens there were.
 

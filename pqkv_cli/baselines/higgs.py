@@ -16,10 +16,9 @@ from collections.abc import Sequence
 
 import torch
 
-from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Samples
-from pqkv_cli.baselines.stored import Payload
+from pqkv_cli.baselines.levels import from_token_rows, group_channels, token_rows
+from pqkv_cli.baselines.protocol import ExactTokens, Grouping, Payload, RivalCodec, Samples
 from pqkv_cli.baselines.transforms import hadamard, normal_codebook, turn
-from pqkv_cli.baselines.uniform import from_token_rows, group_channels, token_rows
 from pqkv_cli.specs import KeySpace, Side
 from pqkv_kernels.dispatch import nearest_centroids
 from pqkv_kernels.format.layout import RotaryLayout

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 
 import torch
 
-from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Samples
-from pqkv_cli.baselines.stored import Payload
+from pqkv_cli.baselines.levels import PARAMETER_BITS, dequantize_groups, quantize_groups
+from pqkv_cli.baselines.protocol import ExactTokens, Grouping, Payload, RivalCodec, Samples
 from pqkv_cli.baselines.transforms import check_power_of_two, hadamard, turn
-from pqkv_cli.baselines.uniform import PARAMETER_BITS, dequantize_groups, quantize_groups
 from pqkv_cli.specs import KeySpace, Side
 
 TILE_TOKENS = 128

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pqkv_cli.baselines.levels import fitted_levels, nearest_level
-from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Samples
-from pqkv_cli.baselines.stored import Payload
-from pqkv_cli.baselines.uniform import PARAMETER_BITS, from_token_rows, token_rows
+from pqkv_cli.baselines.levels import PARAMETER_BITS, fitted_levels, from_token_rows, nearest_level, token_rows
+from pqkv_cli.baselines.protocol import ExactTokens, Grouping, Payload, RivalCodec, Samples
 from pqkv_cli.specs import KeySpace, Side
 from pqkv_kernels.format.layout import RotaryLayout
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Samples, unsupported
-from pqkv_cli.baselines.stored import Payload
+from pqkv_cli.baselines.protocol import ExactTokens, Grouping, Payload, RivalCodec, Samples, unsupported
 from pqkv_cli.quantizers.kmeans import kmeans
 from pqkv_cli.specs import KeySpace, Side
 from pqkv_kernels.dispatch import nearest_centroids

@@ -18,10 +18,9 @@ from collections.abc import Sequence
 
 import torch
 
-from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Samples, unsupported
-from pqkv_cli.baselines.stored import Payload
+from pqkv_cli.baselines.levels import PARAMETER_BITS, dequantize_groups, quantize_groups
+from pqkv_cli.baselines.protocol import ExactTokens, Grouping, Payload, RivalCodec, Samples, unsupported
 from pqkv_cli.baselines.transforms import check_power_of_two, hadamard, magnitude_codebook, normal_codebook, turn
-from pqkv_cli.baselines.uniform import PARAMETER_BITS, dequantize_groups, quantize_groups
 from pqkv_cli.specs import KeySpace, Side
 from pqkv_kernels.dispatch import nearest_centroids
 from pqkv_kernels.format.layout import RotaryLayout

@@ -13,10 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Samples
-from pqkv_cli.baselines.stored import Payload
-from pqkv_cli.baselines.transforms import check_power_of_two, hadamard, turn
-from pqkv_cli.baselines.uniform import (
+from pqkv_cli.baselines.levels import (
     PARAMETER_BITS,
     dequantize_groups,
     from_token_rows,
@@ -24,6 +21,8 @@ from pqkv_cli.baselines.uniform import (
     quantize_groups,
     token_rows,
 )
+from pqkv_cli.baselines.protocol import ExactTokens, Grouping, Payload, RivalCodec, Samples
+from pqkv_cli.baselines.transforms import check_power_of_two, hadamard, turn
 from pqkv_cli.specs import KeySpace, Side
 from pqkv_kernels.format.layout import RotaryLayout
 

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Samples
-from pqkv_cli.baselines.stored import Payload
-from pqkv_cli.baselines.uniform import (
+from pqkv_cli.baselines.levels import (
     PARAMETER_BITS,
     dequantize_groups,
     from_token_rows,
@@ -14,6 +12,7 @@ from pqkv_cli.baselines.uniform import (
     quantize_groups,
     token_rows,
 )
+from pqkv_cli.baselines.protocol import ExactTokens, Grouping, Payload, RivalCodec, Samples
 from pqkv_cli.specs import KeySpace, Side
 
 

@@ -1,4 +1,7 @@
-"""Compares an artifact with its rivals on one text and keeps what came out. Knows runs and files; measures nothing."""
+"""Compares an artifact with its rivals on one text and keeps what came out: records, and which of them nothing beats.
+
+Knows runs and files; measures nothing.
+"""
 
 import json
 import re
@@ -16,7 +19,6 @@ from pqkv_cli.baselines.registry import parse_rivals
 from pqkv_cli.calibration.store import CalibrationStore, SampleStore
 from pqkv_cli.calibration.text import load_text
 from pqkv_cli.errors import UsageError
-from pqkv_cli.evaluation.pareto import pareto_document
 from pqkv_cli.evaluation.record import OURS
 from pqkv_cli.evaluation.settings import Subject
 from pqkv_cli.files import write_bytes, write_text
@@ -26,11 +28,14 @@ from pqkv_cli.pipeline.evaluation_settings import task_settings
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.rundir import PARETO_FILE, PEERS_FOLDER
 from pqkv_cli.pipeline.start import Source
-from pqkv_cli.report.canvas import require_matplotlib
+from pqkv_cli.report.charts import require_matplotlib
 from pqkv_cli.report.pictures import pareto_png
 from pqkv_cli.reporter import Reporter
 
 Record = dict[str, Any]
+Point = dict[str, Any]
+
+PARETO_SCHEMA = "pqkv.pareto/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +137,36 @@ def _kept(source: Source, records: list[Record]) -> Comparison:
 def _file_name(record: Record) -> str:
     name = str(record["method"]) if record["artifact_sha256"] else f"{record['method']}-{record['native_bits']:g}"
     return re.sub(r"[^\w.+-]+", "-", name).strip("-")
+
+
+def pareto_document(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the numbers of the picture: one point per complete record, the unbeaten ones marked ``on_front``."""
+    points = [_point(record) for record in records if record["status"] == "complete"]
+    for point in points:
+        point["on_front"] = not any(_beats(other, point) for other in points)
+    return {
+        "schema": PARETO_SCHEMA,
+        "x": "bits per channel, everything counted",
+        "y": "KL divergence, bits per token, mean",
+        "points": points,
+    }
+
+
+def _point(record: Record) -> Point:
+    numbers = record["metrics"]
+    return {
+        "method": record["method"],
+        "native_bits": record["native_bits"],
+        "bits_per_channel": record["bits_per_channel"]["total"],
+        "kl_bits": numbers["kl_bits"]["quantized"],
+        "kl_bits_p99": numbers["kl_bits"]["p99"],
+        "top1_agreement": numbers["top1_agreement"]["quantized"],
+        "perplexity": numbers["perplexity"]["quantized"],
+        "artifact_sha256": record["artifact_sha256"],
+    }
+
+
+def _beats(other: Point, point: Point) -> bool:
+    """Return whether `other` is no worse in bits and loss, and better in one of them."""
+    axes = ("bits_per_channel", "kl_bits")
+    return all(other[a] <= point[a] for a in axes) and any(other[a] < point[a] for a in axes)

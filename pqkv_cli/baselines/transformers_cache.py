@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Samples, unsupported
-from pqkv_cli.baselines.stored import Payload
+from pqkv_cli.baselines.protocol import ExactTokens, Grouping, Payload, RivalCodec, Samples, unsupported
 from pqkv_cli.errors import PqkvError
-from pqkv_cli.hf.quantized_layers import Backend, LayerQuantizer
+from pqkv_cli.hf.cache_layers import Backend, LayerQuantizer
 from pqkv_cli.specs import KeySpace, Side
 
 GROUP_SIZE = 64

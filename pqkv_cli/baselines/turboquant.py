@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from pqkv_cli.baselines.levels import nearest_level, sphere_levels
-from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Samples, unsupported
-from pqkv_cli.baselines.stored import Payload
+from pqkv_cli.baselines.protocol import ExactTokens, Grouping, Payload, RivalCodec, Samples, unsupported
 from pqkv_cli.specs import KeySpace, Side
 
 LEAST_DIM = 3

@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pqkv_cli.baselines.protocol import ExactTokens, Grouping, RivalCodec, Samples, unsupported
-from pqkv_cli.baselines.stored import Payload
+from pqkv_cli.baselines.protocol import ExactTokens, Grouping, Payload, RivalCodec, Samples, unsupported
 from pqkv_cli.baselines.transforms import check_power_of_two, hadamard
 from pqkv_cli.quantizers.kmeans import kmeans
 from pqkv_cli.specs import KeySpace, Side

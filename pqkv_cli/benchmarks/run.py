@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pqkv_cli.artifact.store import Artifact, open_artifact
-from pqkv_cli.benchmarks.decode_speed import TokenTimes, time_tokens
+from pqkv_cli.benchmarks.step_speed import TokenTimes, time_tokens
 from pqkv_cli.errors import RunError
 from pqkv_cli.evaluation.record import environment
 from pqkv_cli.files import write_text

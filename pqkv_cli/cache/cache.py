@@ -13,12 +13,10 @@ from pqkv_cli.cache.drift import DriftAlarm, DriftMeter, Errors
 from pqkv_cli.cache.encoder import EncoderQueue
 from pqkv_cli.cache.layer import QuantizedLayer
 from pqkv_cli.cache.positions import SlotPositions
-from pqkv_cli.cache.simulated import SimulatedLayer
 from pqkv_cli.errors import CacheError
 from pqkv_cli.hf.cache_layers import CacheLayerMixin, forget, grows, own_layers, tensor_bytes
 from pqkv_cli.hf.steps import SteppedCache
 from pqkv_cli.models.rotary import AngleSource
-from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import CacheSpec, Side
 from pqkv_kernels.dispatch import BackendName
 from pqkv_kernels.format.tables import CodecTables
@@ -200,29 +198,24 @@ def quantized_cache(
         source = angle_sources[index]
         return QuantizedLayer(dict(layer_tables), spec, slots, source, backend, drift, encoder, warn_once)
 
-    return QuantizedCache(_layers(config, len(tables), make), slots, warn_once)
+    return QuantizedCache(with_layers(config, len(tables), make), slots, warn_once)
 
 
-def simulated_cache(
-    config: Any, codecs: Sequence[dict[Side, VectorCodec] | None], angle_sources: AngleSources
-) -> PositionedCache:
-    """Return an empty cache of mode `all`.
+def with_layers(config: Any, num_layers: int, make: Callable[[int], CacheLayerMixin | None]) -> list[CacheLayerMixin]:
+    """Return the layers that transformers makes for a model of `config`, those of `make` in place of its own.
+
+    Parameters
+    ----------
+    num_layers
+        Of the artifact.
+    make
+        Returns the layer of an index, None for one that stays as it is.
 
     Raises
     ------
     CacheError
-        As `quantized_cache`.
+        If the model has other layers than the artifact, or one that is to be replaced is not a growing full-attention layer.
     """
-    slots = SlotPositions()
-
-    def make(index: int) -> CacheLayerMixin | None:
-        layer_codecs = codecs[index]
-        return None if layer_codecs is None else SimulatedLayer(layer_codecs, slots, angle_sources[index])
-
-    return PositionedCache(_layers(config, len(codecs), make), slots)
-
-
-def _layers(config: Any, num_layers: int, make: Callable[[int], CacheLayerMixin | None]) -> list[CacheLayerMixin]:
     layers = own_layers(config)
     if len(layers) > num_layers:
         raise CacheError(f"transformers makes {len(layers)} cache layers for this model; the artifact describes {num_layers}")

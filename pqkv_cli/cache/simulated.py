@@ -1,20 +1,42 @@
 """The cache of mode `all`: every key and value of every token is quantized before anyone attends to it.
 
-`update` encodes at once and hands back decoded tensors, so it works under any attention function and with any codec. It
-measures quality, not memory: what it holds is dense.
+`SimulatedLayer.update` encodes at once and hands back decoded tensors, so it works under any attention function and with any
+codec. It measures quality, not memory: what it holds is dense.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicLayer
 
+from pqkv_cli.cache.cache import AngleSources, PositionedCache, with_layers
 from pqkv_cli.cache.checks import check_gradients
 from pqkv_cli.cache.positions import SlotPositions
+from pqkv_cli.hf.cache_layers import CacheLayerMixin
 from pqkv_cli.models.rotary import AngleSource
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.specs import Side
 from pqkv_kernels.format.rotary import rotate, unrotate
+
+
+def simulated_cache(
+    config: Any, codecs: Sequence[dict[Side, VectorCodec] | None], angle_sources: AngleSources
+) -> PositionedCache:
+    """Return an empty cache of mode `all`.
+
+    Raises
+    ------
+    CacheError
+        As `with_layers`.
+    """
+    slots = SlotPositions()
+
+    def make(index: int) -> CacheLayerMixin | None:
+        layer_codecs = codecs[index]
+        return None if layer_codecs is None else SimulatedLayer(layer_codecs, slots, angle_sources[index])
+
+    return PositionedCache(with_layers(config, len(codecs), make), slots)
 
 
 class SimulatedLayer(DynamicLayer):

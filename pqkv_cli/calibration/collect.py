@@ -1,14 +1,13 @@
 """The calibration run: settings and forward passes in, a store out. Knows models and files; no k-means."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pqkv_cli.calibration.fisher import GradientObserver, LayerGradients, fisher_directions, fisher_weight, pairs_only
+from pqkv_cli.calibration.fisher import GradientObserver, LayerGradients, fisher_directions, fisher_weight, frozen, pairs_only
 from pqkv_cli.calibration.observer import BatchObserver, LayerBatch, draw_queries, draw_sample
 from pqkv_cli.calibration.parts import MOMENT_FIELDS, Moments, Parts, check_same, present
 from pqkv_cli.calibration.ranks import Ranks, current_ranks
@@ -17,9 +16,9 @@ from pqkv_cli.calibration.store import SCHEMA, WINDOWS_FILE, layer_file, read_js
 from pqkv_cli.errors import DataError, RunError, UsageError
 from pqkv_cli.hf.modules import attention_modules, output_weight
 from pqkv_cli.hf.taps import tap
-from pqkv_cli.models.frozen import frozen
 from pqkv_cli.models.geometry import check_quantizable, geometry
 from pqkv_cli.models.identity import model_identity
+from pqkv_cli.reporter import Advance
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
 from pqkv_kernels.format.layout import RotaryLayout
 
@@ -108,10 +107,7 @@ def kept_bytes(geometry: ModelGeometry, settings: CollectSettings) -> int:
     )
 
 
-Progress = Callable[[int, int], None]
-
-
-def collect(model: Any, windows: torch.Tensor, directory: Path, settings: CollectSettings, on_progress: Progress) -> None:
+def collect(model: Any, windows: torch.Tensor, directory: Path, settings: CollectSettings, on_progress: Advance) -> None:
     """Run `windows` [num_samples, seq_len] int64 through `model` and write the calibration to `directory`.
 
     May be killed at any moment and called again: it goes on behind the last finished part and ends with the same bytes.
@@ -176,7 +172,7 @@ class _Run:
     ranks: Ranks
     share: range
 
-    def pass_windows(self, num_done: int, on_progress: Progress) -> Moments:
+    def pass_windows(self, num_done: int, on_progress: Advance) -> Moments:
         """Run the parts of this process's share that are not on disk yet; return the sums over all."""
         settings, share = self.settings, self.share
         moments = self.parts.moments(num_done)

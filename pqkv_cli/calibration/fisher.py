@@ -9,9 +9,11 @@ says more.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from pqkv_cli.calibration.observer import given_angles
 from pqkv_cli.errors import DataError, UnsupportedModelError
@@ -231,3 +233,18 @@ def _mean(index: int, draws: Sequence[LayerGradients]) -> LayerGradients:
             )
     kept = [torch.cat([getattr(draw, f"{side}_gradients") for draw in draws], dim=2).cpu() for side in ("key", "value")]
     return LayerGradients(kept[0], kept[1], moments["keys"].cpu(), moments["values"].cpu())
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of `model` ask for a gradient while the context lasts, so that a graph holds activations alone."""
+    was_training, asking = model.training, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in asking:
+            parameter.requires_grad_(True)

@@ -1,8 +1,8 @@
-"""A finished calibration on disk: its tensors and its JSON, each whole or absent."""
+"""A finished calibration on disk: its tensors and its JSON, each whole or absent, its keys before rotary embedding or after."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save
 
 from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_bytes, write_text
+from pqkv_cli.models.rotary import AngleSource
 from pqkv_cli.specs import KeySpace, Side
+from pqkv_kernels.format.layout import RotaryLayout
+from pqkv_kernels.format.rotary import rotate
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -205,3 +208,31 @@ _REQUIRED = {field.name for field in fields(LayerSamples) if field.default is MI
 def layer_file(index: int) -> str:
     """Return the file name of one layer."""
     return f"layer-{index:03d}.safetensors"
+
+
+def rotated(keys: torch.Tensor, positions: torch.Tensor, angles: AngleSource, rotary: RotaryLayout) -> torch.Tensor:
+    """Return `keys` [Hkv, N, D] as the cache sees them at `positions` [N]: after rotary embedding."""
+    cos, sin = angles(positions.long()[None])
+    return rotate(keys, cos, sin, rotary)
+
+
+class RotatedStore(CalibrationStore):
+    """A finished calibration whose keys of the layers in `turned` are given after rotary embedding, in fp32.
+
+    Raises
+    ------
+    RunError
+        As `CalibrationStore`.
+    """
+
+    def __init__(self, directory: Path | str, turned: Mapping[int, tuple[AngleSource, RotaryLayout]]) -> None:
+        super().__init__(directory)
+        self._turned = turned
+
+    def layer(self, index: int) -> LayerSamples:
+        """Return the samples of one layer; see `CalibrationStore.layer`."""
+        samples = super().layer(index)
+        if index not in self._turned:
+            return samples
+        keys = rotated(samples.keys.float(), samples.positions, *self._turned[index])
+        return replace(samples, keys=keys, key_space="post_rope")

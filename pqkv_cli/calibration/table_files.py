@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pqkv_cli.calibration.row_text import TEXT_COLUMN, TURN_COLUMNS, BadRow
-from pqkv_cli.errors import DataError
+from pqkv_cli.errors import DataError, first_line
 
 PACKED_ENDS = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4")
 # What files of other forms begin with, what they are, and the way out.
@@ -218,8 +218,7 @@ def _parquet_rows(raw: bytes, where: str) -> list[Any]:
     try:
         return list(_table_rows(parquet.ParquetFile(io.BytesIO(raw))))
     except Exception as error:  # the errors of the package have no base of their own
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"{where} is damaged Parquet ({reason}); expected the whole file. Copy it again.") from error
+        raise DataError(f"{where} is damaged Parquet ({first_line(error)}); expected the whole file. Copy it again.") from error
 
 
 def _table_rows(file: Any) -> Iterator[Any]:

@@ -17,11 +17,11 @@ from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.calibration.row_text import joined_rows
 from pqkv_cli.calibration.stdlib_text import TEXTS, stdlib_text
 from pqkv_cli.calibration.text_files import file_text, named_file
-from pqkv_cli.errors import DataError, UsageError, did_you_mean
+from pqkv_cli.errors import DataError, UsageError, did_you_mean, first_line
 from pqkv_cli.hf.loading import NO_CODE, needs_own_code
 from pqkv_cli.models.prefix import plain_ids, prefix_ids
 
-HUB = "hf:"
+HUB, STDLIB = "hf:", "stdlib:"  # what names that are no paths begin with
 _KEYS = ("name", "split", "column", "rows", "revision")
 _FORM = f"{HUB}ORG/NAME?name=CONFIG&split=train&column=text&rows=1000"
 
@@ -72,14 +72,10 @@ def _rows(source: str, name: str, options: Mapping[str, str]) -> Iterator[Mappin
                 f"data {source} needs code of its own, which pqkv never runs; expected a data set of plain files (Parquet, "
                 "JSON Lines, CSV). Convert it, or give a text file."
             ) from error
-        reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"data {source} cannot be had ({type(error).__name__}: {reason}); expected {_FORM}, online or in the hub's cache; "
-            "a UTF-8 text file needs neither"
+            f"data {source} cannot be had ({type(error).__name__}: {first_line(error)}); expected {_FORM}, online or in the "
+            "hub's cache; a UTF-8 text file needs neither"
         ) from error
-
-
-_STDLIB = "stdlib:"
 
 
 def load_text(source: str) -> str:
@@ -95,14 +91,14 @@ def load_text(source: str) -> str:
     if source == SELF:
         raise DataError(
             f"data {SELF!r} is text that a model writes for its own calibration, and for nothing else; expected a UTF-8 text "
-            f"file, {_STDLIB}evaluation or {HUB}ORG/NAME. A file of that name is ./{SELF}"
+            f"file, {STDLIB}evaluation or {HUB}ORG/NAME. A file of that name is ./{SELF}"
         )
     if source.startswith(HUB):
         return hub_text(source)
-    if source.startswith(_STDLIB):
-        name = source.removeprefix(_STDLIB)
+    if source.startswith(STDLIB):
+        name = source.removeprefix(STDLIB)
         if name not in TEXTS:
-            known = ", ".join(_STDLIB + known for known in TEXTS)
+            known = ", ".join(STDLIB + known for known in TEXTS)
             raise DataError(f"data {source!r} is unknown; expected one of {known}{did_you_mean(name, tuple(TEXTS))}")
         return stdlib_text(name)
     return file_text(*named_file(source))

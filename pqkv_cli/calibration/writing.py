@@ -1,7 +1,6 @@
 """Texts that a model writes for its own calibration, in batches: what each begins with, when it ends."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from pqkv_cli.hf.configs import position_limit
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.chat import talk_text
 from pqkv_cli.models.prefix import plain_ids, prefix_ids, whole_ids
+from pqkv_cli.reporter import Advance
 
 _SHORTEST, _LONGEST = 128, 320  # tokens behind the opening after which a text is cut, drawn between them
 _RUN_TOKENS, _LEAST_RUNS, _LEAST_DISTINCT = 8, 40, 0.5
@@ -121,9 +121,7 @@ class Written:
 
 
 @torch.no_grad()
-def write_batch(
-    model: Any, tokenizer: Any, seed: int, batch: int, on_progress: Callable[[int, int], None]
-) -> tuple[list[Written], int]:
+def write_batch(model: Any, tokenizer: Any, seed: int, batch: int, on_progress: Advance) -> tuple[list[Written], int]:
     """Return the texts of one batch, and how many were left out because they repeat themselves.
 
     They depend on the model, `seed` and the number `batch`, not on batches before it. ``on_progress(done, total)`` counts

@@ -1,7 +1,7 @@
 """``pqkv calibrate``: run text through a model and record what its cache looks like."""
 
+from pqkv_cli.cli.option_set import Changes
 from pqkv_cli.cli.options import DebugOption, JsonOption, OutOption, RecipeModelOption, RunOption, TargetArgument
-from pqkv_cli.cli.recipe_options import Changes
 
 
 def calibrate(

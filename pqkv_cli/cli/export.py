@@ -4,16 +4,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pqkv_cli.cli.option_set import Changes
 from pqkv_cli.cli.options import DebugOption, JsonOption, RunOption, TargetArgument
-from pqkv_cli.cli.recipe_options import Changes
 from pqkv_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pqkv_cli.cli.output import Output, TerminalReporter
-    from pqkv_cli.pipeline.outcome import StageOutcome
     from pqkv_cli.pipeline.push import Pushed
+    from pqkv_cli.pipeline.state import StageOutcome
 
 PushOption = Annotated[
     str | None,
@@ -58,9 +58,8 @@ def export(
     from pqkv_cli.pipeline.start import continue_run
 
     output, reporter = Output(json_target), TerminalReporter()
-    found, recipe = continue_run(target_of(target, run, reporter), checked(changes))
-
     _check_tuning(tune, byte_tables, push_to_hub)
+    found, recipe = continue_run(target_of(target, run, reporter), checked(changes))
     if push_to_hub is None:
         from pqkv_cli.pipeline.stages import run_stage
 
@@ -77,7 +76,7 @@ def export(
 
 
 def _check_tuning(tune: bool, byte_tables: bool, push_to_hub: str | None) -> None:
-    """Refuse what cannot be tuned, before anything is written."""
+    """Refuse what cannot be tuned, before a run is opened."""
     if byte_tables:
         raise UsageError(
             "--byte-tables is gone: look-up tables of bytes were never timed on a GPU. Use --tune alone: pqkv export RUN --tune"

@@ -1,7 +1,7 @@
 """``pqkv fit-codebooks``: learn the codebooks of a calibrated run."""
 
+from pqkv_cli.cli.option_set import Changes
 from pqkv_cli.cli.options import BitsOption, BudgetOption, DebugOption, JsonOption, RunOption, TargetArgument
-from pqkv_cli.cli.recipe_options import Changes
 
 
 def fit_codebooks(

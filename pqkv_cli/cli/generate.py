@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pqkv_cli.cli.option_set import Changes
 from pqkv_cli.cli.options import (
     DebugOption,
     ForceOption,
@@ -14,7 +15,6 @@ from pqkv_cli.cli.options import (
     RunOption,
     TemperatureOption,
 )
-from pqkv_cli.cli.recipe_options import Changes
 from pqkv_cli.errors import UsageError
 
 GraphOption = Annotated[

@@ -1,10 +1,24 @@
 """The options of all verbs, spelt once. Knows no verb."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pqkv_cli.cli import completion
+from pqkv_cli.errors import PqkvError
+
+
+def offered_targets(incomplete: str) -> list[str]:
+    """Return the recipes and the runs under ``runs/`` that begin so; paths are the shell's own to offer."""
+    from pqkv_cli.pipeline.rundir import runs_under
+    from pqkv_cli.recipe_files import recipe_names
+
+    try:
+        names = [*recipe_names(), *map(str, runs_under(Path("runs")))]
+    except (OSError, PqkvError):  # whoever completes a word cannot be told what is wrong
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
 
 # What a verb works on.
 TargetArgument = Annotated[
@@ -12,7 +26,7 @@ TargetArgument = Annotated[
     typer.Argument(
         metavar="TARGET",
         help="A model, run or artifact directory, a GGUF file, a recipe, or an org/name hub id.",
-        autocompletion=completion.targets,
+        autocompletion=offered_targets,
     ),
 ]
 RunOption = Annotated[
@@ -49,7 +63,7 @@ DebugOption = Annotated[
 ]
 
 # What is no plain setting of the recipe: each is turned into settings, by `words.py` or by its verb. All others are declared in
-# `recipe.py` and get their options in `recipe_options.py`.
+# `recipe.py` and get their options in `option_set.py`.
 BudgetOption = Annotated[
     float | None,
     typer.Option("--budget", metavar="N", help="Mean bits of code per channel; each layer's keys and values get their share."),

@@ -84,7 +84,7 @@ def _show(output: "Output", name: str | None, run: str | None) -> None:
 
 def _show_schema(output: "Output", name: str | None, out: str | None) -> None:
     from pqkv_cli.files import write_text
-    from pqkv_cli.pipeline.recipe_schema import recipe_schema
+    from pqkv_cli.recipe_files import recipe_schema
 
     if name is not None:
         raise UsageError(f"found {name!r} after 'schema', which is the same for all recipes; expected: pqkv recipes schema")

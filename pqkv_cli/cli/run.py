@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from pqkv_cli.cli.option_set import Changes
 from pqkv_cli.cli.options import (
     BitsOption,
     BudgetOption,
@@ -12,7 +13,6 @@ from pqkv_cli.cli.options import (
     RunOption,
     TargetArgument,
 )
-from pqkv_cli.cli.recipe_options import Changes
 
 if TYPE_CHECKING:
     from pqkv_cli.pipeline.stages import Whole

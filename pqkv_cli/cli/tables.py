@@ -12,7 +12,7 @@ from pqkv_cli.cli.streams import json_text
 from pqkv_cli.errors import GateError, PqkvError
 
 if TYPE_CHECKING:
-    from pqkv_cli.pipeline.outcome import StageOutcome
+    from pqkv_cli.pipeline.state import StageOutcome
 
 
 def show_stage(outcome: "StageOutcome", output: Output, next_command: str) -> None:

@@ -8,7 +8,7 @@ from pqkv_cli.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pqkv_cli.cli.recipe_options import Changes
+    from pqkv_cli.cli.option_set import Changes
     from pqkv_cli.pipeline.target import Target
     from pqkv_cli.reporter import Reporter
 
@@ -89,7 +89,8 @@ def checked(changes: "Changes") -> "Changes":
     RecipeError
         With all that are not.
     """
-    from pqkv_cli.recipe import Recipe, override
+    from pqkv_cli.recipe import Recipe
+    from pqkv_cli.recipe_files import override
 
     override(Recipe(name="any", model="any"), changes, "this command line")
     return changes

@@ -6,7 +6,7 @@ requests, recovery per metric, and what was quantized while it was scored.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from pqkv_cli.errors import DataError, UsageError, did_you_mean
+from pqkv_cli.errors import DataError, UsageError, did_you_mean, first_line
 from pqkv_cli.evaluation.longbench_metrics import INSTALL
 from pqkv_cli.evaluation.qa_runner import answering_cost
 from pqkv_cli.evaluation.record import TaskOutcome, fullest_bits
 from pqkv_cli.evaluation.scores import Floats, interval95
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
+from pqkv_cli.reporter import Advance
 
 Results = Mapping[str, Any]
 Key = tuple[str, str, str]  # task, metric, filter
@@ -43,7 +44,7 @@ def require_harness_task(name: str, own: Sequence[str], data: Path | None) -> No
         raise UsageError(f"{nearest}, and the tasks of lm-evaluation-harness, which has none of this name")
 
 
-def harness(name: str, subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]) -> TaskOutcome:
+def harness(name: str, subject: Subject, settings: EvaluationSettings, on_progress: Advance) -> TaskOutcome:
     """Run the harness's task or group `name` with and without compression.
 
     Raises
@@ -152,10 +153,9 @@ def _evaluated(name: str, model: Any, manager: Any, settings: EvaluationSettings
             fewshot_random_seed=settings.seed,
         )
     except (OSError, ImportError, ConnectionError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"the harness's task {name} cannot be run ({type(error).__name__}: {reason}); its data come from the hub: go "
-            "online once, or give a directory with your own tasks with --data"
+            f"the harness's task {name} cannot be run ({type(error).__name__}: {first_line(error)}); its data come from the "
+            "hub: go online once, or give a directory with your own tasks with --data"
         ) from error
     assert found is not None  # only other processes of a distributed run get None
     results: Results = found

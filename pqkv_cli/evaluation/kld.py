@@ -5,8 +5,6 @@ token by token, sampled at temperature 1; the compressed model is shown the same
 what is measured is how errors in the cache add up over generated tokens, not how one other word changes a story.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
@@ -33,13 +31,13 @@ from pqkv_cli.evaluation.text_windows import (
 from pqkv_cli.hf.cache_layers import uncompressed_cache
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.prefix import prefix_ids
+from pqkv_cli.reporter import Advance
 
 DEFAULT_NEW_TOKENS = 1024
 DEFAULT_CONTINUATIONS = 4
-Progress = Callable[[int, int], None]
 
 
-def kld(subject: Subject, settings: EvaluationSettings, on_progress: Progress) -> TaskOutcome:
+def kld(subject: Subject, settings: EvaluationSettings, on_progress: Advance) -> TaskOutcome:
     """Compare next-token distributions on disjoint windows of the text, by context length.
 
     Raises
@@ -53,7 +51,7 @@ def kld(subject: Subject, settings: EvaluationSettings, on_progress: Progress) -
 
 
 @torch.no_grad()
-def kld_generated(subject: Subject, settings: EvaluationSettings, on_progress: Progress) -> TaskOutcome:
+def kld_generated(subject: Subject, settings: EvaluationSettings, on_progress: Advance) -> TaskOutcome:
     """Compare next-token distributions along the uncompressed model's own continuations, by step.
 
     Raises

@@ -17,6 +17,7 @@ from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, scor
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.models.chat import chat_text, has_chat_template, template_notes
 from pqkv_cli.models.prefix import plain_ids
+from pqkv_cli.reporter import Advance
 
 _ADJECTIVES = (
     "able amber ancient ashen bald bitter blank bold brave brisk broad calm civil clean clever cold crisp curly daring dear "
@@ -63,7 +64,7 @@ _TAIL = "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in lin
 _CUE = "\nline {name}: REGISTER_CONTENT is <"
 
 
-def lines(subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]) -> TaskOutcome:
+def lines(subject: Subject, settings: EvaluationSettings, on_progress: Advance) -> TaskOutcome:
     """Ask for numbers with and without compression, greedily, by length of the list.
 
     Raises

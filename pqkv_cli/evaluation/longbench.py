@@ -4,7 +4,7 @@ Greedy; a prompt longer than the limit loses its middle; chat models are asked t
 code are continued; one score per task, 0 to 100, and their average. Knows the protocol; rows, metrics and facts are elsewhere.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,18 @@ from pqkv_cli.evaluation.prompts import num_positions, prompt_ids
 from pqkv_cli.evaluation.qa_runner import Answers, ask
 from pqkv_cli.evaluation.record import TaskOutcome
 from pqkv_cli.evaluation.sample_log import Sample
-from pqkv_cli.evaluation.scores import Floats, compared, compared_samples, grouped, interval95, scores
+from pqkv_cli.evaluation.scores import compared, compared_samples, grouped, interval95, recovery, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.models.chat import chat_text, has_chat_template, template_notes
 from pqkv_cli.models.prefix import plain_ids
+from pqkv_cli.reporter import Advance
 
 _LEAST_PROMPT = 16  # tokens; what is left of a prompt that is cut to fewer asks nothing
 _SPARE_TOKENS = 64  # for a chat template, and for prompts that are cut elsewhere
 _LENGTHS = ((4000, "0-4k"), (8000, "4-8k"))
 
 
-def longbench(subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]) -> TaskOutcome:
+def longbench(subject: Subject, settings: EvaluationSettings, on_progress: Advance) -> TaskOutcome:
     """Answer LongBench with and without compression; `settings.context` is the longest prompt before the chat template.
 
     Raises
@@ -148,9 +149,6 @@ def _average(groups: Sequence[Sequence[Sample]], seed: int) -> dict[str, Any]:
     means = [np.array([pair[side].mean() for pair in both]) for side in (0, 1)]
     weights = np.concatenate([np.full(len(own), 1 / len(own)) for own, _ in both])
     weighted = [weights * np.concatenate([pair[side] for pair in both]) for side in (0, 1)]
-
-    def recovery(a: Floats, b: Floats) -> float:
-        return float(b.mean() / a.mean()) if a.mean() else float("nan")
 
     return _rounded({**compared(100 * means[0], 100 * means[1]), "ci95": interval95(recovery, weighted[0], weighted[1], seed)})
 

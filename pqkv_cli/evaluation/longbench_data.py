@@ -14,7 +14,7 @@ import yaml
 
 from pqkv_cli.calibration.row_text import BadRow
 from pqkv_cli.calibration.table_files import parsed_line, stem_of
-from pqkv_cli.errors import DataError, did_you_mean
+from pqkv_cli.errors import DataError, did_you_mean, first_line
 from pqkv_cli.evaluation.longbench_metrics import HARNESS_ENDS, INSTALL, TASKS
 from pqkv_cli.evaluation.rows import Kinds, Row, checked_row, checked_text, checked_texts, read_row_files, shown
 
@@ -243,8 +243,9 @@ def _from_hub() -> list[tuple[str, Row]]:
     try:
         file = hf_hub_download(HUB_ID, HUB_FILE, repo_type="dataset")
     except Exception as error:  # the hub's many ways to fail have no common base
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"LongBench is not here and cannot be had from the hub ({HUB_ID}: {reason}); {_HOW}") from error
+        raise DataError(
+            f"LongBench is not here and cannot be had from the hub ({HUB_ID}: {first_line(error)}); {_HOW}"
+        ) from error
     try:
         with zipfile.ZipFile(file) as archive:
             return [row for name in TASKS for row in _archived(archive, name, file)]

@@ -7,7 +7,6 @@ much is recalled, not only whether.
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from pqkv_cli.evaluation.qa_runner import ask
 from pqkv_cli.evaluation.record import TaskOutcome
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.models.prefix import plain_ids, prefix_ids
+from pqkv_cli.reporter import Advance
 
 NEEDLE = "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n"
 CUE = (
@@ -31,7 +31,7 @@ DEPTHS = tuple(i / 10 for i in range(11))
 _SPARE_TOKENS = 4
 
 
-def needle(subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]) -> TaskOutcome:
+def needle(subject: Subject, settings: EvaluationSettings, on_progress: Advance) -> TaskOutcome:
     """Ask for the needle with and without compression, greedily, at eleven depths of every length.
 
     Raises

@@ -1,6 +1,5 @@
 """The pass key task: one number hidden in held-out text, asked for at the end, by prompt length and depth."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from pqkv_cli.evaluation.record import TaskOutcome
 from pqkv_cli.evaluation.scores import compared, compared_samples, grid, grouped, scores
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.models.prefix import plain_ids, prefix_ids
+from pqkv_cli.reporter import Advance
 
 PASSKEY_DIGITS = 5
 ANSWER_TOKENS = PASSKEY_DIGITS + 2  # a space, and digits one by one: a tokenizer may merge those of one key and not of another
@@ -38,7 +38,7 @@ def passkey_texts(key: str) -> tuple[str, str, str]:
     return needle, "\nWhat is the pass key? The pass key is", f" {key}"
 
 
-def passkey(subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]) -> TaskOutcome:
+def passkey(subject: Subject, settings: EvaluationSettings, on_progress: Advance) -> TaskOutcome:
     """Ask for pass keys with and without compression, greedily, and compare.
 
     Raises

@@ -1,6 +1,5 @@
 """The perplexity task: held-out text through the uncompressed and the compressed model, token by token comparison."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,12 +25,11 @@ from pqkv_cli.evaluation.text_windows import (
     timed,
     windows_of,
 )
-
-Progress = Callable[[int, int], None]
+from pqkv_cli.reporter import Advance
 
 
 @torch.no_grad()
-def perplexity(subject: Subject, settings: EvaluationSettings, on_progress: Progress) -> TaskOutcome:
+def perplexity(subject: Subject, settings: EvaluationSettings, on_progress: Advance) -> TaskOutcome:
     """Compare next-token distributions on windows of the text, disjoint or, with a stride, overlapping.
 
     Raises

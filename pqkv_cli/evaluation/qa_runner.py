@@ -17,6 +17,7 @@ from pqkv_cli.evaluation.sample_log import Group, Sample
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.evaluation.text_windows import CacheFactory, contender
 from pqkv_cli.models.load import free_memory
+from pqkv_cli.reporter import Advance
 
 Batch = Mapping[str, Any]
 
@@ -93,14 +94,14 @@ def ask(
     settings: EvaluationSettings,
     questions: Sequence[Question],
     score: Score,
-    on_progress: Callable[[int, int], None],
+    on_progress: Advance,
 ) -> Answers:
     """Ask every question with and without compression; batches that the subject's log holds already are not asked again.
 
     A batch for which memory does not suffice is halved, with a warning, and so are those after it that are as large.
     """
     pays = _PADDED_SQUARE_CPU if subject.model.device.type == "cpu" else _PADDED_SQUARE
-    groups, done, waiting = [], 0, list(reversed([batch for _, batch in _batches(questions, settings.batch_tokens, pays)]))
+    groups, done, waiting = [], 0, _batches(questions, settings.batch_tokens, pays)[::-1]
     too_large = math.inf  # padded tokens
     with contender(subject, settings.mode) as new_cache:
         while waiting:
@@ -123,8 +124,8 @@ def ask(
     return Answers(samples, bits, {**answering_cost(costs), "batch_size": batch_size})
 
 
-def _batches(questions: Sequence[Question], budget: int, pays: int) -> Iterator[tuple[str, list[Question]]]:
-    """Cut `questions` into batches of at most `budget` padded tokens, whose names and content depend on nothing else.
+def _batches(questions: Sequence[Question], budget: int, pays: int) -> list[list[Question]]:
+    """Cut `questions` into batches of at most `budget` padded tokens, whose content depends on nothing else.
 
     Rows of unequal length share one up to `pays` squared tokens per token of answer. The longest come first: what memory cannot
     hold is known early.
@@ -133,8 +134,7 @@ def _batches(questions: Sequence[Question], budget: int, pays: int) -> Iterator[
     for question in sorted(questions, key=lambda question: -len(question.ids)):
         alike.setdefault(question.decoding, []).append(question)
     batches = [batch for group in alike.values() for batch in _cut(group, budget, pays)]
-    for batch in sorted(batches, key=lambda batch: -len(batch[0].ids)):
-        yield _name(batch), batch
+    return sorted(batches, key=lambda batch: -len(batch[0].ids))
 
 
 def _cut(questions: Sequence[Question], budget: int, pays: int) -> Iterator[list[Question]]:

@@ -42,7 +42,7 @@ def compared(baseline: Floats, quantized: Floats) -> dict[str, Any]:
 def compared_samples(samples: Sequence[Sample], seed: int, scale: float = 1.0) -> dict[str, Any]:
     """Return the comparison of `samples` with the 95 % interval of its recovery; scores are multiplied by `scale`."""
     baseline, quantized = scores(samples)
-    return {**compared(scale * baseline, scale * quantized), "ci95": interval95(_recovery, baseline, quantized, seed)}
+    return {**compared(scale * baseline, scale * quantized), "ci95": interval95(recovery, baseline, quantized, seed)}
 
 
 def scores(samples: Iterable[Sample]) -> tuple[Floats, Floats]:
@@ -77,5 +77,6 @@ def grid(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     return cells
 
 
-def _recovery(baseline: Floats, quantized: Floats) -> float:
+def recovery(baseline: Floats, quantized: Floats) -> float:
+    """Return the mean of the compressed model's scores [N] over that of the uncompressed one's, NaN where that is zero."""
     return float(quantized.mean() / baseline.mean()) if baseline.mean() else float("nan")

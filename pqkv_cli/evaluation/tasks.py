@@ -17,8 +17,9 @@ from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.record import OURS, SCHEMA, TaskOutcome, circumstances, model_facts
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.gates import ANY_TASK, Gate
+from pqkv_cli.reporter import Advance
 
-Task = Callable[[Subject, EvaluationSettings, Callable[[int, int], None]], TaskOutcome]
+Task = Callable[[Subject, EvaluationSettings, Advance], TaskOutcome]
 TASKS: Mapping[str, Task] = {
     "perplexity": perplexity,
     "passkey": passkey,
@@ -63,9 +64,7 @@ def check_rows(names: Sequence[str], data: Path | None) -> None:
         check_line_rows(data)
 
 
-def run_task(
-    name: str, subject: Subject, settings: EvaluationSettings, on_progress: Callable[[int, int], None]
-) -> dict[str, Any]:
+def run_task(name: str, subject: Subject, settings: EvaluationSettings, on_progress: Advance) -> dict[str, Any]:
     """Run one task in one mode and return its result record (``pqkv.result/1``).
 
     Raises

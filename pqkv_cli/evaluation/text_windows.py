@@ -20,6 +20,7 @@ from pqkv_cli.evaluation.scores import Floats, interval95
 from pqkv_cli.evaluation.settings import EvaluationSettings, Mode, Subject
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.prefix import prefix_ids
+from pqkv_cli.reporter import Advance
 from pqkv_cli.runtime.attach import attach, simulate_artifact
 
 CacheFactory = Callable[[], PositionedCache]
@@ -112,9 +113,7 @@ class Compared:
     seconds: dict[str, float]
 
 
-def measured(
-    subject: Subject, count: int, measure: Callable[[int], Compared], on_progress: Callable[[int, int], None]
-) -> list[Group]:
+def measured(subject: Subject, count: int, measure: Callable[[int], Compared], on_progress: Advance) -> list[Group]:
     """Return one group per window, measured now or found in the subject's log; windows that fail are kept as such."""
     groups = []
     for index in range(count):

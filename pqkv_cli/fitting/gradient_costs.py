@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from pqkv_cli.calibration.fisher import HeldSteps, fisher_directions, layer_gradients, plain_keys
+from pqkv_cli.calibration.fisher import HeldSteps, fisher_directions, frozen, layer_gradients, plain_keys
 from pqkv_cli.hf.taps import AttentionStep, tap
-from pqkv_cli.models.frozen import frozen
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.quantizers.codec import ProductCodec
 from pqkv_cli.specs import ModelGeometry, Side

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from pqkv_cli.calibration.fisher import frozen
 from pqkv_cli.errors import UsageError
 from pqkv_cli.fitting.fit import FittedLayer
 from pqkv_cli.fitting.refine_work import PassCounter, RefineSettings, RefineWork, WatchedCodec, Weighting
-from pqkv_cli.models.frozen import frozen
 from pqkv_cli.quantizers.codec import VectorCodec
 from pqkv_cli.runtime.attach import simulate
 from pqkv_cli.specs import SIDES, Side

@@ -1,12 +1,16 @@
-"""The layers of transformers' own caches: which a model gets, which of them grow, how they are emptied, what they weigh."""
+"""The layers of transformers' own caches: which a model gets, which of them grow, how they are emptied, what they weigh.
 
-from typing import Any
+Also the quantizers inside the layers of its ``QuantizedCache``, which are private there.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from transformers import DynamicCache, DynamicLayer
+from transformers import DynamicCache, DynamicLayer, HQQQuantizedLayer, QuantoQuantizedLayer
 from transformers.cache_utils import CacheLayerMixin
 
-__all__ = ["CacheLayerMixin", "forget", "grows", "own_layers", "tensor_bytes"]
+__all__ = ["CacheLayerMixin", "LayerQuantizer", "forget", "grows", "own_layers", "tensor_bytes", "uncompressed_cache"]
 
 
 def own_layers(config: Any) -> list[Any]:
@@ -92,3 +96,37 @@ def _grown(tensor: torch.Tensor, length: int) -> torch.Tensor:
     grown = tensor.new_empty(*tensor.shape[:-2], length, tensor.shape[-1])
     grown[..., : tensor.shape[-2], :] = tensor
     return grown
+
+
+Backend = Literal["quanto", "hqq"]
+_LAYERS: Mapping[Backend, Any] = {"quanto": QuantoQuantizedLayer, "hqq": HQQQuantizedLayer}
+
+
+class LayerQuantizer:
+    """The quantizer of one backend of ``QuantizedCache``, alone.
+
+    Raises
+    ------
+    ImportError
+        If the backend's package is not installed.
+    """
+
+    def __init__(self, backend: Backend, nbits: int, group_size: int) -> None:
+        self._backend, self._layer = backend, _LAYERS[backend](nbits=nbits, q_group_size=group_size)
+
+    def quantize(self, x: torch.Tensor) -> Any:
+        """Return what the backend makes of `x` [B, Hkv, T, D], in a form that only it understands."""
+        self._layer.keys = x[..., :0, :]  # it looks for its dtype there
+        return self._layer._quantize(x, axis=0)
+
+    def dequantize(self, held: Any) -> torch.Tensor:
+        """Return the vectors that `held` stands for."""
+        decoded: torch.Tensor = self._layer._dequantize(held)
+        return decoded
+
+    def tensors(self, held: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the packed codes, and scales and zero points, of what `quantize` made."""
+        if self._backend == "quanto":
+            return held._data._data, (held._scale, held._shift)
+        packed, meta = held
+        return packed, (meta["scale"], meta["zero"])

@@ -15,7 +15,7 @@ import torch
 import transformers
 from huggingface_hub import constants as hub
 
-from pqkv_cli.errors import ModelError, UnsupportedModelError
+from pqkv_cli.errors import ModelError, UnsupportedModelError, first_line
 from pqkv_cli.files import free_bytes, new_directory, turn
 from pqkv_cli.hf import gguf_files
 from pqkv_cli.models.geometry import check_quantizable, geometry
@@ -221,8 +221,7 @@ def _readable(path: Path) -> Iterator[None]:
                 f"{transformers.__version__} does not read from GGUF; expected one of {known}. "
                 "Use the model's own checkpoint (config.json and *.safetensors)."
             ) from error
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"the GGUF file {path} cannot be read: {lines[0]} Expected a language model with its tokenizer. Copy or download "
-            "it again, or use the model's own checkpoint."
+            f"the GGUF file {path} cannot be read: {first_line(error)} Expected a language model with its tokenizer. Copy or "
+            "download it again, or use the model's own checkpoint."
         ) from error

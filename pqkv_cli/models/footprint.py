@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from pqkv_cli.errors import ModelError
-from pqkv_cli.hf.configs import layer_kind, text_config
-from pqkv_cli.models.config_reader import layer_config
+from pqkv_cli.errors import ModelError, first_line
+from pqkv_cli.hf.configs import layer_config, layer_kind, text_config
 from pqkv_cli.models.geometry import geometry, layer_types
 
 _DEFAULT_ITEM_BYTES = 2  # bfloat16, where the config names no dtype
@@ -69,10 +68,9 @@ def empty_model(config: PretrainedConfig) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"transformers cannot build a {config.model_type} model from its config: {reason}; expected a config from which it "
-            "can. Check config.json against the model's original."
+            f"transformers cannot build a {config.model_type} model from its config: {first_line(error)}; expected a config "
+            "from which it can. Check config.json against the model's original."
         ) from error
 
 

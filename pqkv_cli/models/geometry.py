@@ -7,8 +7,18 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from pqkv_cli.errors import ModelError, UnsupportedModelError
-from pqkv_cli.hf.configs import is_encoder, is_language_model, layer_kind, position_limit, present_name, text_config
-from pqkv_cli.models.config_reader import layer_config, layer_values, read, read_count
+from pqkv_cli.hf.configs import (
+    is_encoder,
+    is_language_model,
+    layer_config,
+    layer_kind,
+    layer_values,
+    position_limit,
+    present_name,
+    read,
+    read_count,
+    text_config,
+)
 from pqkv_cli.models.families import ASSISTANT_REASON, FIXED_ROPE_TYPES, LATENT_REASON, FamilyFacts, family
 from pqkv_cli.specs import LayerGeometry, ModelGeometry
 from pqkv_kernels.format.layout import RotaryLayout

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pqkv_cli.hf.configs import text_config
+from pqkv_cli.hf.configs import layer_config, text_config
 from pqkv_cli.hf.modules import attention_modules, stored_tensors
-from pqkv_cli.models.config_reader import layer_config
 from pqkv_cli.specs import ModelIdentity
 
 _PIECE = 1 << 23  # numbers converted at a time

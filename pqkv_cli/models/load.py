@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub import constants as hub
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from pqkv_cli.errors import ModelError
+from pqkv_cli.errors import ModelError, first_line
 from pqkv_cli.hf.loading import NO_CODE, foreign_tokenizer, leave_own_attention, needs_own_code, no_progress_bar
 from pqkv_cli.models.converted import Note, conversion, converted, gguf_config, nobody
 from pqkv_cli.models.geometry import check_quantizable, geometry
@@ -146,9 +146,9 @@ def _check_hub(resolved: ResolvedModel) -> None:
     try:
         found = huggingface_hub.HfApi().model_info(resolved.path_or_id, timeout=_PROBE_TIMEOUT_S)
     except Exception as error:  # Any transport library may sit below; every failure means the same to the user.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model {resolved.path_or_id} is not on this machine ({looked}), and the hub did not give it: {reason}. {remedy}"
+            f"model {resolved.path_or_id} is not on this machine ({looked}), and the hub did not give it: "
+            f"{first_line(error)}. {remedy}"
         ) from error
     if ADAPTER in {file.rfilename for file in getattr(found, "siblings", None) or ()}:
         raise ModelError(f"{resolved.path_or_id} holds an adapter ({ADAPTER}); expected a whole model: {MERGE}.")
@@ -189,11 +189,10 @@ def _own_code(resolved: ResolvedModel, found: str) -> ModelError:
 def _unreadable(resolved: ResolvedModel, error: Exception) -> ModelError:
     if needs_own_code(error):
         return _own_code(resolved, "it comes with Python files that would have to be run")
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     place = resolved.path_or_id if resolved.is_local else f"{resolved.path_or_id} (cache {hub.HF_HUB_CACHE})"
     return ModelError(
-        f"the model {place} cannot be loaded: {lines[0]} Expected config.json, weights and tokenizer of a transformers "
-        "model. Copy it again, or name another directory."
+        f"the model {place} cannot be loaded: {first_line(error)} Expected config.json, weights and tokenizer of a "
+        "transformers model. Copy it again, or name another directory."
     )
 
 

@@ -19,9 +19,8 @@ from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.calibration_text import named_texts, tell_written, written_texts
 from pqkv_cli.pipeline.fingerprints import model_fingerprint, texts_identity
 from pqkv_cli.pipeline.loading import open_model
-from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
 from pqkv_cli.pipeline.rundir import Run
-from pqkv_cli.pipeline.state import stage_inputs
+from pqkv_cli.pipeline.state import Facts, StageOutcome, StageWork, do_stage, stage_inputs
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.reporter import Reporter
 

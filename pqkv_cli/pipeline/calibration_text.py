@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.fingerprints import model_fingerprint
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.recipe import Recipe
-from pqkv_cli.reporter import Reporter
+from pqkv_cli.reporter import Advance, Reporter
 
 _SPARE = 1.05  # between texts stand a few tokens, and joined they may have fewer than alone
 _MOST_IDLE = 2  # batches in a row of which nothing is kept
@@ -80,9 +80,7 @@ class OwnText:
                         "--data FILE or --data stdlib:broad"
                     )
 
-    def _batch(
-        self, model: Any, tokenizer: Any, seed: int, batch: int, advance: Callable[[int, int], None]
-    ) -> tuple[list[dict[str, Any]], int]:
+    def _batch(self, model: Any, tokenizer: Any, seed: int, batch: int, advance: Advance) -> tuple[list[dict[str, Any]], int]:
         written, left_out = write_batch(model, tokenizer, seed, batch, advance)
         rows = [
             {

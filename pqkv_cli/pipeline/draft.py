@@ -10,9 +10,9 @@ from pqkv_cli.models.geometry import check_quantizable, geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
 from pqkv_cli.pipeline.target import resolve_target
-from pqkv_cli.recipe import Recipe, override
-from pqkv_cli.recipe_files import dump_recipe
-from pqkv_cli.specs import CacheSpec, ModelGeometry
+from pqkv_cli.recipe import Recipe
+from pqkv_cli.recipe_files import dump_recipe, override
+from pqkv_cli.specs import ModelGeometry
 
 _SUFFIXES = (".yaml", ".yml")
 _BF16_BITS = 16
@@ -47,8 +47,7 @@ def draft_recipe(model: str) -> Draft:
     recipe, longest = target.recipe, shape.max_positions
     if longest and longest < recipe.calibration.seq_len:
         recipe = override(recipe, {"calibration.seq_len": longest})
-    cache = CacheSpec(recipe.cache.num_sinks, recipe.cache.window_tokens)
-    uniform_plan(shape, recipe.codebooks.bits, cache)  # refuses a rate that does not fit
+    uniform_plan(shape, recipe.codebooks.bits, recipe.cache.spec)  # refuses a rate that does not fit
     return Draft(recipe, _preface(recipe, shape) + dump_recipe(recipe))
 
 

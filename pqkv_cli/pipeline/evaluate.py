@@ -1,33 +1,43 @@
-"""The stage that measures an artifact next to the uncompressed model, and keeps what was measured."""
+"""The stage that measures an artifact next to the uncompressed model, and keeps what was measured.
+
+It also finds out whether codebooks were learned from the very text they are judged on, and says so.
+"""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pqkv_cli.artifact.card import write_derived
 from pqkv_cli.artifact.store import Artifact, open_artifact
+from pqkv_cli.calibration.stdlib_text import overlap_share
 from pqkv_cli.calibration.text import load_text
-from pqkv_cli.errors import UsageError
+from pqkv_cli.errors import DataError, UsageError
+from pqkv_cli.evaluation.rows import read_rows
 from pqkv_cli.evaluation.settings import Mode, Subject
 from pqkv_cli.evaluation.tasks import check_rows, reads_text, require_tasks, run_task, unmeasured
 from pqkv_cli.files import write_text
 from pqkv_cli.gates import Gate, judge, parse_gates, split_gates
-from pqkv_cli.pipeline.contamination import Overlap, overlap, overlaps
+from pqkv_cli.pipeline.calibration_text import calibration_texts
 from pqkv_cli.pipeline.evaluation_settings import modes_of, open_log, rows_path, task_settings
 from pqkv_cli.pipeline.fingerprints import text_identity
 from pqkv_cli.pipeline.loading import device_of, open_model
 from pqkv_cli.pipeline.lock import locked_task
-from pqkv_cli.pipeline.outcome import Facts, StageWork, do_stage
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.start import Source
-from pqkv_cli.pipeline.state import stage_inputs
+from pqkv_cli.pipeline.state import Facts, StageWork, do_stage, stage_inputs
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.report.rows import headline_rows
 from pqkv_cli.reporter import Reporter
 
 Record = dict[str, Any]
+
+# Text that codebooks were learned from flatters what is judged on it: so long runs of words in common count, and from this
+# share on it is said aloud.
+NGRAM_WORDS = 13
+SUSPICIOUS_SHARE = 0.01
+Overlap = Mapping[str, Any] | None
 
 
 def evaluate(run: Run, recipe: Recipe, reporter: Reporter) -> list[Record]:
@@ -113,7 +123,7 @@ def _open(source: Source, reporter: Reporter, *, force: bool) -> Subject:
 def _measure(source: Source, subject: Subject, reporter: Reporter) -> list[Record]:
     records = []
     wanted = source.recipe.evaluation
-    shared = overlaps(source, subject, reporter)
+    shared = _overlaps(source, subject, reporter)
     for task in wanted.tasks:
         for mode in modes_of(task, wanted.modes):
             with locked_task(source.results, task, mode):
@@ -137,7 +147,7 @@ def _measure_task(
         record = run_task(task, own, settings, advance)
     kind = "text" if reads_text(task) else f"asked by {task}" if own.asked else "rows"
     if kind not in shared:
-        shared[kind] = overlap(source, "\n".join(own.asked), reporter)
+        shared[kind] = _overlap(source, "\n".join(own.asked), reporter)
     record["calibration_overlap"] = shared[kind]
     _keep(source, record)
     log.finish()  # from now on the next evaluation measures again
@@ -151,3 +161,49 @@ def _renew_card(source: Source, artifact: Artifact) -> None:
 
 def _kept(directory: Path) -> list[Record]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))]
+
+
+def _overlaps(source: Source, subject: Subject, reporter: Reporter) -> dict[str, Overlap]:
+    """Return how much of the evaluation's ``text`` and of its ``rows`` also occurs in the calibration text.
+
+    Each is the ``share`` of their distinct runs of 13 normalised words, with a ``note`` where it is suspicious or could not be
+    found out; None where there is nothing to compare.
+    """
+    texts = {"text": subject.text, "rows": _row_text(subject)}
+    return {name: _overlap(source, text, reporter) for name, text in texts.items()}
+
+
+def _overlap(source: Source, text: str, reporter: Reporter) -> Overlap:
+    """Return how much of `text` also occurs in the calibration text, as in `_overlaps`; None of an empty one."""
+    if not text:
+        return None
+    try:
+        calibration = calibration_texts(source.recipe, source.run)
+    except DataError as error:
+        return {"share": None, "ngram_words": NGRAM_WORDS, "note": f"the calibration text could not be read: {error}"}
+    found = _judged_overlap(text, calibration)
+    if note := found.get("note"):
+        reporter.note(f"warning: {note}")
+    return found
+
+
+def _judged_overlap(text: str, calibration: Sequence[str]) -> dict[str, Any]:
+    share = overlap_share(text, calibration, NGRAM_WORDS)
+    found: dict[str, Any] = {"share": share, "ngram_words": NGRAM_WORDS}
+    if share > SUSPICIOUS_SHARE:
+        found["note"] = (
+            f"{100 * share:.1f} % of what is evaluated on (runs of {NGRAM_WORDS} words) was calibrated on; "
+            "the results flatter: evaluate on other text"
+        )
+    return found
+
+
+def _row_text(subject: Subject) -> str:
+    if subject.data is None:
+        return ""
+    try:
+        files = read_rows(subject.data, {})
+    except DataError:
+        return ""  # definitions of tasks, not rows; the task itself complains about bad ones
+    words = (value for rows in files.values() for row in rows for value in row.values())
+    return "\n".join(value for value in words if isinstance(value, str))

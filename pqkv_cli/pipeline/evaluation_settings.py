@@ -7,7 +7,7 @@ from pathlib import Path
 from pqkv_cli import __version__
 from pqkv_cli.calibration.openings import SELF
 from pqkv_cli.calibration.table_files import form_of
-from pqkv_cli.calibration.text import HUB, load_text
+from pqkv_cli.calibration.text import HUB, STDLIB, load_text
 from pqkv_cli.calibration.text_files import named_file
 from pqkv_cli.errors import DataError
 from pqkv_cli.evaluation.prompts import num_positions
@@ -19,8 +19,7 @@ from pqkv_cli.pipeline.fingerprints import text_identity
 from pqkv_cli.pipeline.start import Source
 from pqkv_cli.recipe import Recipe
 
-BUILT_IN = "stdlib:"
-_NO_PATHS = (BUILT_IN, HUB)
+_NO_PATHS = (STDLIB, HUB)
 _DEFAULT_WINDOWS = 32
 _LONGEST_PROMPT = 4096
 _LONGEST_OPENING = 512
@@ -105,7 +104,7 @@ def rows_path(data: str) -> Path | None:
     if not path.exists():
         raise DataError(
             f"data {path} is not there; expected a UTF-8 text file, rows (*.jsonl and the like, or a directory of them), "
-            f"{BUILT_IN}evaluation or {HUB}ORG/NAME"
+            f"{STDLIB}evaluation or {HUB}ORG/NAME"
         )
     return path if path.is_dir() or form_of(path) else None
 

@@ -17,10 +17,8 @@ from pqkv_cli.models.footprint import weights
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.load import load_config
 from pqkv_cli.models.resolve import resolve_model
-from pqkv_cli.pipeline.fit import cache_spec
-from pqkv_cli.pipeline.outcome import Facts, StageOutcome, StageWork, do_stage
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run
-from pqkv_cli.pipeline.state import stage_inputs
+from pqkv_cli.pipeline.state import Facts, StageOutcome, StageWork, do_stage, stage_inputs
 from pqkv_cli.recipe import Recipe, recipe_hash
 from pqkv_cli.recipe_files import dump_recipe
 from pqkv_cli.reporter import Reporter
@@ -82,7 +80,7 @@ def _header(run: Run, recipe: Recipe, record: FitRecord, label: str, shape: Mode
         model=ModelInfo(label, shape.model_type, identity["config_sha256"], identity["weights_sha256"]),
         geometry=shape.layers,
         # The fit does not depend on what the cache keeps exact, so only the export decides it.
-        plan=replace(record.plan.as_stored(), cache=cache_spec(recipe)),
+        plan=replace(record.plan.as_stored(), cache=recipe.cache.spec),
         relative_error=tuple(LayerError(e["keys"], e["values"]) if e else None for e in record.relative_error),
         calibration=CalibrationInfo(
             data_sha256=settings["data_sha256"],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pqkv_cli.calibration.openings import SELF
-from pqkv_cli.calibration.text import HUB
+from pqkv_cli.calibration.text import HUB, STDLIB
 from pqkv_cli.calibration.text_files import files_of, named_file
 from pqkv_cli.models.gguf import content_key, is_gguf
 
@@ -31,7 +31,7 @@ def text_identity(source: str) -> str:
         local = Path(source.removeprefix(HUB).partition("?")[0]).expanduser()
         if local.is_dir():
             return f"{source} of {_files_hash(local, sorted(file for file in local.rglob('*') if file.is_file()))}"
-    if not source.startswith("stdlib:"):
+    if not source.startswith(STDLIB):
         return source  # of the hub: what its name says is all that is known without fetching it
     # The standard library is another text under every Python version.
     return f"{source} of Python {sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"

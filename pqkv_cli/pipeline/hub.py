@@ -17,11 +17,12 @@ from huggingface_hub.errors import (
 )
 
 from pqkv_cli.artifact.schema import ARTIFACT_FILE
-from pqkv_cli.errors import ArtifactError
+from pqkv_cli.errors import ArtifactError, first_line
 from pqkv_cli.pipeline.rundir import MODEL_FILE, RECIPE_FILE, kind_of
 from pqkv_cli.pipeline.target import HubName, Target
 
 _TIMEOUT_S = 10.0
+_LONGEST_REASON = 200
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REFUSED = (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError)
 
@@ -90,7 +91,8 @@ def fetch_artifact(name: HubName) -> Fetched | None:
         if cached is None:
             raise _unreachable(name, error) from error
         warnings.warn(
-            f"the hub did not answer ({_reason(error)}); taken from the cache: {name} of commit {cached.commit[:12]}",
+            f"the hub did not answer ({first_line(error)[:_LONGEST_REASON]}); taken from the cache: {name} of commit "
+            f"{cached.commit[:12]}",
             stacklevel=2,
         )
         return cached
@@ -121,12 +123,8 @@ def _refused(name: HubName, error: Exception) -> ArtifactError:
 
 
 def _unreachable(name: HubName, error: Exception) -> ArtifactError:
-    why = "HF_HUB_OFFLINE forbids the hub" if isinstance(error, OfflineModeIsEnabled) else _reason(error)
+    why = "HF_HUB_OFFLINE forbids the hub" if isinstance(error, OfflineModeIsEnabled) else first_line(error)[:_LONGEST_REASON]
     return ArtifactError(
         f"{name} is no run here, is not in the cache {hub.HF_HUB_CACHE}, and the hub did not give it: {why}. Fetch it on a "
         f"machine with network and copy {ARTIFACT_FILE} and {RECIPE_FILE}, then name their directory instead of the id"
     )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

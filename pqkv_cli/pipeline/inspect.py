@@ -19,7 +19,7 @@ from pqkv_cli.pipeline.state import STAGES, read_records, require_done
 from pqkv_cli.pipeline.target import Target
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.runtime.attach import backend_for
-from pqkv_cli.specs import CacheSpec, ModelGeometry
+from pqkv_cli.specs import ModelGeometry
 from pqkv_kernels.dispatch import Choice
 
 
@@ -87,12 +87,8 @@ def inspect_target(target: Target, device_bytes: int | None = None) -> Inspectio
     config = load_config(resolved)
     shape = geometry(config)
     check_structure(config)
-    fits = None if device_bytes is None else capacity(config, device_bytes, _cache_spec(target.recipe))
+    fits = None if device_bytes is None else capacity(config, device_bytes, target.recipe.cache.spec)
     return Inspection("model", resolved.label, model=shape, capacity=fits)
-
-
-def _cache_spec(recipe: Recipe) -> CacheSpec:
-    return CacheSpec(recipe.cache.num_sinks, recipe.cache.window_tokens)
 
 
 def _inspect_run(run: Run) -> Inspection:

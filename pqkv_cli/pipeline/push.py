@@ -12,15 +12,15 @@ from pqkv_cli import __version__
 from pqkv_cli.artifact.card import CARD_FILE, HEADER_FILE, header_text, model_card
 from pqkv_cli.artifact.schema import ARTIFACT_FILE
 from pqkv_cli.artifact.store import Artifact, open_artifact
-from pqkv_cli.errors import RunError, UsageError
-from pqkv_cli.pipeline.evaluation_settings import BUILT_IN
+from pqkv_cli.calibration.text import HUB, STDLIB
+from pqkv_cli.errors import RunError, UsageError, first_line
 from pqkv_cli.pipeline.export import export
 from pqkv_cli.pipeline.lock import locked
-from pqkv_cli.pipeline.outcome import StageOutcome
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run
+from pqkv_cli.pipeline.state import StageOutcome
 from pqkv_cli.pipeline.target import parse_hub_name
-from pqkv_cli.recipe import Recipe, override
-from pqkv_cli.recipe_files import dump_recipe
+from pqkv_cli.recipe import Recipe
+from pqkv_cli.recipe_files import dump_recipe, override
 from pqkv_cli.reporter import Reporter
 
 
@@ -112,11 +112,14 @@ def portable(recipe: Recipe, artifact: Artifact) -> Recipe:
 
 def _name(text: str) -> str:
     """Return `text` without what only this machine knows: of a path its last part, of a name all of it."""
-    return text if text.startswith(BUILT_IN) else Path(text).name
+    form = HUB if text.startswith(HUB) else ""
+    place = text.removeprefix(form)
+    is_name = text.startswith(STDLIB) or (form and not Path(place.partition("?")[0]).expanduser().is_dir())
+    return text if is_name else form + Path(place).name
 
 
 def _failure(repository: str, error: Exception) -> RunError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    reason = first_line(error)[:200]
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if status in (401, 403):
         return RunError(

@@ -12,9 +12,9 @@ from pqkv_cli.pipeline.export import export
 from pqkv_cli.pipeline.fit import assist_fit, fit
 from pqkv_cli.pipeline.generate import generate_from
 from pqkv_cli.pipeline.lock import locked
-from pqkv_cli.pipeline.outcome import StageOutcome
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.start import Source
+from pqkv_cli.pipeline.state import StageOutcome
 from pqkv_cli.recipe import Recipe
 from pqkv_cli.reporter import Reporter
 from pqkv_cli.runtime.generate import Generation

@@ -11,8 +11,8 @@ from pqkv_cli.pipeline.hub import located, results_place
 from pqkv_cli.pipeline.rundir import RECIPE_FILE, Run, kind_of
 from pqkv_cli.pipeline.state import require_done
 from pqkv_cli.pipeline.target import Target
-from pqkv_cli.recipe import Recipe, override
-from pqkv_cli.recipe_files import load_recipe
+from pqkv_cli.recipe import Recipe
+from pqkv_cli.recipe_files import load_recipe, override
 
 Changes = Mapping[str, object]
 

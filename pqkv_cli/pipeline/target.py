@@ -42,7 +42,7 @@ class Target:
     """A resolved reference: `path` for what lies on disk, `recipe` for what a pipeline can start from.
 
     `has_default_recipe` is set for a bare model, which brings no settings of its own. `hub` is the name of what lies on the
-    hub; once it has been fetched (`pqkv_cli.pipeline.start.located`), `path` is where the hub's cache holds it.
+    hub; once it has been fetched (`pqkv_cli.pipeline.hub.located`), `path` is where the hub's cache holds it.
     """
 
     reference: str

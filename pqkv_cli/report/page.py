@@ -13,7 +13,7 @@ from pqkv_cli.artifact.schema import Header
 from pqkv_cli.artifact.summary import Summary
 from pqkv_cli.evaluation.channels import ChannelPeaks
 from pqkv_cli.report import pictures, rows
-from pqkv_cli.report.canvas import colours_css
+from pqkv_cli.report.charts import colours_css
 from pqkv_cli.report.rows import Record, number, percent
 
 

@@ -9,8 +9,7 @@ from pqkv_cli.artifact.summary import Summary
 from pqkv_cli.cache.schedule import first_exact, num_pages
 from pqkv_cli.evaluation.channels import ChannelPeaks, over_median, pooled
 from pqkv_cli.evaluation.record import OURS
-from pqkv_cli.report.canvas import png, svg
-from pqkv_cli.report.charts import Axis, HeatMap, Lines, heat_maps, line_chart
+from pqkv_cli.report.charts import Axis, HeatMap, Lines, heat_maps, line_chart, png, svg
 from pqkv_cli.report.rows import SIDES_OF_RECORDS, Record, Table, size, tokens
 from pqkv_cli.specs import SIDES
 from pqkv_kernels.format.layout import PAGE_TOKENS
@@ -97,30 +96,17 @@ def recall_grids(record: Record) -> list[Picture]:
     for side, word in SIDES_OF_RECORDS.items() if (cells := record["metrics"].get("grid")) else ():
         title = f"{record['task']}, mode {record['mode']}, {word}"
         note = f"Percent found by prompt length and depth; {sum(cell[side] for cell in cells) / len(cells):.0%} in all."
-        pictures.append(Picture(title, note, svg(heat_maps(_recall_map("", cells, side)), title)))
+        pictures.append(Picture(title, note, svg(heat_maps(recall_map("", cells, side)), title)))
     return pictures
 
 
-def _recall_map(name: str, cells: Sequence[Cell], side: str) -> HeatMap:
+def recall_map(name: str, cells: Sequence[Cell], side: str) -> HeatMap:
+    """Return what share was found at every prompt length (tokens) and depth (0 to 1), of ``baseline`` or ``quantized``."""
     lengths, depths = sorted({c["length"] for c in cells}), sorted({c["depth"] for c in cells})
     shares = {(c["length"], c["depth"]): c[side] for c in cells}
     rows = [[shares.get((length, depth)) for length in lengths] for depth in depths]
     names = [f"{100 * depth:.0f} %" for depth in depths], [f"{length:,}" for length in lengths]
     return HeatMap(*names, rows, ("depth", "prompt length, tokens"), write=lambda share: f"{100 * share:.0f}", name=name)
-
-
-def grids_svg(panels: Mapping[str, Sequence[Cell]], side: Mapping[str, str]) -> str:
-    """Return one SVG file with a grid per panel, for a document.
-
-    Parameters
-    ----------
-    panels
-        Cells by the panel's name: ``length`` (tokens), ``depth`` (0 to 1) and the shares found.
-    side
-        Which share a panel shows: ``baseline`` or ``quantized``.
-    """
-    figure = heat_maps(*(_recall_map(name, cells, side[name]) for name, cells in panels.items()))
-    return svg(figure, "Percent found by prompt length and depth", alone=True)
 
 
 def layer_errors(header: Header) -> list[Picture]:

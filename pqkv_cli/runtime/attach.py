@@ -12,8 +12,9 @@ import torch
 from pqkv_cli.artifact.check import check_model
 from pqkv_cli.artifact.store import Artifact
 from pqkv_cli.artifact.summary import calibration_errors
-from pqkv_cli.cache.cache import PositionedCache, QuantizedCache, quantized_cache, simulated_cache
+from pqkv_cli.cache.cache import PositionedCache, QuantizedCache, quantized_cache
 from pqkv_cli.cache.drift import DriftAlarm, Errors
+from pqkv_cli.cache.simulated import simulated_cache
 from pqkv_cli.errors import CacheError, UnsupportedModelError, UsageError
 from pqkv_cli.hf.attention import attention_of
 from pqkv_cli.hf.steps import install_step_hook

@@ -13,11 +13,10 @@ from tiny_chain import quiet, tokens
 from pqkv_cli.baselines.outliers import injected, outlier_gauges
 from pqkv_cli.calibration import collect as settings_module
 from pqkv_cli.calibration.collect import CollectSettings, collect
-from pqkv_cli.calibration.fisher import GradientObserver, fisher_directions, fisher_weight
+from pqkv_cli.calibration.fisher import GradientObserver, fisher_directions, fisher_weight, frozen
 from pqkv_cli.calibration.store import CalibrationStore, LayerSamples
 from pqkv_cli.errors import DataError, UnsupportedModelError, UsageError
 from pqkv_cli.hf.taps import tap
-from pqkv_cli.models.frozen import frozen
 from pqkv_cli.models.geometry import geometry
 
 PLAIN = ("keys", "values", "positions", "attention_mass", "query_moment", "pair_moment", "output_gram")

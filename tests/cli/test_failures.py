@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pqkv_cli.cli.failure import Terminated, describe
+from pqkv_cli.cli.main import Terminated, describe
 from pqkv_cli.errors import ArtifactError, GateError, RunError, UsageError
 from pqkv_cli.pipeline.lock import locked
 from pqkv_cli.pipeline.rundir import Run

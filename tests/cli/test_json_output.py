@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
 from pqkv_cli.cli.main import VERBS
-from pqkv_cli.pipeline.recipe_schema import recipe_schema
+from pqkv_cli.recipe_files import recipe_schema
 
 DOCS = Path(__file__).parents[2] / "docs"
 FILES = {file.name: file for file in sorted((DOCS / "schemas").glob("*.schema.json"))}

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from pqkv_cli.cli import completion, log_setup
+from pqkv_cli.cli import log_setup
 from pqkv_cli.cli.log_setup import Heartbeat, Voice, speaking, wanted_voice
+from pqkv_cli.cli.options import offered_targets
 from pqkv_cli.cli.output import TerminalReporter
 
 ESCAPE = "\x1b"
@@ -194,8 +195,8 @@ def test_completion_offers_recipes_runs_and_tasks(tmp_path: Path, monkeypatch: p
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "recipe.yaml").write_text("name: mine\nmodel: demo\n")
     monkeypatch.chdir(tmp_path)
-    assert completion.targets("qwen3") == ["qwen3-32b", "qwen3-8b"]
-    assert completion.targets("run") == ["runs/mine"]
+    assert offered_targets("qwen3") == ["qwen3-32b", "qwen3-8b"]
+    assert offered_targets("run") == ["runs/mine"]
     for line, place, offered in (("pqkv run dem", 2, ["demo"]), ("pqkv eval --task ne", 3, ["needle"])):
         words = {"COMP_WORDS": line, "COMP_CWORD": str(place), "_PQKV_COMPLETE": "complete_bash"}
         assert command([], **words).stdout.split() == offered
@@ -207,7 +208,7 @@ def test_the_seconds_are_documented() -> None:
 
 
 def test_every_exit_code_is_listed() -> None:
-    from pqkv_cli.cli.failure import INTERRUPTED, TERMINATED
+    from pqkv_cli.cli.main import INTERRUPTED, TERMINATED
     from pqkv_cli.errors import GateError, PqkvError, UsageError
 
     known: set[Any] = {0, PqkvError.exit_code, UsageError.exit_code, GateError.exit_code, INTERRUPTED, TERMINATED}

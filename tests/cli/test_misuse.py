@@ -95,11 +95,8 @@ TABLE = [
     ("fit-codebooks {tiny}", 1, "start it with: pqkv calibrate"),
     ("export {unfitted}", 1, "run it with: pqkv fit-codebooks"),
     ("export {run} --num-sinks -1", 2, "cache.num_sinks: found -1"),
-    (
-        "export {run} --tune --byte-tables",
-        2,
-        "--byte-tables is gone: look-up tables of bytes were never timed",
-    ),
+    ("export ./nowhere --byte-tables", 2, "--byte-tables is gone: look-up tables of bytes were never timed"),
+    ("export {run} --tune --byte-tables", 2, "Use --tune alone: pqkv export RUN --tune"),
     ("eval {run} --task perplexty", 2, "did you mean 'perplexity'"),
     ("eval {run} --task passkey --mode al", 2, "did you mean 'all'"),
     ("eval {unfitted}", 1, "run it with: pqkv export"),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pqkv_cli.cli.failure import describe
 from pqkv_cli.cli.imports import ImportNote
+from pqkv_cli.cli.main import describe
 
 # How a module can make itself heard.
 NOISES = {

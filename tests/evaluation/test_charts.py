@@ -10,9 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pqkv_cli.report.canvas import DARK, LIGHT, LINES, png, svg
-from pqkv_cli.report.charts import _BRIGHT, _HEAT, _ON_BRIGHT, _ON_DARK, Axis, HeatMap, heat_maps, line_chart
-from pqkv_cli.report.pictures import grids_svg
+from pqkv_cli.report.charts import (
+    _BRIGHT,
+    _HEAT,
+    _ON_BRIGHT,
+    _ON_DARK,
+    DARK,
+    LIGHT,
+    LINES,
+    Axis,
+    HeatMap,
+    heat_maps,
+    line_chart,
+    png,
+    svg,
+)
+from tools.draw_grids import grids_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from pqkv_cli.evaluation.pareto import pareto_document
+from pqkv_cli.baselines.run import pareto_document
 from pqkv_cli.report.pictures import pareto, pareto_png
 from pqkv_cli.report.rows import pareto_table
 

@@ -8,11 +8,17 @@ import pytest
 import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
-from pqkv_cli.baselines.comparison import Contestant, compare, metrics, own_contestant, peer_records, rival_contestant
-from pqkv_cli.baselines.fit import fit_rival
+from pqkv_cli.baselines.comparison import (
+    Contestant,
+    compare,
+    fit_rival,
+    metrics,
+    own_contestant,
+    peer_records,
+    rival_contestant,
+)
 from pqkv_cli.baselines.registry import parse_rivals
-from pqkv_cli.calibration.rotated import rotated
-from pqkv_cli.calibration.store import CalibrationStore
+from pqkv_cli.calibration.store import CalibrationStore, rotated
 from pqkv_cli.evaluation.perplexity import perplexity
 from pqkv_cli.evaluation.settings import EvaluationSettings, Subject
 from pqkv_cli.hf.taps import AttentionStep, tap

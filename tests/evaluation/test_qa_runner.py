@@ -140,7 +140,7 @@ def test_own_stop_tokens_end_an_answer_but_not_before_its_least_length(subject: 
 def test_rows_of_unequal_length_are_padded_only_where_answers_are_long() -> None:
     def cut(lengths: list[int], new_tokens: int, budget: int = 65536, pays: int = 2**18) -> list[int]:
         asked = [Question(f"q{i}", torch.zeros(n, dtype=torch.int64), new_tokens) for i, n in enumerate(lengths)]
-        return [len(batch) for _, batch in _batches(asked, budget, pays)]
+        return [len(batch) for batch in _batches(asked, budget, pays)]
 
     assert cut([7616] * 9, 32) == [8, 1]
     assert cut([7616, 7000, 7616], 32) == [2, 1]  # the longest first, so that equal ones meet
@@ -153,7 +153,7 @@ def test_rows_of_unequal_length_are_padded_only_where_answers_are_long() -> None
 def test_questions_of_another_decoding_between_them_part_no_rows() -> None:
     lengths = [(3000, 512), (2900, 64), (2800, 512), (2800, 64), (2800, 64), (5000, 64), (2700, 512)]
     asked = [Question(f"q{i}", torch.zeros(n, dtype=torch.int64), new) for i, (n, new) in enumerate(lengths)]
-    found = [[question.name for question in batch] for _, batch in _batches(asked, 65536, 2**16)]
+    found = [[question.name for question in batch] for batch in _batches(asked, 65536, 2**16)]
     assert found == [["q5"], ["q0", "q2", "q6"], ["q1"], ["q3", "q4"]]
 
 

@@ -8,10 +8,9 @@ import torch
 from tape import Capturer
 
 from pqkv_cli.benchmarks import bench_shapes as module
-from pqkv_cli.benchmarks.bench_shapes import SPEC, ShapeSettings, bench_shapes
-from pqkv_cli.benchmarks.decode_speed import filled, plain_step, time_tokens
-from pqkv_cli.benchmarks.equal_memory import codes_row_bytes
+from pqkv_cli.benchmarks.bench_shapes import SPEC, ShapeSettings, bench_shapes, codes_row_bytes
 from pqkv_cli.benchmarks.shapes import FORMATS, SHAPES, ModelShape, random_model, random_tables
+from pqkv_cli.benchmarks.step_speed import filled, plain_step, time_tokens
 from pqkv_cli.cache.storage import BLOCK_PAGES
 from pqkv_cli.report.page import shape_page
 from pqkv_cli.runtime.attach import Attached

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
+from pqkv_cli.calibration.fisher import frozen
 from pqkv_cli.errors import RunError, UsageError
 from pqkv_cli.fitting.record import FitRecord, load_record
 from pqkv_cli.fitting.refine import Refinement, is_better, refine
 from pqkv_cli.fitting.refine_files import final_directory, load_outcome, refine_request, save_refinement
 from pqkv_cli.fitting.refine_work import CodecSums, PassCounter, RefineSettings, RefineWork, WatchedCodec, Weighting, moved
 from pqkv_cli.fitting.run import load_fitted
-from pqkv_cli.models.frozen import frozen
 from pqkv_cli.quantizers.codec import ProductCodec
 from pqkv_cli.runtime.attach import simulate
 from pqkv_cli.specs import SIDES

@@ -7,13 +7,6 @@ from tools.house import functions, is_kernel, length, many_parameters, num_lines
 MAX_FILE_LINES = 400
 MAX_KERNEL_LINES = 600
 MAX_FUNCTION_LINES = 40
-# Functions that may have more parameters than `tools.house.MANY_PARAMETERS`, and why.
-PARAMETER_PER_OPTION = "a verb: typer reads one parameter per option, and nobody else calls it"
-MAY_HAVE_MANY_PARAMETERS = {
-    "pqkv_cli.cli.bench.bench": PARAMETER_PER_OPTION,
-    "pqkv_cli.cli.fit_codebooks.fit_codebooks": PARAMETER_PER_OPTION,
-    "pqkv_cli.cli.generate.generate": PARAMETER_PER_OPTION,
-}
 
 
 def with_tools(root: Path) -> list[Path]:
@@ -47,7 +40,7 @@ def test_functions_are_short(root: Path) -> None:
 
 
 def test_functions_take_few_parameters(root: Path) -> None:
-    assert {name: n for name, n in many_parameters(root).items() if name not in MAY_HAVE_MANY_PARAMETERS} == {}
+    assert many_parameters(root) == {}
 
 
 def test_files_say_what_they_know(root: Path) -> None:

@@ -138,6 +138,7 @@ def test_every_option_of_this_tree_is_counted(root: Path) -> None:
 
 
 def test_every_setting_of_this_tree_is_counted(root: Path) -> None:
-    from pqkv_cli.pipeline.recipe_schema import recipe_schema, setting_schemas
+    from pqkv_cli.recipe_files import recipe_schema
+    from tools.generate_docs import setting_schemas
 
     assert set(house.setting_names(root)) == set(setting_schemas(recipe_schema()))

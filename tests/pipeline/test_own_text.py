@@ -17,8 +17,8 @@ from pqkv_cli.pipeline.calibration_text import calibration_texts, own_text
 from pqkv_cli.pipeline.fingerprints import texts_identity
 from pqkv_cli.pipeline.rundir import Run
 from pqkv_cli.pipeline.start import text_references
-from pqkv_cli.recipe import Recipe, override
-from pqkv_cli.recipe_files import dump_recipe, parse_recipe
+from pqkv_cli.recipe import Recipe
+from pqkv_cli.recipe_files import dump_recipe, override, parse_recipe
 from pqkv_cli.reporter import Advance
 
 

@@ -5,9 +5,9 @@ import rival_support as support
 import torch
 
 from pqkv_cli.baselines.aqua import AquaKV, ridge
+from pqkv_cli.baselines.levels import token_rows
 from pqkv_cli.baselines.protocol import RivalCodec, Samples
 from pqkv_cli.baselines.registry import METHODS, is_at_rest
-from pqkv_cli.baselines.uniform import token_rows
 from pqkv_cli.errors import CacheError, DataError
 from pqkv_cli.specs import SIDES, Side
 

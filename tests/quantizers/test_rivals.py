@@ -4,8 +4,8 @@ import pytest
 import rival_support as support
 import torch
 
+from pqkv_cli.baselines.protocol import Stored, StoredBits, tensor_bits
 from pqkv_cli.baselines.registry import METHODS, parse_rivals
-from pqkv_cli.baselines.stored import Stored, StoredBits, tensor_bits
 from pqkv_cli.errors import DataError, UnsupportedModelError, UsageError
 from pqkv_cli.specs import SIDES, Side
 

@@ -7,7 +7,7 @@ import torch
 from tiny_chain import fit_artifact, tiny_llama, tokens
 
 from pqkv_cli.artifact.summary import MIN_SAMPLES_PER_CENTROID, calibration_errors
-from pqkv_cli.benchmarks.decode_speed import filled
+from pqkv_cli.benchmarks.step_speed import filled
 from pqkv_cli.cache.drift import DriftAlarm, DriftMeter, DriftWarning
 from pqkv_cli.runtime import Artifact, attach, load
 
