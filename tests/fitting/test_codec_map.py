@@ -138,7 +138,7 @@ def test_it_changes_nothing_but_the_side_that_has_it(hadamard: None) -> None:
     assert plain.relative_error["values"] != turned.relative_error["values"]
 
 
-def test_recipes_help_schema_and_page_offer_it(tmp_path: Path) -> None:
+def test_recipes_schema_and_page_offer_it(tmp_path: Path) -> None:
     (file, code), (table, row) = diff().items()
     shutil.copytree(ROOT / "pqkv_cli", tmp_path / "pqkv_cli", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / file).write_text(code, encoding="utf-8")
@@ -148,8 +148,8 @@ def test_recipes_help_schema_and_page_offer_it(tmp_path: Path) -> None:
     (tmp_path / table).write_text(before + "CODEC_MAPS: dict[str, CodecMap] = {\n" + rows + row + end + rest, encoding="utf-8")
     ask = (
         "import json\n"
-        "from pqkv_cli.pipeline.recipe_schema import recipe_schema\n"
-        "from pqkv_cli.recipe import Recipe, override\n"
+        "from pqkv_cli.recipe_files import override, recipe_schema\n"
+        "from pqkv_cli.recipe import Recipe\n"
         "from tools.generate_docs import recipe_page\n"
         "recipe = override(Recipe(name='a', model='b'), {'codebooks.value_map': 'hadamard'})\n"
         "print(json.dumps({'schema': recipe_schema()['properties']['codebooks']['properties'], 'page': recipe_page(Recipe),\n"
