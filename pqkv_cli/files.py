@@ -220,6 +220,14 @@ def _remove_if_dead(temporary: Path) -> None:
             os.close(descriptor)
 
 
+def remove_left_behind(directory: Path) -> None:
+    """Remove from `directory` what writers that were killed have left there, whatever they were writing."""
+    with suppress(OSError):
+        for path in list(directory.iterdir()):
+            if is_temporary(path):
+                _remove_if_dead(path)
+
+
 def _sync_files(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file():

@@ -21,6 +21,12 @@ GraphOption = Annotated[
     str, typer.Option("--graph", metavar="NAME", help="Whether steps are replayed from a CUDA graph: auto, on or off.")
 ]
 
+PrefixStoreOption = Annotated[
+    str | None,
+    typer.Option("--prefix-store", metavar="DIR", help="Begin with the longest prefix stored there (see pqkv prefix)."),
+]
+SavePrefixOption = Annotated[bool, typer.Option("--save-prefix", help="With --prefix-store: store the prompt there.")]
+
 
 def generate(
     words: Annotated[
@@ -31,6 +37,8 @@ def generate(
     changes: Changes,
     temperature: TemperatureOption = 0.0,
     graph: GraphOption = "auto",
+    prefix_store: PrefixStoreOption = None,
+    save_prefix: SavePrefixOption = False,
     model: ModelOption = None,
     force: ForceOption = False,
     json_target: JsonOption = None,
@@ -50,16 +58,21 @@ def generate(
 
     output, reporter = Output(json_target), TerminalReporter()
     wanted = checked(changes)
+    if save_prefix and not prefix_store:
+        raise UsageError("--save-prefix needs a store; expected: pqkv generate RUN --prefix-store DIR --save-prefix PROMPT")
     target, prompt = _split(words or [])
     source = artifact_source(target_of(target, run, reporter), model, wanted)
     prompt = _stdin() if prompt == "-" else _text(_typed(prompt, sys.getfilesystemencoding()))
 
     from pqkv_cli.pipeline.generate import generate_from
+    from pqkv_cli.pipeline.prefixes import PrefixUse
+    from pqkv_cli.runtime import PrefixStore
 
     # With JSON on stdout nothing else may go there.
     stream = None if json_target == "-" else _Stream(prompt)
     options = {"temperature": temperature, "force": force, "graph": _known_graph(graph)}
-    made = generate_from(source, prompt, reporter, **options, on_text=stream)  # type: ignore[arg-type]
+    prefixes = PrefixUse(PrefixStore(prefix_store), save_prefix) if prefix_store else None
+    made = generate_from(source, prompt, reporter, **options, on_text=stream, prefixes=prefixes)  # type: ignore[arg-type]
     if stream is not None:
         stream("\n")
     output.result({"schema": "pqkv.generation/1", "prompt": prompt, **asdict(made)})
