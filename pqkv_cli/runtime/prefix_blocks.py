@@ -58,8 +58,8 @@ def packed_blocks(pages: Sequence[PageParts], specs: Sequence[PageSpec], num_pag
         yield hashlib.sha256(data).hexdigest(), data
 
 
-def write_block(directory: Path, sha256: str, data: bytes) -> bool:
-    """Write a block unless it is there already, whole; return whether it was written.
+def write_block(directory: Path, sha256: str, data: bytes) -> None:
+    """Write a block unless it is there already, whole.
 
     Raises
     ------
@@ -69,11 +69,10 @@ def write_block(directory: Path, sha256: str, data: bytes) -> bool:
     path = block_file(directory, sha256)
     try:
         if path.stat().st_size == len(data) and read_file(path) == data:
-            return False
+            return
     except OSError:  # not there, or not to be read: written anew
         pass
     write_bytes(path, data, CacheError)
-    return True
 
 
 def read_blocks(

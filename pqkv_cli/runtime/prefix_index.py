@@ -158,10 +158,8 @@ class PrefixIndex:
         CacheError
             If a file cannot be removed, or one is of another version, whose blocks are not known.
         """
-        entries, faults = self.scan()
-        for key, fault in faults.items():
-            if isinstance(fault, OtherVersionError) and key not in keys:
-                raise CacheError(f"{self.file(key)}: {fault}; nothing was removed, because its blocks are not known")
+        self.require_known(keys)
+        entries, _ = self.scan()
         needed = {sha256 for entry in entries if entry.key not in keys for sha256 in _blocks(entry)}
         try:
             for key in keys:
@@ -176,6 +174,18 @@ class PrefixIndex:
             ) from error
         for directory in (self.directory, self.blocks):
             remove_left_behind(directory)
+
+    def require_known(self, but: Collection[str] = ()) -> None:
+        """Refuse to change a store with prefixes of another version, whose blocks are not known, all `but` some of them.
+
+        Raises
+        ------
+        CacheError
+            If there is one.
+        """
+        for key, fault in self.scan()[1].items():
+            if isinstance(fault, OtherVersionError) and key not in but:
+                raise CacheError(f"{self.file(key)}: {fault}; nothing was changed, because its blocks are not known")
 
     def touch(self, entry: Entry) -> None:
         """Note that a prefix was used just now, where files may be changed."""

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,18 +128,17 @@ class PrefixStore:
         self._check_weight(held)
         specs = _specs(cache)
         with self._turn():
-            written: list[str] = []
+            self._index.require_known()
             try:
                 table = []
                 for sha256, data in packed_blocks(held.pages, specs, held.shape.num_pages):
-                    if write_block(self._index.blocks, sha256, data):
-                        written.append(sha256)
+                    write_block(self._index.blocks, sha256, data)
                     table.append(sha256)
                 header = _header(owner_of(attached, tokenizer), ids, held, table)
                 write_bytes(self._index.file(header.key), packed(header_text(header), held.exact), CacheError)
             except BaseException:
-                for sha256 in written:
-                    block_file(self._index.blocks, sha256).unlink(missing_ok=True)
+                with suppress(CacheError):
+                    self._index.remove(())  # blocks that nobody needs now
                 raise
             self._prune(self.max_bytes, self.max_age, keep=header.key)
             return self.find(header.key)
@@ -293,7 +292,9 @@ class PrefixStore:
     def _filled(
         self, attached: Attached, header: PrefixHeader, exact: dict[str, torch.Tensor], num_tokens: int
     ) -> QuantizedCache:
-        cache, modules = attached.new_cache(), attention_modules(attached.model)
+        cache, model = attached.new_cache(), attached.model
+        is_spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+        modules = attention_modules(model) if is_spread else {}  # layers on several devices keep their tokens there
         if len(cache.layers) != len(header.others):
             raise CacheError(
                 f"it has {len(header.others)} cache layers, this model {len(cache.layers)}; expected the same: use the version "
@@ -302,7 +303,7 @@ class PrefixStore:
 
         def device_of(index: int) -> torch.device:
             own = next(modules[index].parameters(), None) if index in modules else None
-            return torch.device(attached.model.device) if own is None or own.device.type == "meta" else own.device
+            return torch.device(model.device) if own is None or own.device.type == "meta" else own.device
 
         room = put_row(cache, HeldRow(header.shape, exact, header.others, ()), num_tokens, device_of)
         num_pages = sum(len(part) for part in room[0])
