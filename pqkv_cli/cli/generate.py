@@ -2,7 +2,7 @@
 
 import codecs
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from pqkv_cli.cli.options import (
 )
 from pqkv_cli.cli.recipe_options import Changes
 from pqkv_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from pqkv_cli.pipeline.prefixes import PrefixUse
 
 GraphOption = Annotated[
     str, typer.Option("--graph", metavar="NAME", help="Whether steps are replayed from a CUDA graph: auto, on or off.")
@@ -58,24 +61,32 @@ def generate(
 
     output, reporter = Output(json_target), TerminalReporter()
     wanted = checked(changes)
-    if save_prefix and not prefix_store:
-        raise UsageError("--save-prefix needs a store; expected: pqkv generate RUN --prefix-store DIR --save-prefix PROMPT")
     target, prompt = _split(words or [])
     source = artifact_source(target_of(target, run, reporter), model, wanted)
     prompt = _stdin() if prompt == "-" else _text(_typed(prompt, sys.getfilesystemencoding()))
 
     from pqkv_cli.pipeline.generate import generate_from
-    from pqkv_cli.pipeline.prefixes import PrefixUse
-    from pqkv_cli.runtime import PrefixStore
 
     # With JSON on stdout nothing else may go there.
     stream = None if json_target == "-" else _Stream(prompt)
     options = {"temperature": temperature, "force": force, "graph": _known_graph(graph)}
-    prefixes = PrefixUse(PrefixStore(prefix_store), save_prefix) if prefix_store else None
+    prefixes = _prefix_use(prefix_store, save_prefix)
     made = generate_from(source, prompt, reporter, **options, on_text=stream, prefixes=prefixes)  # type: ignore[arg-type]
     if stream is not None:
         stream("\n")
     output.result({"schema": "pqkv.generation/1", "prompt": prompt, **asdict(made)})
+
+
+def _prefix_use(directory: str | None, save: bool) -> "PrefixUse | None":
+    if not directory:
+        if save:
+            raise UsageError("--save-prefix needs a store; expected: pqkv generate RUN --prefix-store DIR --save-prefix PROMPT")
+        return None
+
+    from pqkv_cli.pipeline.prefixes import PrefixUse
+    from pqkv_cli.runtime import PrefixStore
+
+    return PrefixUse(PrefixStore(directory), save)
 
 
 class _Stream:

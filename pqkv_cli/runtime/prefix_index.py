@@ -1,7 +1,9 @@
 """Which prefixes a directory holds, what they weigh, which blocks are in use. Reads headers only; restores nothing."""
 
+import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -174,6 +176,26 @@ class PrefixIndex:
             ) from error
         for directory in (self.directory, self.blocks):
             remove_left_behind(directory)
+
+    def prune(self, max_bytes: int | None, max_age: float | None, keep: str = "") -> tuple[StoredPrefix, ...]:
+        """Remove what is over the limits, but never the prefix `keep`, and return it.
+
+        First goes what nobody used for `max_age` seconds, then what was not used for longest until all weighs at most
+        `max_bytes`. Blocks that nobody needs go in any case.
+        """
+        entries = sorted(self.scan()[0], key=lambda entry: (entry.last_used_ns, entry.key))
+        oldest = -math.inf if max_age is None else (time.time() - max_age) * 1e9
+        gone = [entry for entry in entries if entry.last_used_ns < oldest and entry.key != keep]
+        left = [entry for entry in entries if entry not in gone]
+        while max_bytes is not None and self.total_bytes(left) > max_bytes:
+            last = next((entry for entry in left if entry.key != keep), None)
+            if last is None:
+                break
+            left.remove(last)
+            gone.append(last)
+        stored = {each.key: each for each in self.stored(entries)}
+        self.remove({entry.key for entry in gone})
+        return tuple(stored[entry.key] for entry in gone)
 
     def require_known(self, but: Collection[str] = ()) -> None:
         """Refuse to change a store with prefixes of another version, whose blocks are not known, all `but` some of them.

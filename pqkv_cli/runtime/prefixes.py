@@ -29,14 +29,13 @@ from pqkv_cli.hf.modules import attention_modules
 from pqkv_cli.runtime.attach import Attached
 from pqkv_cli.runtime.prefix_blocks import (
     PageSpec,
-    block_file,
     block_ranges,
-    check_block,
     missing_block,
     packed_blocks,
     read_blocks,
     write_block,
 )
+from pqkv_cli.runtime.prefix_check import prefix_faults
 from pqkv_cli.runtime.prefix_files import AGAIN, PrefixHeader, header_text, packed, read_prefix
 from pqkv_cli.runtime.prefix_index import Entry, PrefixIndex, StoredPrefix
 from pqkv_cli.runtime.prefix_owner import PrefixOwner, owner_of
@@ -140,7 +139,7 @@ class PrefixStore:
                 with suppress(CacheError):
                     self._index.remove(())  # blocks that nobody needs now
                 raise
-            self._prune(self.max_bytes, self.max_age, keep=header.key)
+            self._index.prune(self.max_bytes, self.max_age, keep=header.key)
             return self.find(header.key)
 
     def longest_prefix(self, attached: Attached, token_ids: Any, *, tokenizer: Any = None) -> Restored:
@@ -225,44 +224,13 @@ class PrefixStore:
         if not self.directory.is_dir():
             return ()
         with self._turn():
-            return self._prune(self.max_bytes if max_bytes is None else max_bytes, self.max_age if max_age is None else max_age)
+            return self._index.prune(
+                self.max_bytes if max_bytes is None else max_bytes, self.max_age if max_age is None else max_age
+            )
 
     def verify(self) -> tuple[tuple[str, str], ...]:
         """Read every byte of every prefix and return what is wrong, as pairs of a name and a sentence."""
-        sound: set[str] = set()
-        faults = []
-        for key in self._index.stored_keys():
-            fault = self._fault(key, sound)
-            if fault is not None:
-                faults.append((key, fault))
-        return tuple(faults)
-
-    def _fault(self, key: str, sound: set[str]) -> str | None:
-        """Return what is wrong with a prefix; nothing is with one that was removed or replaced meanwhile."""
-        fault: str | None = None
-        for _ in range(_TRIES):
-            before = self._index.stamp(key)
-            try:
-                self._check(key, sound)
-                return None
-            except CacheError as error:
-                fault = str(error)
-            except OSError as error:
-                fault = f"it cannot be read: {error}; expected to be allowed to: {AGAIN}"
-            if self._index.stamp(key) == before:
-                break
-        return fault if self._index.stamp(key) is not None else None
-
-    def _check(self, key: str, sound: set[str]) -> None:
-        header, _ = read_prefix(self._index.file(key), key)
-        for sha256, _ in header.blocks:
-            if sha256 in sound:
-                continue
-            path = block_file(self._index.blocks, sha256)
-            if not path.exists():
-                raise missing_block(sha256)
-            check_block(path, sha256)
-            sound.add(sha256)
+        return prefix_faults(self._index)
 
     def _restored(self, reader: _Reader, entry: Entry, num_tokens: int, ids: Sequence[int]) -> QuantizedCache:
         """Return a cache with the first `num_tokens` of a prefix, which must be `ids`; it is whole, or nobody sees it."""
@@ -315,21 +283,6 @@ class PrefixStore:
             return read_prefix(entry.path, entry.key)[0] != header
         except (FileNotFoundError, CacheError):
             return True
-
-    def _prune(self, max_bytes: int | None, max_age: float | None, keep: str = "") -> tuple[StoredPrefix, ...]:
-        entries = sorted(self._index.scan()[0], key=lambda entry: (entry.last_used_ns, entry.key))
-        oldest = -math.inf if max_age is None else (time.time() - max_age) * 1e9
-        gone = [entry for entry in entries if entry.last_used_ns < oldest and entry.key != keep]
-        left = [entry for entry in entries if entry not in gone]
-        while max_bytes is not None and self._index.total_bytes(left) > max_bytes:
-            last = next((entry for entry in left if entry.key != keep), None)
-            if last is None:
-                break
-            left.remove(last)
-            gone.append(last)
-        removed = {each.key: each for each in self._index.stored(entries)}
-        self._index.remove({entry.key for entry in gone})
-        return tuple(removed[entry.key] for entry in gone)
 
     def _check_weight(self, held: HeldRow) -> None:
         weight = sum(tensor.nbytes for tensor in held.exact.values())
