@@ -91,6 +91,7 @@ def _main() -> int:
     first, common = ids[: words.tokens], words.tokens * 6 // 7
     store = PrefixStore(words.store)
     with attach(model, load(words.artifact)) as attached:
+        found: dict[str, Any]
         if words.save:
             second = [*first[:common], *ids[words.tokens : words.tokens + common // 12]]
             found = {"first": read_and_stored(attached, store, first, 1), "second": read_and_stored(attached, store, second, 1)}

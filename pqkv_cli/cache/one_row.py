@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -148,7 +149,8 @@ def put_row(cache: QuantizedCache, held: HeldRow, num_tokens: int, device_of: Ca
         tensors = {name.removeprefix(own): tensor for name, tensor in held.exact.items() if name.startswith(own)}
         put_together(layer, tensors, other[1], device)
         if num_tokens < held.shape.num_slots:
-            layer.crop(num_tokens - held.shape.num_slots)
+            other_layer: Any = layer
+            other_layer.crop(num_tokens - held.shape.num_slots)
     _fill_positions(cache, shape, device_of(0))
     return room
 

@@ -51,7 +51,7 @@ def packed_blocks(pages: Sequence[PageParts], specs: Sequence[PageSpec], num_pag
     """Yield hash and content of every block of the first `num_pages` of `pages`."""
     memory = [[plain_bytes(part) for part in parts] for parts in pages]
     for start, stop in block_ranges(num_pages):
-        parts = [_head(specs, stop - start)]
+        parts: list[bytes | memoryview] = [_head(specs, stop - start)]
         for views, spec in zip(memory, specs, strict=True):
             parts += _spans(views, spec, start, stop)
         data = b"".join(parts)

@@ -5,7 +5,9 @@ Every byte counts: the head begins with the SHA-256 of the whole file, taken wit
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -175,30 +177,57 @@ def head_bytes(document: dict[str, Any]) -> bytes:
 
 def plain_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of `tensor`, in its own memory where that is possible."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def unpacked(data: bytearray) -> tuple[str, dict[str, torch.Tensor]]:
-    """Return header text and tensors of the content of a file; the tensors lie in `data`, whose digest is overwritten.
+def check_digest(data: bytearray) -> None:
+    """Refuse the content of a file of which any byte is another than was written.
 
     Raises
     ------
     CacheError
-        If any byte is another than was written.
+        If one is.
     """
-    claimed = bytes(data[_DIGEST])
-    if len(claimed) == len(_NO_DIGEST):
-        data[_DIGEST] = _NO_DIGEST.encode()
-    found = hashlib.sha256(data).hexdigest()
+    view, claimed = memoryview(data), bytes(data[_DIGEST])
+    digest = hashlib.sha256(view[: _DIGEST.start])
+    digest.update(_NO_DIGEST.encode())
+    digest.update(view[_DIGEST.stop :])
+    found = digest.hexdigest()
     if found.encode() != claimed:
         raise CacheError(
-            f"its SHA-256 is {found[:12]}, the file says {claimed[:12].decode('ascii', 'replace')!a}; expected the same, the "
-            f"file was cut off or damaged: {AGAIN}"
+            f"its SHA-256 is {found[:12]}, the file says {claimed[:12].decode('ascii', 'replace')!a}; expected the same, it "
+            f"was cut off or damaged: {AGAIN}"
         )
+
+
+@contextmanager
+def checked_meanwhile(data: bytearray) -> Iterator[None]:
+    """Check `data` in a thread while the block works with it; damage is refused as in `check_digest`, whatever it raises.
+
+    Nothing that the block makes may be used before it has ended.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(check_digest, data)
+        try:
+            yield
+        finally:
+            check.result()
+
+
+def unpacked(data: bytearray, key: str) -> tuple[PrefixHeader, dict[str, torch.Tensor]]:
+    """Return header and tensors of the content of the file of the prefix called `key`; the tensors lie in `data`.
+
+    Raises
+    ------
+    CacheError
+        If it is another prefix's.
+    """
     start = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
     document = json.loads(data[_LENGTH_BYTES:start])
-    text = document.pop("__metadata__")[_TEXT_KEY]
-    return text, {name: _tensor(data, start, entry) for name, entry in document.items()}
+    header = parse_header(document.pop("__metadata__")[_TEXT_KEY])
+    if header.key != key or sum(count for _, count in header.blocks) != header.shape.num_pages:
+        raise CacheError(f"its file is called {key} and holds the prefix {header.key}; expected the same: {AGAIN}")
+    return header, {name: _tensor(data, start, entry) for name, entry in document.items()}
 
 
 def _tensor(data: bytearray, start: int, entry: Mapping[str, Any]) -> torch.Tensor:
@@ -237,11 +266,9 @@ def read_prefix(path: Path, key: str) -> tuple[PrefixHeader, dict[str, torch.Ten
     OSError
         If it cannot be read.
     """
-    text, tensors = unpacked(read_file(path))
-    header = parse_header(text)
-    if header.key != key or sum(count for _, count in header.blocks) != header.shape.num_pages:
-        raise CacheError(f"its file is called {key} and holds the prefix {header.key}; expected the same: {AGAIN}")
-    return header, tensors
+    data = read_file(path)
+    check_digest(data)
+    return unpacked(data, key)
 
 
 def peek_header(path: Path) -> PrefixHeader:

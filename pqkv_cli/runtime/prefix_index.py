@@ -91,13 +91,13 @@ class PrefixIndex:
         """Return where the prefix called `key` lies."""
         return self.directory / f"{key}{_END}"
 
-    def stamp(self, key: str) -> tuple[int, int] | None:
+    def stamp(self, key: str) -> tuple[int, int, int] | None:
         """Return what changes when the file of a prefix is replaced; None where there is none."""
         try:
             facts = self.file(key).stat()
         except FileNotFoundError:
             return None
-        return facts.st_ino, facts.st_size
+        return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
     def stored_keys(self) -> tuple[str, ...]:
         """Return the names of all prefixes, damaged ones too."""

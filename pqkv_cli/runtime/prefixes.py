@@ -36,7 +36,7 @@ from pqkv_cli.runtime.prefix_blocks import (
     write_block,
 )
 from pqkv_cli.runtime.prefix_check import prefix_faults
-from pqkv_cli.runtime.prefix_files import AGAIN, PrefixHeader, header_text, packed, read_prefix
+from pqkv_cli.runtime.prefix_files import AGAIN, PrefixHeader, checked_meanwhile, header_text, packed, read_file, unpacked
 from pqkv_cli.runtime.prefix_index import Entry, PrefixIndex, StoredPrefix
 from pqkv_cli.runtime.prefix_owner import PrefixOwner, owner_of
 from pqkv_cli.specs import SIDES
@@ -235,24 +235,22 @@ class PrefixStore:
     def _restored(self, reader: _Reader, entry: Entry, num_tokens: int, ids: Sequence[int]) -> QuantizedCache:
         """Return a cache with the first `num_tokens` of a prefix, which must be `ids`; it is whole, or nobody sees it."""
         for _ in range(_TRIES):
+            before = self._index.stamp(entry.key)
             try:
-                header, exact = read_prefix(entry.path, entry.key)
+                data = read_file(entry.path)
+                with checked_meanwhile(data):
+                    header, exact = unpacked(data, entry.key)
+                    _require_same(header, reader.owner, ids[:num_tokens])
+                    made = self._filled(reader.attached, header, exact, num_tokens)
             except FileNotFoundError as error:
-                raise _Gone from error
+                now = self._index.stamp(entry.key)
+                if now is None:
+                    raise _Gone from error
+                if now == before:
+                    raise missing_block(Path(str(error.filename)).stem) from error
+                continue  # it was replaced, and its former blocks are gone
             except OSError as error:
                 raise CacheError(f"it cannot be read: {error}; expected to be allowed to: {AGAIN}") from error
-            if differences := header.owner.differences(reader.owner):
-                raise CacheError("; ".join(differences))
-            if tuple(ids[:num_tokens]) != header.tokens[:num_tokens]:
-                raise CacheError(f"its tokens are not those of the text; expected the same: {AGAIN}")
-            try:
-                made = self._filled(reader.attached, header, exact, num_tokens)
-            except FileNotFoundError as error:
-                if not self._changed(entry, header):
-                    raise missing_block(Path(str(error.filename)).stem) from error
-                continue
-            except OSError as error:
-                raise CacheError(f"a block of it cannot be read: {error}; expected to be allowed to: {AGAIN}") from error
             self._index.touch(entry)
             return made
         raise _Gone
@@ -277,12 +275,6 @@ class PrefixStore:
         num_pages = sum(len(part) for part in room[0])
         read_blocks(self._index.blocks, header.blocks, _specs(cache), room, num_pages)
         return cache
-
-    def _changed(self, entry: Entry, header: PrefixHeader) -> bool:
-        try:
-            return read_prefix(entry.path, entry.key)[0] != header
-        except (FileNotFoundError, CacheError):
-            return True
 
     def _check_weight(self, held: HeldRow) -> None:
         weight = sum(tensor.nbytes for tensor in held.exact.values())
@@ -331,6 +323,14 @@ class PrefixStore:
             raise CacheError(
                 f"{self.directory} cannot be changed: {error}; expected a directory to write to: choose another place"
             ) from error
+
+
+def _require_same(header: PrefixHeader, owner: PrefixOwner, ids: Sequence[int]) -> None:
+    """Refuse a prefix of another owner, or one that does not begin with `ids`."""
+    if differences := header.owner.differences(owner):
+        raise CacheError("; ".join(differences))
+    if tuple(ids) != header.tokens[: len(ids)]:
+        raise CacheError(f"its tokens are not those of the text; expected the same: {AGAIN}")
 
 
 def _header(owner: PrefixOwner, ids: Sequence[int], held: HeldRow, table: Sequence[str]) -> PrefixHeader:

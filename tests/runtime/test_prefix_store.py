@@ -21,7 +21,7 @@ from tiny_chain import byte_tokenizer, fit_artifact, tiny_llama, tokens
 from pqkv_cli.errors import CacheError, UsageError
 from pqkv_cli.hf.layer_state import taken_apart
 from pqkv_cli.runtime import Artifact, Attached, PrefixStore, PrefixWarning, attach, load
-from pqkv_cli.runtime.prefix_files import packed, unpacked
+from pqkv_cli.runtime.prefix_files import header_text, packed, unpacked
 from pqkv_cli.specs import CacheSpec
 
 
@@ -300,8 +300,8 @@ def test_a_file_of_another_version_is_left_alone(attached: Attached, tmp_path: P
     store = PrefixStore(tmp_path)
     keys = [saved(attached, store, 300, seed).key for seed in (0, 1)]
     file = tmp_path / f"{keys[0]}.safetensors"
-    text, tensors = unpacked(bytearray(file.read_bytes()))
-    file.write_bytes(packed(text.replace('"version":1', '"version":2'), tensors))
+    header, tensors = unpacked(bytearray(file.read_bytes()), keys[0])
+    file.write_bytes(packed(header_text(header).replace('"version":1', '"version":2'), tensors))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
     with pytest.raises(CacheError, match="it is of version 2; this pqkv reads version 1: use the pqkv that wrote it"):
         store.load(attached, keys[0])
