@@ -42,11 +42,6 @@ def block_file(directory: Path, sha256: str) -> Path:
     return directory / f"{sha256}.safetensors"
 
 
-def block_bytes(specs: Sequence[PageSpec], num_pages: int) -> int:
-    """Return the bytes of the file of a block."""
-    return len(_head(specs, num_pages)) + num_pages * sum(spec.num_heads * spec.page_bytes for spec in specs)
-
-
 def packed_blocks(pages: Sequence[PageParts], specs: Sequence[PageSpec], num_pages: int) -> Iterator[tuple[str, bytes]]:
     """Yield hash and content of every block of the first `num_pages` of `pages`."""
     memory = [[plain_bytes(part) for part in parts] for parts in pages]
@@ -98,23 +93,21 @@ def read_blocks(
         jobs.append((sha256, count, start))
         start += count
 
+    page_bytes = sum(spec.num_heads * spec.page_bytes for spec in specs)
+    heads = {count: _head(specs, count) for _, count, _ in jobs}
+
     def read(job: tuple[str, int, int]) -> None:
         sha256, count, first = job
-        views: list[memoryview] = []
-        cut: list[tuple[memoryview, list[memoryview]]] = []
+        content, head = _checked(block_file(directory, sha256), sha256), heads[count]
+        if content[: len(head)] != head or len(content) != len(head) + count * page_bytes:
+            raise CacheError(f"its block {sha256[:12]} holds other pages than its page table says; expected the same: {AGAIN}")
+        begin = len(head)
         for own, spec in zip(memory, specs, strict=True):
-            if first + count <= num_pages:
-                views += _spans(own, spec, first, first + count)
-                continue
-            whole = memoryview(bytearray(count * spec.num_heads * spec.page_bytes))  # of a block that is needed in part
-            views.append(whole)
-            cut.append((whole, _spans(own, spec, first, num_pages)))
-        _read_block(block_file(directory, sha256), sha256, _head(specs, count), views)
-        for whole, spans in cut:
-            done = 0
-            for span in spans:
-                span[:] = whole[done : done + len(span)]
+            done = begin
+            for span in _spans(own, spec, first, min(first + count, num_pages)):
+                span[:] = content[done : done + len(span)]
                 done += len(span)
+            begin += count * spec.num_heads * spec.page_bytes
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(read, jobs))
@@ -125,35 +118,21 @@ def read_blocks(
 
 def check_block(path: Path, sha256: str) -> None:
     """Refuse a block that is not what its name says; as `read_blocks`."""
-    found = hashlib.sha256(read_file(path)).hexdigest()
+    _checked(path, sha256)
+
+
+def _checked(path: Path, sha256: str) -> memoryview:
+    """Return the content of a block, of which every byte is as it was written."""
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise _damaged(sha256, found)
-
-
-def _read_block(path: Path, sha256: str, head: bytes, views: Sequence[memoryview]) -> None:
-    """Fill `views` with what stands behind `head`, in order."""
-    with path.open("rb", buffering=0) as stream:
-        digest = hashlib.sha256(stream.read(len(head)))
-        for view in views:
-            done = 0
-            while done < len(view):
-                step = stream.readinto(view[done:])
-                if not step:
-                    raise CacheError(f"its block {sha256[:12]} ends too early; expected all of it, it was cut off: {AGAIN}")
-                done += step
-            digest.update(view)
-        digest.update(stream.read(1))  # nothing may follow
-    if digest.hexdigest() != sha256:
-        raise _damaged(sha256, digest.hexdigest())
+        raise CacheError(f"its block {sha256[:12]} has the SHA-256 {found[:12]}; expected its name, it was damaged: {AGAIN}")
+    return memoryview(content)
 
 
 def missing_block(sha256: str) -> CacheError:
     """Return what to raise where a block is not there."""
     return CacheError(f"its block {sha256[:12]} is missing; expected all of them: {AGAIN}")
-
-
-def _damaged(sha256: str, found: str) -> CacheError:
-    return CacheError(f"its block {sha256[:12]} has the SHA-256 {found[:12]}; expected its name, it was damaged: {AGAIN}")
 
 
 def _head(specs: Sequence[PageSpec], num_pages: int) -> bytes:
