@@ -31,7 +31,7 @@ def write_text(path: Path, text: str, error: type[PqkvError] = PqkvError) -> Non
     write_bytes(path, text.encode("utf-8", "backslashreplace"), error)
 
 
-def write_bytes(path: Path, data: bytes, error: type[PqkvError] = PqkvError) -> None:
+def write_bytes(path: Path, data: bytes | bytearray, error: type[PqkvError] = PqkvError) -> None:
     """Write `data` to `path` so that at every moment the old file or the new one is there, even after a power cut.
 
     What writers of `path` that were killed have left beside it is removed.
@@ -94,7 +94,7 @@ def is_temporary(path: Path) -> bool:
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, data: bytes | bytearray) -> None:
     _remove_left_behind(path)
     with _temporary(path) as (descriptor, temporary):
         left = memoryview(data)
@@ -218,6 +218,14 @@ def _remove_if_dead(temporary: Path) -> None:
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
         finally:
             os.close(descriptor)
+
+
+def remove_left_behind(directory: Path) -> None:
+    """Remove from `directory` what writers that were killed have left there, whatever they were writing."""
+    with suppress(OSError):
+        for path in list(directory.iterdir()):
+            if is_temporary(path):
+                _remove_if_dead(path)
 
 
 def _sync_files(directory: Path) -> None:

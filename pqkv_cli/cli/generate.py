@@ -2,7 +2,7 @@
 
 import codecs
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,9 +17,18 @@ from pqkv_cli.cli.options import (
 )
 from pqkv_cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from pqkv_cli.pipeline.prefixes import PrefixUse
+
 GraphOption = Annotated[
     str, typer.Option("--graph", metavar="NAME", help="Whether steps are replayed from a CUDA graph: auto, on or off.")
 ]
+
+PrefixStoreOption = Annotated[
+    str | None,
+    typer.Option("--prefix-store", metavar="DIR", help="Begin with the longest prefix stored there (see pqkv prefix)."),
+]
+SavePrefixOption = Annotated[bool, typer.Option("--save-prefix", help="With --prefix-store: store the prompt there.")]
 
 
 def generate(
@@ -31,6 +40,8 @@ def generate(
     changes: Changes,
     temperature: TemperatureOption = 0.0,
     graph: GraphOption = "auto",
+    prefix_store: PrefixStoreOption = None,
+    save_prefix: SavePrefixOption = False,
     model: ModelOption = None,
     force: ForceOption = False,
     json_target: JsonOption = None,
@@ -59,10 +70,23 @@ def generate(
     # With JSON on stdout nothing else may go there.
     stream = None if json_target == "-" else _Stream(prompt)
     options = {"temperature": temperature, "force": force, "graph": _known_graph(graph)}
-    made = generate_from(source, prompt, reporter, **options, on_text=stream)  # type: ignore[arg-type]
+    prefixes = _prefix_use(prefix_store, save_prefix)
+    made = generate_from(source, prompt, reporter, **options, on_text=stream, prefixes=prefixes)  # type: ignore[arg-type]
     if stream is not None:
         stream("\n")
     output.result({"schema": "pqkv.generation/1", "prompt": prompt, **asdict(made)})
+
+
+def _prefix_use(directory: str | None, save: bool) -> "PrefixUse | None":
+    if not directory:
+        if save:
+            raise UsageError("--save-prefix needs a store; expected: pqkv generate RUN --prefix-store DIR --save-prefix PROMPT")
+        return None
+
+    from pqkv_cli.pipeline.prefixes import PrefixUse
+    from pqkv_cli.runtime import PrefixStore
+
+    return PrefixUse(PrefixStore(directory), save)
 
 
 class _Stream:

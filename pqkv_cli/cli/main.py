@@ -29,6 +29,7 @@ from pqkv_cli.cli.imports import ImportNote, failed_import, quiet_imports
 from pqkv_cli.cli.inspect import inspect
 from pqkv_cli.cli.log_setup import Voice, current_voice, own_words, speaking, wanted_voice
 from pqkv_cli.cli.option_set import with_all_options
+from pqkv_cli.cli.prefix import prefix
 from pqkv_cli.cli.processes import joined_processes
 from pqkv_cli.cli.recipes import recipes
 from pqkv_cli.cli.report import report
@@ -44,6 +45,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "export": export,
     "eval": evaluate,
     "generate": generate,
+    "prefix": prefix,
     "bench": bench,
     "inspect": inspect,
     "verify": verify,

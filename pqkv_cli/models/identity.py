@@ -101,6 +101,28 @@ def config_sha256(config: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+_ROTARY_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "layer_rope_theta", "partial_rotary_factor", "no_rope_layers")
+
+
+def rotary_sha256(config: Any) -> str:
+    """Return the hash of what `config` says about rotary embedding, and how far the model reads, on which some kinds depend."""
+    text = text_config(config)
+    facts = {key: value for key in (*_ROTARY_KEYS, "max_position_embeddings") if (value := _value(text, key)) is not None}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Return the hash of a tokenizer: its words, how texts are cut, what is added. Padding and truncation do not count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        facts = json.loads(backend.to_str())
+        facts |= {"padding": None, "truncation": None}  # changed by every call that asks for them
+    else:
+        facts = {"kind": type(tokenizer).__name__, "words": tokenizer.get_vocab()}
+    facts = {"tokenizer": facts, "special": [str(token) for token in getattr(tokenizer, "all_special_tokens", ())]}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _value(text: Any, key: str) -> Any:
     if not getattr(text, "is_heterogeneous", False):
         return getattr(text, key, None)

@@ -26,7 +26,7 @@ from pqkv_cli.quantizers.codec import ProductCodec, VectorCodec
 from pqkv_cli.runtime.attention import ATTENTION_NAME, register_attention
 from pqkv_cli.runtime.self_test import check_step, self_test
 from pqkv_cli.runtime.tuned import use_tuned
-from pqkv_cli.specs import SIDES, CacheSpec, Side
+from pqkv_cli.specs import SIDES, CacheSpec, ModelIdentity, Side
 from pqkv_kernels.dispatch import BackendRequest, Choice, choose_backend
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.tables import CodecTables
@@ -60,7 +60,12 @@ class Attached:
         How many first and recent tokens of each row its caches keep exact.
     backend
         What attends to codes on the model's device, and why.
+    artifact, identity
+        Where the codecs come from, and the hashes of the model when it was attached; None where `attach` did not make it.
     """
+
+    artifact: Artifact | None = None
+    identity: ModelIdentity | None = None
 
     def __init__(
         self,
@@ -207,10 +212,11 @@ def attach(
     model = inner_model(model)
     if model in _attached:
         raise CacheError("the model is attached already; call detach() on what the first attach returned")
-    _require_match(model, artifact, force)
+    identity = _require_match(model, artifact, force)
     spec = artifact.header.plan.cache if cache is None else cache
     use_tuned(artifact.tables, artifact.path.parent, torch.device(model.device))
     attached = Attached(model, artifact.tables, spec, calibration_errors(artifact.header), backend)
+    attached.artifact, attached.identity = artifact, identity
     try:
         attached.self_test()
         check_step(model, attached.new_cache())
@@ -247,9 +253,11 @@ def _require_artifact(artifact: Any) -> None:
         raise UsageError(f"the artifact is a {type(artifact).__name__}; expected what pqkv_cli.runtime.load(path) returns")
 
 
-def _require_match(model: Any, artifact: Artifact, force: bool) -> None:
-    for difference in check_model(artifact, model_identity(model), geometry(model.config), force=force):
+def _require_match(model: Any, artifact: Artifact, force: bool) -> ModelIdentity:
+    identity = model_identity(model)
+    for difference in check_model(artifact, identity, geometry(model.config), force=force):
         warnings.warn(difference, stacklevel=3)
+    return identity
 
 
 def _angle_sources(model: Any, rotary: Sequence[bool | None]) -> list[AngleSource | None]:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import torch
 
-from pqkv_cli.cache.cache import CacheBytes
+from pqkv_cli.cache.cache import CacheBytes, QuantizedCache
 from pqkv_cli.errors import DataError, UsageError
 from pqkv_cli.hf.names import cache_argument
 from pqkv_cli.models.geometry import geometry
@@ -185,7 +185,8 @@ class GenerateSettings:
 class Generation:
     """A continuation, with the bytes of the cache that carried it and of an uncompressed one of the same tokens.
 
-    `graph` says whether its steps were replayed from a CUDA graph, and why.
+    `graph` says whether its steps were replayed from a CUDA graph, and why; `num_restored_tokens` how many tokens of the prompt
+    the cache held before.
     """
 
     text: str
@@ -194,6 +195,7 @@ class Generation:
     cache_bytes: CacheBytes
     baseline_bytes: int
     graph: GraphChoice
+    num_restored_tokens: int = 0
 
 
 def generate(
@@ -202,8 +204,11 @@ def generate(
     prompt: str,
     settings: GenerateSettings,
     on_text: Callable[[str], None] | None = None,
+    cache: QuantizedCache | None = None,
 ) -> Generation:
     """Continue `prompt`; `on_text` receives the new text piece by piece as it comes.
+
+    A `cache` may be given that has read the first tokens of the prompt, not all of them; a new one is made by default.
 
     The text is what the new tokens add to that of the prompt, its first space included. Of the checkpoint's own generation
     settings those count that shape the text (`TEXT_SETTINGS`), and its special tokens.
@@ -217,8 +222,9 @@ def generate(
     """
     model = attached.model
     ids = torch.tensor([whole_ids(tokenizer, prompt)], dtype=torch.int64, device=model.device)
-    _check_room(model, ids.shape[1], settings.max_new_tokens)
-    cache = attached.new_cache()
+    check_room(model, ids.shape[1], settings.max_new_tokens)
+    cache = attached.new_cache() if cache is None else cache
+    num_restored = cache.get_seq_length()
     choice = choose_graph(settings.graph, attached, cache)
     torch.manual_seed(settings.seed)
     sampling = {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
@@ -243,10 +249,18 @@ def generate(
         cache_bytes=cache.num_bytes(),
         baseline_bytes=_baseline_bytes(cache, model.dtype.itemsize),
         graph=choice,
+        num_restored_tokens=num_restored,
     )
 
 
-def _check_room(model: Any, num_tokens: int, num_new: int) -> None:
+def check_room(model: Any, num_tokens: int, num_new: int) -> None:
+    """Refuse a text of `num_tokens` after which `model` has no position for `num_new` more.
+
+    Raises
+    ------
+    DataError
+        If it has none, or the text has no tokens.
+    """
     max_positions = geometry(model.config).max_positions or sys.maxsize
     if num_tokens == 0:
         raise DataError("the prompt has no tokens; give at least one word")

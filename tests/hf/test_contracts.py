@@ -25,8 +25,9 @@ from pqkv_cli.hf.gguf_files import (
     readable_architectures,
     save,
 )
+from pqkv_cli.hf.layer_state import can_crop, one_row, put_together, taken_apart
 from pqkv_cli.hf.modules import attention_modules, forward_globals, output_weight
-from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_keyword
+from pqkv_cli.hf.names import CACHE_KEYWORDS, cache_argument, cache_keyword
 from pqkv_cli.hf.taps import tap
 from pqkv_cli.models.rotary import rotary_module
 
@@ -133,6 +134,24 @@ def test_a_cache_layer_needs_what_ours_has() -> None:
 def test_full_attention_gets_a_plain_growing_layer_and_a_window_gets_another() -> None:
     layers = DynamicCache(config=family_config("gemma3_text")).layers
     assert [type(layer) for layer in layers] == [DynamicSlidingWindowLayer, DynamicLayer] * 2
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma3n_text", "qwen3_next", "lfm2"])
+def test_layers_keep_all_they_hold_in_attributes_and_choose_rows_by_reordering(name: str) -> None:
+    model, ids = family_model(name), torch.randint(2, 200, (2, 70), generator=torch.Generator().manual_seed(0))
+    held, twin = (DynamicCache(config=model.config) for _ in range(2))
+    with torch.no_grad():
+        model(ids[:, :60], **cache_argument(model, held), use_cache=True)
+        for layer, other in zip(held.layers, twin.layers, strict=True):
+            put_together(other, *taken_apart(one_row(layer, 1, 2)), torch.device("cpu"))
+        found, expected = (
+            model(rows, **cache_argument(model, cache), use_cache=True).logits
+            for rows, cache in ((ids[1:, 60:], twin), (ids[:, 60:], held))
+        )
+    torch.testing.assert_close(found[0], expected[1])
+    kinds = {type(layer).__name__: can_crop(layer) for layer in held.layers}
+    wanted = {"DynamicLayer": True, "DummyLayer": True, "DynamicSlidingWindowLayer": False, "LinearAttentionLayer": False}
+    assert kinds.items() <= wanted.items(), "windows of 40 tokens are full"
 
 
 def test_update_is_called_with_keys_values_and_the_layers_index() -> None:
