@@ -28,6 +28,7 @@ from pqkv_cli.fitting.run import layer_request
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side_by_side import side_by_side
 from pqkv_cli.fitting.trial import Trial, load_trial, save_trial, try_layer
+from pqkv_cli.models.geometry import num_positions
 from pqkv_cli.rates import TABLE_NUMBER_BYTES, CodeStyle
 from pqkv_cli.reporter import Reporter
 from pqkv_cli.specs import SIDES, CacheSpec, CodecSpec, CompressionPlan, ModelGeometry, Side
@@ -136,8 +137,8 @@ ALLOCATION_FILE = "allocation.json"
 # Rates worth trying: no side does with less than half the budget's mean or gains much from this many bits more.
 LEAST_SHARE = 2
 MOST_MORE = 1.5
-# Tables are paid for as bytes of codes would be that save as much over so many tokens: over all texts of a batch together.
-TABLE_TOKENS = 32_768
+# Tables are paid over as many tokens as the model has positions, and at least over so many: all texts of a batch share them.
+LEAST_TABLE_TOKENS = 32_768
 # Held-out windows that tell what errors cost: the ratios between layers, which is all that counts, are steady after a few.
 MOST_WINDOWS = 8
 
@@ -212,7 +213,8 @@ class Allocation:
         channels = sum(layer.num_kv_heads * layer.head_dim for layer in layers)
         budget = self._bits * channels * PAGE_TOKENS / 8
         least = sum(candidate.loss for candidate in allocate(candidates, budget))
-        chosen = dict(zip(self._menus, allocate(candidates, budget, byte_price=byte_price_at(least, channels)), strict=True))
+        price = byte_price_at(least, channels, max(LEAST_TABLE_TOKENS, num_positions(model.config)))
+        chosen = dict(zip(self._menus, allocate(candidates, budget, byte_price=price), strict=True))
         _write(self._record, self._bits, losses, chosen)
         return rated_plan(self._geometry, lambda index, side: chosen[index, side].bits, cache, self._style, self._spaces)
 
@@ -281,13 +283,13 @@ def _menus(
     }
 
 
-def byte_price_at(loss: float, channels: int) -> float:
+def byte_price_at(loss: float, channels: int, num_tokens: int) -> float:
     """Return the loss that a byte of tables is worth where codes of `channels` channels per token lose `loss` at their best.
 
     One more bit of code per channel divides squared errors, and so the loss, by about four: a byte more per token saves
-    ``ln 4 * 8 * loss / channels``. A byte of tables is paid once for `TABLE_TOKENS` tokens.
+    ``ln 4 * 8 * loss / channels``. A byte of tables is paid once for `num_tokens`.
     """
-    return log(4) * 8 * loss / channels / TABLE_TOKENS
+    return log(4) * 8 * loss / channels / num_tokens
 
 
 def _losses(model: Any, store: CalibrationStore, trials: Mapping[int, Trial], reporter: Reporter) -> dict[LayerSide, float]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqkv_cli.errors import DataError, UsageError
-from pqkv_cli.fitting.allocation import TABLE_TOKENS, Candidate, allocate, byte_price_at
+from pqkv_cli.fitting.allocation import Candidate, allocate, byte_price_at
 from pqkv_cli.fitting.fit import SideFit, fit_side
 from pqkv_cli.fitting.plan import rated_specs
 from pqkv_cli.fitting.settings import FitSettings
@@ -61,11 +61,11 @@ def test_the_choice_is_the_best_of_all_that_are_allowed(
 
 def test_large_tables_that_gain_nothing_are_avoided() -> None:
     side = [Candidate("small", 2, 128, 100, 0.0101), Candidate("large", 2, 128, 100_000, 0.01)]
-    price = byte_price_at(0.02, 2 * 64)
+    price = byte_price_at(0.02, 2 * 64, 1000)
     assert [c.codec for c in allocate([side, side], 256)] == ["large", "large"]
     assert [c.codec for c in allocate([side, side], 256, byte_price=price)] == ["small", "small"]
     # A bit more for each of 128 channels, sixteen bytes per token, is worth the loss times the logarithm of four.
-    assert price * TABLE_TOKENS * 16 == pytest.approx(0.02 * math.log(4))
+    assert price * 1000 * 16 == pytest.approx(0.02 * math.log(4))
 
 
 def test_a_budget_below_all_candidates_is_refused() -> None:
