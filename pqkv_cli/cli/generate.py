@@ -2,11 +2,12 @@
 
 import codecs
 import sys
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pqkv_cli.cli.option_set import Changes
+from pqkv_cli.cli.option_set import Changes, takes
 from pqkv_cli.cli.options import (
     DebugOption,
     ForceOption,
@@ -28,49 +29,53 @@ PrefixStoreOption = Annotated[
     str | None,
     typer.Option("--prefix-store", metavar="DIR", help="Begin with the longest prefix stored there (see pqkv prefix)."),
 ]
+WordsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[TARGET] PROMPT", help="A run or artifact, then the prompt; '-' reads stdin.")
+]
 SavePrefixOption = Annotated[bool, typer.Option("--save-prefix", help="With --prefix-store: store the prompt there.")]
 
 
-def generate(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="[TARGET] PROMPT", help="A run or artifact, then the prompt; '-' reads stdin.")
-    ] = None,
-    run: RunOption = None,
-    *,
-    changes: Changes,
-    temperature: TemperatureOption = 0.0,
-    graph: GraphOption = "auto",
-    prefix_store: PrefixStoreOption = None,
-    save_prefix: SavePrefixOption = False,
-    model: ModelOption = None,
-    force: ForceOption = False,
-    json_target: JsonOption = None,
-    debug: DebugOption = False,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateWords:
+    """The options of ``pqkv generate``."""
+
+    words: WordsArgument = None
+    run: RunOption = None
+    changes: Changes
+    temperature: TemperatureOption = 0.0
+    graph: GraphOption = "auto"
+    prefix_store: PrefixStoreOption = None
+    save_prefix: SavePrefixOption = False
+    model: ModelOption = None
+    force: ForceOption = False
+    json_target: JsonOption = None
+    debug: DebugOption = False
+
+
+@takes(GenerateWords)
+def generate(words: GenerateWords) -> None:
     """Continue a prompt over a quantized cache.
 
     With '-' the prompt is all of stdin, without the end of its last line.
 
     Example: pqkv generate my-run "Once upon a time" --max-new-tokens 40
     """
-    from dataclasses import asdict
-
     from pqkv_cli.cli.output import Output, TerminalReporter
     from pqkv_cli.cli.words import checked, target_of
     from pqkv_cli.pipeline.start import artifact_source
 
-    output, reporter = Output(json_target), TerminalReporter()
-    wanted = checked(changes)
-    target, prompt = _split(words or [])
-    source = artifact_source(target_of(target, run, reporter), model, wanted)
+    output, reporter = Output(words.json_target), TerminalReporter()
+    wanted = checked(words.changes)
+    target, prompt = _split(words.words or [])
+    source = artifact_source(target_of(target, words.run, reporter), words.model, wanted)
     prompt = _stdin() if prompt == "-" else _text(_typed(prompt, sys.getfilesystemencoding()))
 
     from pqkv_cli.pipeline.generate import generate_from
 
     # With JSON on stdout nothing else may go there.
-    stream = None if json_target == "-" else _Stream(prompt)
-    options = {"temperature": temperature, "force": force, "graph": _known_graph(graph)}
-    prefixes = _prefix_use(prefix_store, save_prefix)
+    stream = None if words.json_target == "-" else _Stream(prompt)
+    options = {"temperature": words.temperature, "force": words.force, "graph": _known_graph(words.graph)}
+    prefixes = _prefix_use(words.prefix_store, words.save_prefix)
     made = generate_from(source, prompt, reporter, **options, on_text=stream, prefixes=prefixes)  # type: ignore[arg-type]
     if stream is not None:
         stream("\n")
