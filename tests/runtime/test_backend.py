@@ -6,8 +6,8 @@ from tiny_chain import tokens
 
 from pqkv_cli.errors import CacheError
 from pqkv_cli.runtime import Artifact, attach
-from pqkv_kernels import dispatch
 from pqkv_kernels.cpu.build import find_compiler
+from pqkv_kernels.gpu import backend as gpu_backend
 
 
 def test_attach_says_what_attends_and_why(model: Any, artifact: Artifact) -> None:
@@ -21,7 +21,7 @@ def test_attach_says_what_attends_and_why(model: Any, artifact: Artifact) -> Non
 
 
 def test_a_backend_that_cannot_run_is_an_error(model: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_backend, "find_spec", lambda name: None)
     with pytest.raises(CacheError, match="the triton backend was asked for, but Triton is not installed"):
         attach(model, artifact, backend="triton")
     assert model.config._attn_implementation != "pqkv"
