@@ -97,13 +97,12 @@ def gate(keys: CodecTables, values: CodecTables, group_size: int, backend: Backe
     KernelError
         If it exceeds `GATE_ERROR`: such a backend is not timed.
     """
-    query, tokens = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
-    tokens = replace(tokens, spans=torch.tensor([[3, GATE_TOKENS - 5]], device=query.device))
+    query, tokens = gate_inputs(keys, values, group_size, dtype)
     scaling = keys.layout.head_dim**-0.5
     found, _ = attend_codes(backend, query, tokens, scaling)
     expected, _ = code_attention(code_queries(query, keys), tokens, scaling)
     dense = leave_code_space(expected, values)
-    error = float((found - dense).square().mean().sqrt() / dense.square().mean().sqrt())
+    error = relative_error(found, dense)
     if not error <= GATE_ERROR:  # a comparison with NaN is false
         raise KernelError(
             f"the {backend} backend differs from the reference by {error:.3g} of the answer; expected at most {GATE_ERROR}: "
@@ -204,6 +203,19 @@ def _elapsed_ms(function: Callable[[], None], device: torch.device) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))
+
+
+def relative_error(answer: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the root mean square of the difference, relative to that of `expected`."""
+    return float((answer - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def gate_inputs(
+    keys: CodecTables, values: CodecTables, group_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, CodedTokens]:
+    """Return `bench_inputs` of the correctness gate: a few pages, of which neither the first slots nor the last ones count."""
+    query, tokens = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
+    return query, replace(tokens, spans=torch.tensor([[3, GATE_TOKENS - 5]], device=query.device))
 
 
 def bench_inputs(

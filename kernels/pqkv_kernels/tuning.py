@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pqkv_kernels.bench import GATE_ERROR, GATE_TOKENS, bench_inputs, measure
+from pqkv_kernels.bench import GATE_ERROR, bench_inputs, gate_inputs, measure, relative_error
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.layout import CodeLayout
 from pqkv_kernels.format.tables import CodecTables
@@ -107,16 +107,15 @@ def measurer(
     from pqkv_kernels.gpu.attention import triton_attention
 
     scaling = keys.layout.head_dim**-0.5
-
-    query, tokens = bench_inputs(keys, values, group_size, 1, GATE_TOKENS, dtype)
-    small, inner = code_queries(query, keys), replace(tokens, spans=tokens.spans + torch.tensor([3, -5], device=query.device))
+    query, inner = gate_inputs(keys, values, group_size, dtype)
+    small = code_queries(query, keys)
     query, whole = bench_inputs(keys, values, group_size, batch, context, dtype)
     large = code_queries(query, keys)
     expected, _ = code_attention(small, inner, scaling)
 
     def measured(config: DecodeConfig) -> Measured:
         found, _ = triton_attention(small, inner, scaling, config=config)
-        error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+        error = relative_error(found, expected)
         if not error <= GATE_ERROR:
             return error, float("inf")
 

@@ -41,6 +41,7 @@ def triton_attention(
     parts, part_lse = (query.new_empty(batch, heads, grid.num_splits, num_queries, *n) for n in ((2 * keys.num_planes,), ()))
     block = query_block(num_queries)
     scored = _plane_queries(query, keys, keys.scale * scaling)
+    rotation = _rotation(tokens, keys, query)
     # Alive until the kernel is launched.
     pages = {"p_key_pages": whole_blocks(tokens.key_pages), "p_value_pages": whole_blocks(tokens.value_pages)}
     split_kernel[(grid.num_programs, triton.cdiv(num_queries, block))](
@@ -51,8 +52,8 @@ def triton_attention(
         **{name: page_addresses(blocks) for name, blocks in pages.items()},
         **_codes("key", keys, tokens.keys),
         **_codes("value", values, tokens.values),
-        **_rotation(tokens, keys, query),
-        **_scores(scored, tokens, keys, config),
+        **rotation,
+        **_scores(scored, keys, config.key_scores == "table" and not rotation["ROTATION"] and num_queries == 1),
         **_sizes(batch, heads, num_queries, num_pages, softcap),
         **grid.arguments,
         BN=block,
@@ -125,13 +126,12 @@ def _plane_queries(query: torch.Tensor, keys: DeviceTables, scale: torch.Tensor)
     return scaled.contiguous()
 
 
-def _scores(scored: torch.Tensor, tokens: CodedTokens, keys: DeviceTables, config: DecodeConfig) -> dict[str, Any]:
-    """Return the arguments of looked-up scores: the products of a plane query per head with every centroid, where they pay.
+def _scores(scored: torch.Tensor, keys: DeviceTables, looked_up: bool) -> dict[str, Any]:
+    """Return the arguments of `looked_up` scores: the products of a plane query per head with every centroid.
 
     They are [B, Hkv, S] fp32, and rows say where codes find theirs.
     """
-    is_rotated = keys.pairs is not None and tokens.angles is not None
-    if config.key_scores != "table" or is_rotated or scored.shape[2] != 1:
+    if not looked_up:
         return {"p_scores": scored, "p_score_rows": keys.rows, "num_scores": 0, "LOOKED_UP": False}  # never read
     rows = torch.nn.functional.pad(score_rows(keys.planes), (0, keys.num_planes - keys.planes.num_planes), value=-1)
     query = (scored / keys.scale[:, None, None]).transpose(-1, -2).contiguous()
