@@ -8,11 +8,10 @@ import torch
 
 from pqkv_cli.cache.cache import QuantizedCache
 from pqkv_cli.cache.layer import QuantizedLayer
-from pqkv_cli.cache.schedule import first_exact, num_pages
+from pqkv_cli.cache.schedule import coded_stops, first_exact, num_pages
 from pqkv_cli.errors import CacheError
 from pqkv_cli.hf.layer_state import Facts, can_crop, one_row, put_together, taken_apart
 from pqkv_cli.specs import SIDES, Side
-from pqkv_kernels.format.layout import PAGE_TOKENS
 
 PageParts = tuple[torch.Tensor, ...]
 """Pages of one side of one layer in order, as parts [P, Hkv, page_bytes] uint8."""
@@ -56,7 +55,7 @@ class RowShape:
             num_slots=num_tokens,
             num_pages=pages,
             first_exact=max(self.first_exact, first_exact(num_tokens, window_tokens)),
-            coded_stop=min(self.coded_stop, _own_stop(num_tokens, window_tokens)),
+            coded_stop=min(self.coded_stop, int(coded_stops(torch.zeros(1, dtype=torch.int64), num_tokens, window_tokens))),
             block_pages=self.block_pages[:blocks],
         )
 
@@ -234,8 +233,3 @@ def _shape(cache: QuantizedCache, row: int, croppable: bool) -> RowShape:
 def _layout(layer: QuantizedLayer, side: Side) -> tuple[int, tuple[int, ...], int]:
     store = layer.pages[side]
     return store.num_pages, tuple(block.shape[1] for block in store.blocks), layer.first_exact
-
-
-def _own_stop(num_tokens: int, window_tokens: int) -> int:
-    """Return where a row without padding stops to read codes when it has `num_tokens`."""
-    return max(num_tokens - window_tokens, 0) // PAGE_TOKENS * PAGE_TOKENS

@@ -1,5 +1,7 @@
 """Stores texts that a model has read, and lets prompts begin with them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,25 +50,47 @@ def save_text(source: Source, text: str, store: PrefixStore, reporter: Reporter,
     CacheError
         If it cannot be stored.
     """
-    artifact = open_artifact(source.artifact, device_of(source.recipe))
-    model, tokenizer = open_model(source.recipe, reporter)
-    if force:
-        reporter.note("--force: the artifact is used whatever model it was made for")
-    ids = whole_ids(tokenizer, text)
-    check_room(model, len(ids), 1)
-    with attach(model, artifact, force=force) as attached:
+    with attached_model(source, reporter, force=force) as (attached, tokenizer):
+        ids = whole_ids(tokenizer, text)
+        check_room(attached.model, len(ids), 1)
         cache, num_restored = store.longest_prefix(attached, ids, tokenizer=tokenizer)
         with reporter.progress("read"):
             _read(attached, cache, ids)
         return SavedText(store.save(attached, cache, ids, tokenizer=tokenizer), num_restored)
 
 
-def prompt_cache(attached: Attached, tokenizer: Any, prompt: str, use: PrefixUse, reporter: Reporter) -> QuantizedCache:
+@contextmanager
+def attached_model(source: Source, reporter: Reporter, *, force: bool) -> Iterator[tuple[Attached, Any]]:
+    """Lend the model of `source`, attached to its artifact, and the tokenizer.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact is damaged or, without `force`, of another model.
+    """
+    # Before the model: a damaged artifact shows at once.
+    artifact = open_artifact(source.artifact, device_of(source.recipe))
+    model, tokenizer = open_model(source.recipe, reporter)
+    if force:
+        reporter.note("--force: the artifact is used whatever model it was made for")
+    with attach(model, artifact, force=force) as attached:
+        yield attached, tokenizer
+
+
+def prompt_cache(
+    attached: Attached, tokenizer: Any, prompt: str, num_new: int, use: PrefixUse, reporter: Reporter
+) -> QuantizedCache:
     """Return a cache with the longest stored prefix of `prompt`, an empty one if there is none; its last token is never in it.
 
     To be stored, the prompt is read up to its last token. So the same prompt goes on from the same cache next time.
+
+    Raises
+    ------
+    DataError
+        If the prompt and `num_new` tokens do not fit the model.
     """
     ids = whole_ids(tokenizer, prompt)
+    check_room(attached.model, len(ids), num_new)
     cache, num_restored = use.store.longest_prefix(attached, ids, tokenizer=tokenizer)
     told = f"{num_restored} of the {len(ids)} tokens of the prompt come from {use.store.directory}"
     reporter.note(told if num_restored else f"no prefix in {use.store.directory} serves this prompt")

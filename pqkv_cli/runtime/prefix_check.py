@@ -3,9 +3,7 @@
 from pqkv_cli.errors import CacheError
 from pqkv_cli.runtime.prefix_blocks import block_file, check_block, missing_block
 from pqkv_cli.runtime.prefix_files import AGAIN, read_prefix
-from pqkv_cli.runtime.prefix_index import PrefixIndex
-
-_TRIES = 3  # of a prefix that is replaced meanwhile
+from pqkv_cli.runtime.prefix_index import TRIES, PrefixIndex
 
 
 def prefix_faults(index: PrefixIndex) -> tuple[tuple[str, str], ...]:
@@ -18,7 +16,7 @@ def prefix_faults(index: PrefixIndex) -> tuple[tuple[str, str], ...]:
 def _fault(index: PrefixIndex, key: str, sound: set[str]) -> str | None:
     """Return what is wrong with a prefix; nothing is with one that was removed or replaced meanwhile."""
     fault: str | None = None
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         before = index.stamp(key)
         try:
             _check(index, key, sound)

@@ -15,6 +15,7 @@ from pqkv_cli.files import is_temporary, remove_left_behind
 from pqkv_cli.runtime.prefix_blocks import block_file
 from pqkv_cli.runtime.prefix_files import OtherVersionError, PrefixHeader, peek_header
 
+TRIES = 3  # of reading a prefix that is replaced meanwhile
 _END = ".safetensors"
 _BLOCK = re.compile(r"([0-9a-f]{64})\.safetensors")
 
@@ -94,10 +95,9 @@ class PrefixIndex:
     def stamp(self, key: str) -> tuple[int, int, int] | None:
         """Return what changes when the file of a prefix is replaced; None where there is none."""
         try:
-            facts = self.file(key).stat()
+            return _stamp(self.file(key).stat())
         except FileNotFoundError:
             return None
-        return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
     def stored_keys(self) -> tuple[str, ...]:
         """Return the names of all prefixes, damaged ones too."""
@@ -125,7 +125,7 @@ class PrefixIndex:
 
     def _entry(self, path: Path) -> Entry:
         facts = path.stat()
-        stamp = facts.st_ino, facts.st_size, facts.st_mtime_ns
+        stamp = _stamp(facts)
         known = self._known.get(path.name)
         if known is None or known[0] != stamp:
             known = self._known[path.name] = stamp, peek_header(path)
@@ -186,13 +186,17 @@ class PrefixIndex:
         entries = sorted(self.scan()[0], key=lambda entry: (entry.last_used_ns, entry.key))
         oldest = -math.inf if max_age is None else (time.time() - max_age) * 1e9
         gone = [entry for entry in entries if entry.last_used_ns < oldest and entry.key != keep]
-        left = [entry for entry in entries if entry not in gone]
-        while max_bytes is not None and self.total_bytes(left) > max_bytes:
-            last = next((entry for entry in left if entry.key != keep), None)
-            if last is None:
+        left = [entry for entry in entries if entry.last_used_ns >= oldest or entry.key == keep]
+        uses = Counter(sha256 for entry in left for sha256 in _blocks(entry))
+        weight = self.total_bytes(left)
+        for entry in left:
+            if max_bytes is None or weight <= max_bytes:
                 break
-            left.remove(last)
-            gone.append(last)
+            if entry.key == keep:
+                continue
+            uses.subtract(_blocks(entry))
+            weight -= entry.file_bytes + sum(self._size(sha256) for sha256 in _blocks(entry) if not uses[sha256])
+            gone.append(entry)
         stored = {each.key: each for each in self.stored(entries)}
         self.remove({entry.key for entry in gone})
         return tuple(stored[entry.key] for entry in gone)
@@ -219,6 +223,10 @@ class PrefixIndex:
             return block_file(self.blocks, sha256).stat().st_size
         except OSError:  # missing: it weighs nothing, and reading the prefix says so
             return 0
+
+
+def _stamp(facts: os.stat_result) -> tuple[int, int, int]:
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def _blocks(entry: Entry) -> set[str]:

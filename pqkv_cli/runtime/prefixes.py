@@ -37,11 +37,9 @@ from pqkv_cli.runtime.prefix_blocks import (
 )
 from pqkv_cli.runtime.prefix_check import prefix_faults
 from pqkv_cli.runtime.prefix_files import AGAIN, PrefixHeader, checked_meanwhile, header_text, packed, read_file, unpacked
-from pqkv_cli.runtime.prefix_index import Entry, PrefixIndex, StoredPrefix
+from pqkv_cli.runtime.prefix_index import TRIES, Entry, PrefixIndex, StoredPrefix
 from pqkv_cli.runtime.prefix_owner import PrefixOwner, owner_of
 from pqkv_cli.specs import SIDES
-
-_TRIES = 3  # of reading a prefix that is replaced meanwhile
 
 
 class PrefixWarning(UserWarning):
@@ -234,7 +232,7 @@ class PrefixStore:
 
     def _restored(self, reader: _Reader, entry: Entry, num_tokens: int, ids: Sequence[int]) -> QuantizedCache:
         """Return a cache with the first `num_tokens` of a prefix, which must be `ids`; it is whole, or nobody sees it."""
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             before = self._index.stamp(entry.key)
             try:
                 data = read_file(entry.path)
