@@ -51,12 +51,15 @@ class CodeStyle:
         Bits of the code of the whole vector; None: what the profile has.
     key_map, value_map
         Names of what is applied to keys and values before (`specs.CODEC_MAPS`); None: what is usual for them.
+    predict_values
+        Whether values are predicted from their keys, and only the rest is coded.
     """
 
     profile: Profile = "quality"
     prototype_bits: int | None = None
     key_map: str | None = None
     value_map: str | None = None
+    predict_values: bool = False
 
     @property
     def whole_vector_bits(self) -> int:

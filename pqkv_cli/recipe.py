@@ -169,6 +169,9 @@ class CodebookRecipe(_Section):
     ] = "pre_rope"
     key_map: Annotated[KeyMap | None, Setting(map_words("keys"), _FIT, came_later=True)] = None
     value_map: Annotated[ValueMap | None, Setting(map_words("values"), _FIT, came_later=True)] = None
+    predict_values: Annotated[
+        bool, Setting("Predict values from the decoded keys of their tokens, and code only the rest.", _FIT, came_later=True)
+    ] = False
     iterations: Annotated[int, Field(ge=1), Setting("Most rounds of k-means.", _FIT, "--iterations")] = 10
     refine: Annotated[
         bool,
@@ -180,7 +183,7 @@ class CodebookRecipe(_Section):
     @property
     def style(self) -> CodeStyle:
         """What codes are made of."""
-        return CodeStyle(self.profile, self.prototype_bits, self.key_map, self.value_map)
+        return CodeStyle(self.profile, self.prototype_bits, self.key_map, self.value_map, self.predict_values)
 
     @field_validator("bits")
     @classmethod

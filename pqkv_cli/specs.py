@@ -132,11 +132,24 @@ class ModelGeometry:
 
 @dataclass(frozen=True, slots=True)
 class CodecSpec:
-    """One code format. `key_space` is None for values; `map` names the transform before coding, one of `CODEC_MAPS`."""
+    """One code format.
+
+    Attributes
+    ----------
+    layout
+        How channels are grouped into codes.
+    map
+        Name of the transform before coding, one of `CODEC_MAPS`.
+    key_space
+        Where keys are coded; None for values.
+    predicted
+        Whether only that is coded of values what the decoded keys of the same tokens do not say.
+    """
 
     layout: CodeLayout
     map: str
     key_space: KeySpace | None = None
+    predicted: bool = False
 
 
 def fitting_maps(layer: LayerGeometry, key_space: KeySpace | None) -> tuple[str, ...]:

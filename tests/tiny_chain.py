@@ -19,6 +19,7 @@ from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.hf.cache_layers import InPlaceLayer
 from pqkv_cli.models.geometry import geometry
 from pqkv_cli.models.identity import model_identity
+from pqkv_cli.rates import USUAL_STYLE, CodeStyle
 from pqkv_cli.specs import CacheSpec
 
 NUM_IDS = 258
@@ -68,12 +69,12 @@ def quiet(done: int, total: int) -> None:
     """Take progress and say nothing."""
 
 
-def fit_artifact(model: Any, directory: Path, bits: int = 4, spec: CacheSpec = SPEC) -> Path:
+def fit_artifact(model: Any, directory: Path, bits: int = 4, spec: CacheSpec = SPEC, style: CodeStyle = USUAL_STYLE) -> Path:
     """Calibrate on random tokens, fit and save; return the artifact's file."""
     windows = tokens(_SETTINGS.num_samples, _SETTINGS.seq_len, seed=1)
     collect(model, windows, directory / "calibration", _SETTINGS, quiet)
     shape = geometry(model.config)
-    plan = uniform_plan(shape, bits, spec)
+    plan = uniform_plan(shape, bits, spec, style)
     store = CalibrationStore(directory / "calibration")
     record = fit_codebooks(store, shape, plan, directory / f"codebooks{bits}", FitSettings(iterations=6))
     identity = asdict(model_identity(model))

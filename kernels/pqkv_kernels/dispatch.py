@@ -18,6 +18,7 @@ from pqkv_kernels.cpu.encode import NEAREST_SOURCE
 from pqkv_kernels.errors import KernelError
 from pqkv_kernels.format.checks import check_attention, check_encode
 from pqkv_kernels.format.layout import CodeLayout
+from pqkv_kernels.format.pairs import planes_of
 from pqkv_kernels.format.rotary import Angles
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.format.tokens import CodedTokens, ExactTokens, Part
@@ -25,6 +26,7 @@ from pqkv_kernels.gpu.backend import TritonBackend
 from pqkv_kernels.reference import centroid_sums as reference_sums
 from pqkv_kernels.reference.attention import code_queries, leave_code_space
 from pqkv_kernels.reference.encode import REFERENCE, Codebooks, Encoder
+from pqkv_kernels.reference.prediction import plane_prediction
 
 
 class Backend(Protocol):
@@ -98,11 +100,14 @@ def choose_backend(
     raise KernelError(f"no backend can run on {device.type}: {'; '.join(obstacles)}")
 
 
-def prepare_tables(backend: BackendName, tables: CodecTables) -> None:
-    """Make what `backend` reads of `tables`, once and on the present stream; a step that finds it made waits for nothing."""
-    if tables.permutation is not None:
-        tables.inverse_permutation()
-    BACKENDS[backend].prepare(tables)
+def prepare_tables(backend: BackendName, keys: CodecTables, values: CodecTables) -> None:
+    """Make what `backend` reads of a layer's tables, once and on the present stream: a step that finds it waits for nothing."""
+    for tables in (keys, values):
+        if tables.permutation is not None:
+            tables.inverse_permutation()
+        BACKENDS[backend].prepare(tables)
+    if values.prediction is not None and planes_of(keys) is not None:
+        plane_prediction(keys, values)
 
 
 def attend_codes(

@@ -140,6 +140,7 @@ class _Codec(_Part):
     kind: Literal["pq"]
     key_space: KeySpace | None
     map: Text
+    predicted: bool = False
     stages: Annotated[
         Array[Annotated[tuple[CodeGroup, ...], _read(_Stage, _stage)]], Field(min_length=1, max_length=MAX_STAGES)
     ]
@@ -156,12 +157,16 @@ def map_word(codec: CodecSpec) -> str:
     return next((word for word, kind in maps.items() if kind == codec.map), codec.map)
 
 
-def _codec(kind: str, key_space: KeySpace | None, map: str, stages: tuple[tuple[CodeGroup, ...], ...]) -> CodecSpec:
+def _codec(
+    kind: str, key_space: KeySpace | None, map: str, predicted: bool, stages: tuple[tuple[CodeGroup, ...], ...]
+) -> CodecSpec:
     maps = _PAIR_MAPS if key_space == "pre_rope" else _PLAIN_MAPS
     if map not in maps:
         expected = f"one of {', '.join(maps)} with key_space {key_space or 'null'}"
         raise ValueError(f"map is {shown(map)}{did_you_mean(map[:100], maps)}; expected {expected}")
-    return CodecSpec(CodeLayout(stages), maps[map], key_space)
+    if predicted and key_space is not None:
+        raise ValueError(f"predicted is true with key_space {key_space}; expected only values to be predicted")
+    return CodecSpec(CodeLayout(stages), maps[map], key_space, predicted)
 
 
 class _Store(_Part):
@@ -372,7 +377,9 @@ def _codec_document(codec: CodecSpec) -> dict[str, Any]:
         starts = range(channel, channel + group.num_channels, group.subspace_dim)
         dims = [list(range(start, start + group.subspace_dim)) for start in starts]
         stages[stage]["groups"].append({"M": group.num_subspaces, "nbits": group.nbits, "dims": dims})
-    return {"kind": "pq", "key_space": codec.key_space, "map": map_word(codec), "stages": stages}
+    # Left out where nothing is predicted, as in all artifacts from before values were.
+    predicted = {"predicted": True} if codec.predicted else {}
+    return {"kind": "pq", "key_space": codec.key_space, "map": map_word(codec), **predicted, "stages": stages}
 
 
 def _layer_document(layer: LayerPlan) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def expected_tensors(header: Header) -> dict[str, TensorSpec]:
             shapes = {"matrix": (num_heads, dim, dim), "blocks": (num_heads, dim // 2, 2, 2), "scale": (num_heads, dim)}
             expected[f"{prefix}.map"] = TensorSpec("F32", shapes[codec.map])
         expected[f"{prefix}.permutation"] = TensorSpec("I16", (num_heads, dim))
+        if codec.predicted:
+            expected[f"{prefix}.prediction"] = TensorSpec("F16", (num_heads, dim, dim))
     return dict(sorted(expected.items()))
 
 
@@ -82,7 +84,7 @@ def flatten_tables(header: Header, tables: Sequence[LayerTables | None]) -> dict
         if layer is None or side not in layer:
             raise ArtifactError(f"layer {index} has no tables for its {side}; fit the layer again")
         found, rotary = layer[side], header.geometry[index].rotary if codec.key_space == "pre_rope" else None
-        if found.layout != codec.layout or found.rotary != rotary:
+        if found.layout != codec.layout or found.rotary != rotary or (found.prediction is not None) != codec.predicted:
             raise ArtifactError(f"layer {index} has tables for its {side} that are not of the codec the header names")
         tensors |= _flatten_side(prefix, found)
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
@@ -98,6 +100,8 @@ def _flatten_side(prefix: str, tables: CodecTables) -> dict[str, torch.Tensor]:
     if permutation is None:
         permutation = torch.arange(tables.layout.head_dim).expand(tables.num_heads, -1)
     named[f"{prefix}.permutation"] = permutation.to(torch.int16)
+    if tables.prediction is not None:
+        named[f"{prefix}.prediction"] = tables.prediction
     return named
 
 
@@ -119,6 +123,7 @@ def assemble_tables(
             permutation if moves else None,
             header.geometry[index].rotary if codec.key_space == "pre_rope" else None,
             inverses.get(f"{prefix}.map"),
+            tensors.get(f"{prefix}.prediction"),
         )
         layers[index][side] = tables if device.type == "cpu" else tables.to(device)
     return tuple(layer or None for layer in layers)

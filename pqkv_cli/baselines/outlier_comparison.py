@@ -29,7 +29,7 @@ from pqkv_cli.models.geometry import geometry
 from pqkv_cli.pipeline.evaluation_settings import task_settings
 from pqkv_cli.pipeline.rundir import PEERS_FOLDER
 from pqkv_cli.pipeline.start import Source
-from pqkv_cli.quantizers.codec import VectorCodec
+from pqkv_cli.quantizers.codec import PredictedCodec, VectorCodec
 from pqkv_cli.reporter import Reporter
 from pqkv_cli.specs import LayerGeometry, Side
 from pqkv_kernels.format.layout import RotaryLayout
@@ -61,8 +61,17 @@ class GaugedCodec:
 
     def encode_decode(self, x: torch.Tensor) -> torch.Tensor:
         """Return what vectors [B, Hkv, T, D] become."""
-        plain = x.float() @ self._inverse.to(x.device).mT
-        return self._codec.encode_decode(plain) @ self._forward.to(x.device).mT
+        return self._codec.encode_decode(self._plain(x)) @ self._forward.to(x.device).mT
+
+    def encode_decode_with(self, x: torch.Tensor, keys: torch.Tensor, key_codec: VectorCodec) -> torch.Tensor:
+        """Return what values become beside their decoded keys, which a codec of the same kind decoded."""
+        if not isinstance(self._codec, PredictedCodec) or not isinstance(key_codec, GaugedCodec):
+            return self.encode_decode(x)
+        decoded = self._codec.encode_decode_with(self._plain(x), key_codec._plain(keys), key_codec._codec)
+        return decoded @ self._forward.to(x.device).mT
+
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float() @ self._inverse.to(x.device).mT
 
 
 class GaugedSource:

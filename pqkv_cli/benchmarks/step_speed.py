@@ -28,6 +28,7 @@ from pqkv_kernels.dispatch import encode_pages
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.rotary import Angles
 from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.prediction import left_over
 
 
 def cache_bytes(cache: Any) -> int:
@@ -259,8 +260,8 @@ def time_prefill(attached: Attached, keys: CodecTables, values: CodecTables, num
         return wall_ms(lambda: model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1), device)
 
     def encode() -> None:
-        encode_pages(attached.backend.name, states, keys, angles)
-        encode_pages(attached.backend.name, states, values)
+        pages = encode_pages(attached.backend.name, states, keys, angles)
+        encode_pages(attached.backend.name, left_over(states, pages, keys, values), values)
 
     try:
         for repeat in range(min(repeats, MOST_REPEATS) + 1):  # the first warms up

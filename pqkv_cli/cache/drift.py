@@ -13,6 +13,7 @@ from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.rotary import Angles
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.reference.encode import decode_codes
+from pqkv_kernels.reference.prediction import decode_values
 
 RATIO = 2.0
 _SAMPLED = 16  # pages between two samples
@@ -101,8 +102,8 @@ class LayerDrift:
         self,
         side: Side,
         states: torch.Tensor,
-        pages: torch.Tensor,
-        tables: CodecTables,
+        pages: Mapping[Side, torch.Tensor],
+        tables: Mapping[Side, CodecTables],
         angles: Angles | None,
         first_slot: int,
         text_start: torch.Tensor,
@@ -112,9 +113,9 @@ class LayerDrift:
         Parameters
         ----------
         states
-            What was encoded, [B, Hkv, 64 * P, D] in model space.
-        pages
-            Its codes, [B, P, Hkv, page_bytes].
+            Keys or values that were encoded, [B, Hkv, 64 * P, D] in model space.
+        pages, tables
+            The codes of keys and values, [B, P, Hkv, page_bytes], and what they stand for.
         angles
             Of all of `states`, where the codec works before rotary embedding.
         first_slot
@@ -123,12 +124,17 @@ class LayerDrift:
             First slot of each row that counts, [B]: padding and sinks are no text.
         """
         first_page = first_slot // PAGE_TOKENS
-        last_page = first_page + pages.shape[1] - 1
+        last_page = first_page + pages[side].shape[1] - 1
         if last_page // _SAMPLED == (first_page - 1) // _SAMPLED:
             return
         angles = None if angles is None else (angles[0][:, -PAGE_TOKENS:], angles[1][:, -PAGE_TOKENS:])
-        exact = to_code_space(states[:, :, -PAGE_TOKENS:], tables, angles)
+        exact = to_code_space(states[:, :, -PAGE_TOKENS:], tables[side], angles)
+        keys, values = (pages[each][:, -1:] for each in SIDES)
+        if side == "keys":
+            decoded = decode_codes(keys, tables["keys"])
+        else:
+            decoded = decode_values(keys, values, tables["keys"], tables["values"])
         slots = last_page * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=states.device)
         counted = (slots >= text_start[:, None])[:, None, :, None]
-        lost = ((exact - decode_codes(pages[:, -1:], tables)).square() * counted).sum((0, 2, 3))
+        lost = ((exact - decoded).square() * counted).sum((0, 2, 3))
         self._meter.add(self._index, side, (lost / (exact.square() * counted).sum((0, 2, 3))).mean())

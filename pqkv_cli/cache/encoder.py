@@ -11,8 +11,10 @@ import torch
 from pqkv_cli.cache.drift import LayerDrift
 from pqkv_cli.specs import SIDES, Side
 from pqkv_kernels.dispatch import BackendName, encode_pages
+from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.rotary import Angles
 from pqkv_kernels.format.tables import CodecTables
+from pqkv_kernels.reference.prediction import left_over
 
 _TOKENS = 4096  # encoded at a time; whole pages
 
@@ -44,23 +46,32 @@ class EncodeJob:
 
     def __call__(self) -> None:
         """Encode keys and values, and write their pages."""
+        keys = self._pages("keys")
+        pages: dict[Side, torch.Tensor] = {"keys": keys, "values": self._pages("values", keys)}
         for side in SIDES:
-            states, tables, angles = self.states[side], self.tables[side], self.angles[side]
-            pages = self._pages(side)
             if self.drift is not None:
-                self.drift.observe(side, states, pages, tables, angles, self.first_slot, self.text_start)
+                states, angles = self.states[side], self.angles[side]
+                self.drift.observe(side, states, pages, self.tables, angles, self.first_slot, self.text_start)
+            left = pages[side]
             for part in self.room[side]:
-                part.copy_(pages[:, : part.shape[1]], non_blocking=True)
-                pages = pages[:, part.shape[1] :]
+                part.copy_(left[:, : part.shape[1]], non_blocking=True)
+                left = left[:, part.shape[1] :]
 
-    def _pages(self, side: Side) -> torch.Tensor:
-        """Encode some tokens at a time: what encoding holds beside its result stays small beside a long prompt's states."""
+    def _pages(self, side: Side, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode some tokens at a time: what encoding holds beside its result stays small beside a long prompt's states.
+
+        `keys` are the pages of the keys, where `side` is the values: what those say of values is not coded again.
+        """
         states, angles = self.states[side], self.angles[side]
         pages: list[torch.Tensor] = []
         for start in range(0, states.shape[2], _TOKENS):
             part = slice(start, start + _TOKENS)
             rotated_by = None if angles is None else (angles[0][:, part].contiguous(), angles[1][:, part].contiguous())
-            pages.append(encode_pages(self.backend, states[:, :, part], self.tables[side], rotated_by))
+            vectors = states[:, :, part]
+            if keys is not None:
+                said_by = keys[:, start // PAGE_TOKENS : (start + _TOKENS) // PAGE_TOKENS]
+                vectors = left_over(vectors, said_by, self.tables["keys"], self.tables["values"])
+            pages.append(encode_pages(self.backend, vectors, self.tables[side], rotated_by))
         return pages[0] if len(pages) == 1 else torch.cat(pages, dim=1)
 
 

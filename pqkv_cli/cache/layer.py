@@ -25,7 +25,7 @@ num_slots
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,8 @@ from pqkv_kernels.dispatch import BackendName, prepare_tables
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.rotary import Angles, PageAngles
 from pqkv_kernels.format.tables import CodecTables
-from pqkv_kernels.reference.encode import decode
+from pqkv_kernels.reference.encode import decode, from_code_space
+from pqkv_kernels.reference.prediction import decode_values
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -111,8 +112,8 @@ class QuantizedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         for side, states in zip(SIDES, (key_states, value_states), strict=True):
             self.tables[side] = self.tables[side].to(states.device)
-            prepare_tables(self.backend, self.tables[side])
             self.sinks[side] = self.window[side] = states.new_empty(*states.shape[:2], 0, states.shape[3])
+        prepare_tables(self.backend, self.tables["keys"], self.tables["values"])
         self.is_initialized = True
 
     @property
@@ -231,7 +232,7 @@ class QuantizedLayer(CacheLayerMixin):
         exact = snapshot.exact[side]
         if not snapshot.num_coded:
             return exact
-        pages = torch.cat(snapshot.pages[side], dim=1)
+        pages = {each: torch.cat(blocks, dim=1) for each, blocks in snapshot.pages.items()}
         coded = self._decode_pages(side, pages, 0, snapshot.num_coded, snapshot.sinks[side])
         return coded_then_exact(coded, 0, exact, snapshot.first_exact, snapshot.coded_stop)
 
@@ -274,8 +275,8 @@ class QuantizedLayer(CacheLayerMixin):
             return
         page = kept // PAGE_TOKENS
         start = page * PAGE_TOKENS
+        cut: dict[Side, torch.Tensor] = {side: self.pages[side].page(page).to(self.device) for side in SIDES}
         for side in SIDES:
-            cut = self.pages[side].page(page).to(self.device)
             coded = self._decode_pages(side, cut, start, start + PAGE_TOKENS, self.sinks[side])[:, :, : kept - start]
             if self.first_exact <= start:
                 exact = self.window[side][:, :, : kept - self.first_exact]
@@ -362,10 +363,16 @@ class QuantizedLayer(CacheLayerMixin):
         for side in SIDES:
             self.pages[side].grow(count)
 
-    def _decode_pages(self, side: Side, pages: torch.Tensor, start: int, stop: int, sinks: torch.Tensor) -> torch.Tensor:
-        """Return what `pages` of the slots ``start:stop`` stand for, [B, Hkv, T, D] in the cache's dtype; `sinks` are exact."""
-        decoded = decode(pages, self.tables[side], self._angles(side, start, stop)).to(self.dtype)
-        return with_sinks(decoded, start, self.slots.starts(), sinks)
+    def _decode_pages(
+        self, side: Side, pages: Mapping[Side, torch.Tensor], start: int, stop: int, sinks: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what the slots ``start:stop`` of `pages` stand for, [B, Hkv, T, D] in the cache's dtype; `sinks` are exact."""
+        keys, values = self.tables["keys"], self.tables["values"]
+        if side == "keys":
+            decoded = decode(pages["keys"], keys, self._angles(side, start, stop))
+        else:
+            decoded = from_code_space(decode_values(pages["keys"], pages["values"], keys, values), values)
+        return with_sinks(decoded.to(self.dtype), start, self.slots.starts(), sinks)
 
     def _angles(self, side: Side, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return ``(cos, sin)`` of the slots ``start:stop`` where the codec of `side` works before rotary embedding."""

@@ -15,7 +15,7 @@ from pqkv_cli.cache.checks import check_gradients
 from pqkv_cli.cache.positions import SlotPositions
 from pqkv_cli.hf.cache_layers import CacheLayerMixin
 from pqkv_cli.models.rotary import AngleSource
-from pqkv_cli.quantizers.codec import VectorCodec
+from pqkv_cli.quantizers.codec import PredictedCodec, VectorCodec
 from pqkv_cli.specs import Side
 from pqkv_kernels.format.rotary import rotate, unrotate
 
@@ -57,19 +57,28 @@ class SimulatedLayer(DynamicLayer):
             If gradients are asked for that the codecs do not pass on.
         """
         start = self.get_seq_length()
-        keys = self._quantized_keys(key_states, start)
-        values = self.codecs["values"].encode_decode(value_states).to(value_states.dtype)
+        keys, plain = self._quantized_keys(key_states, start)
+        values = self._quantized_values(value_states, plain)
         pairs = ((key_states, keys), (value_states, values))
         check_gradients(*(given for given, decoded in pairs if not decoded.requires_grad))
         joined: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values)
         return joined
 
-    def _quantized_keys(self, keys: torch.Tensor, start: int) -> torch.Tensor:
+    def _quantized_values(self, values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Return decoded values; `keys` are the decoded ones, as they are coded."""
+        codec = self.codecs["values"]
+        if isinstance(codec, PredictedCodec):
+            return codec.encode_decode_with(values, keys, self.codecs["keys"]).to(values.dtype)
+        return codec.encode_decode(values).to(values.dtype)
+
+    def _quantized_keys(self, keys: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return decoded keys after and before rotary embedding; both alike where they are coded after it."""
         codec = self.codecs["keys"]
         if codec.rotary is None:
-            return codec.encode_decode(keys).to(keys.dtype)
+            decoded = codec.encode_decode(keys)
+            return decoded.to(keys.dtype), decoded
         angles = self.slots.angles(self.angle_source, start, start + keys.shape[2])
         assert angles is not None  # a codec before rotary embedding comes with an angle source
         cos, sin = angles[0][:, None], angles[1][:, None]
-        plain = unrotate(keys.float(), cos, sin, codec.rotary)
-        return rotate(codec.encode_decode(plain), cos, sin, codec.rotary).to(keys.dtype)
+        plain = codec.encode_decode(unrotate(keys.float(), cos, sin, codec.rotary))
+        return rotate(plain, cos, sin, codec.rotary).to(keys.dtype), plain

@@ -224,7 +224,7 @@ class Allocation:
                 codec_name(self._geometry, index, side, rate, self._spaces.get(index, "pre_rope")),
                 rate,
                 self._geometry.layers[index].num_kv_heads * spec.layout.page_bytes,
-                self._geometry.layers[index].num_kv_heads * spec.layout.table_numbers * TABLE_NUMBER_BYTES,
+                self._geometry.layers[index].num_kv_heads * _table_numbers(spec) * TABLE_NUMBER_BYTES,
                 slope * trial.error(side, spec),
             )
             for rate, spec in self._menus[index, side].items()
@@ -309,6 +309,10 @@ def _slopes(errors: Mapping[LayerSide, float], losses: Mapping[LayerSide, float]
 def _few_entries(specs: Mapping[float, CodecSpec], most: int) -> dict[float, CodecSpec]:
     """Return those of `specs` no table of which has more than `most` entries."""
     return {rate: spec for rate, spec in specs.items() if _entries(spec) <= most}
+
+
+def _table_numbers(spec: CodecSpec) -> int:
+    return spec.layout.table_numbers + (spec.layout.head_dim**2 if spec.predicted else 0)
 
 
 def _entries(spec: CodecSpec) -> int:

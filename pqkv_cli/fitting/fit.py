@@ -12,12 +12,23 @@ from pqkv_cli.fitting.settings import FitSettings, Weighting
 from pqkv_cli.fitting.side_by_side import stop_point
 from pqkv_cli.quantizers.grouping import balanced_pairs
 from pqkv_cli.quantizers.maps import MapStatistics, make_map, range_factor
-from pqkv_cli.quantizers.product import Codebooks, Prototypes, fit_product, fit_prototypes, num_prototype_stages, relative_error
+from pqkv_cli.quantizers.prediction import fit_prediction
+from pqkv_cli.quantizers.product import (
+    Codebooks,
+    Prototypes,
+    fit_product,
+    fit_prototypes,
+    num_prototype_stages,
+    reconstruct,
+    relative_error,
+    stored,
+)
 from pqkv_cli.specs import CODEC_MAPS, SIDES, CodecSpec, KeySpace, LayerGeometry, Side, fitting_maps
 from pqkv_kernels.dispatch import to_code_space
 from pqkv_kernels.format.layout import CodeLayout, RotaryLayout
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.reference.merged_stages import joint_layout
+from pqkv_kernels.reference.prediction import predicted
 
 
 def weighted_by_gradients(samples: LayerSamples, side: Side) -> LayerSamples:
@@ -67,6 +78,9 @@ def stride_within(count: int, most: int) -> int:
     return -(-count // most)
 
 
+# What is left of predicted values is scaled up to unit size, but by no more than this beyond the values themselves.
+MOST_LEFT_OUT = 256
+
 # Codebooks of parts are fitted to at most so many vectors: at 4 bits per channel a quarter of them leaves a quarter more over.
 PART_VECTORS = 65536
 
@@ -84,10 +98,19 @@ class SideFit:
         Keys or values of which layer: for the seed.
     settings
         How to fit.
+    keys
+        The fitted codec of the layer's keys, where `spec` predicts values from them.
     """
 
     def __init__(
-        self, samples: LayerSamples, layer: LayerGeometry, spec: CodecSpec, side: Side, index: int, settings: FitSettings
+        self,
+        samples: LayerSamples,
+        layer: LayerGeometry,
+        spec: CodecSpec,
+        side: Side,
+        index: int,
+        settings: FitSettings,
+        keys: CodecTables | None = None,
     ) -> None:
         if settings.weighting(side) == "fisher":
             samples = weighted_by_gradients(samples, side)
@@ -100,11 +123,21 @@ class SideFit:
         rotary = layer.rotary if spec.key_space == "pre_rope" else None
         num_heads = len(self._vectors)
         self._tables = CodecTables(spec.layout, _blank(spec.layout, num_heads), rotary=rotary)
+        self._prediction: torch.Tensor | None = None  # of values in model space
+        values = self._vectors
+        if spec.predicted:
+            decoded = _decoded(samples.keys, keys)
+            self._judged_keys = decoded[:, judged]
+            self._prediction = fit_prediction(decoded[:, fitted], values, self._weights)
+            self._vectors = values - decoded[:, fitted] @ self._prediction.mT
         gram = samples.query_moment if side == "keys" else samples.output_gram
         self._statistics = MapStatistics(self._vectors, self._weights, gram, samples.pair_moment, rotary, self._seed)
         made, self._factor = make_map(spec.map, self._statistics), torch.ones(num_heads)
         if made is not None:
-            self._factor = range_factor(_coded(self._vectors, replace(self._tables, map=made)))
+            mapped = replace(self._tables, map=made)
+            # What is left of values may be next to nothing, and then what predicts them must stay inside fp16, too.
+            most = range_factor(_coded(values, mapped)) * MOST_LEFT_OUT
+            self._factor = torch.minimum(range_factor(_coded(self._vectors, mapped)), most)
             scaled = made * self._factor.view(-1, *[1] * (made.ndim - 1))
             self._tables = replace(self._tables, map=scaled, inverse=None)
         self._prototypes: dict[tuple[int, ...], tuple[Prototypes, torch.Tensor | None]] = {}
@@ -128,7 +161,15 @@ class SideFit:
         stride = stride_within(self._vectors.shape[1], part_vectors)
         points, weights = _coded(self._vectors[:, ::stride], tables), None if weights is None else weights[:, ::stride]
         codebooks = fit_product(points, layout, given=given, weights=weights, iterations=iterations, seed=self._seed)
-        return replace(tables, codebooks=codebooks), relative_error(_coded(self._judged, tables), layout, codebooks)
+        tables = replace(tables, codebooks=codebooks, prediction=self._coded_prediction(tables))
+        known = None if tables.prediction is None else predicted(self._judged_keys[None], tables)[0]
+        return tables, relative_error(_coded(self._judged, tables), layout, codebooks, known=known)
+
+    def _coded_prediction(self, tables: CodecTables) -> torch.Tensor | None:
+        """Return `CodecTables.prediction` of values under the map of `tables`."""
+        if self._prediction is None:
+            return None
+        return stored(_coded(self._prediction.mT, tables).mT)
 
     def _fit_prototypes(self, layout: CodeLayout) -> tuple[Prototypes, torch.Tensor | None]:
         # To all vectors, in a trial too: of few, a thousand prototypes would leave more over than they will in the end.
@@ -176,7 +217,13 @@ class SideFit:
 
 
 def fit_side(
-    samples: LayerSamples, layer: LayerGeometry, spec: CodecSpec, side: Side, index: int, settings: FitSettings
+    samples: LayerSamples,
+    layer: LayerGeometry,
+    spec: CodecSpec,
+    side: Side,
+    index: int,
+    settings: FitSettings,
+    keys: CodecTables | None = None,
 ) -> tuple[CodecTables, torch.Tensor]:
     """Fit the codec of one side of layer `index`; return its tables and its relative error [Hkv] on vectors not fitted.
 
@@ -185,7 +232,7 @@ def fit_side(
     DataError
         If the samples are degenerate or fewer than centroids.
     """
-    return SideFit(samples, layer, spec, side, index, settings).fit(spec.layout, settings.iterations)
+    return SideFit(samples, layer, spec, side, index, settings, keys).fit(spec.layout, settings.iterations)
 
 
 def sample_weights(mass: torch.Tensor, weighting: Weighting, damping: float) -> torch.Tensor | None:
@@ -200,6 +247,13 @@ def sample_weights(mass: torch.Tensor, weighting: Weighting, damping: float) -> 
 def _coded(vectors: torch.Tensor, tables: CodecTables) -> torch.Tensor:
     # Sampled keys are those before rotary embedding already.
     return to_code_space(vectors[None], tables, rotated=False)[0]
+
+
+def _decoded(keys: torch.Tensor, tables: CodecTables | None) -> torch.Tensor:
+    """Return sampled `keys` [Hkv, N, D] as they are decoded, in code space."""
+    if tables is None:
+        raise UsageError("values are predicted from keys that have no codec; expected the fitted tables of the layer's keys")
+    return reconstruct(_coded(keys.float(), tables), tables.layout, tables.codebooks)
 
 
 def _blank(layout: CodeLayout, num_heads: int) -> Codebooks:
@@ -277,7 +331,7 @@ def fit_layer(
     for side in SIDES:
         _check_spec(specs[side], layer, samples.key_space, index, side)
         with checked_side(samples, index, side):
-            tables[side], error = fit_side(samples, layer, specs[side], side, index, settings)
+            tables[side], error = fit_side(samples, layer, specs[side], side, index, settings, tables.get("keys"))
         errors[side] = tuple(error.tolist())
     return FittedLayer(tables, errors)
 

@@ -14,7 +14,7 @@ import torch
 from pqkv_cli.calibration.fisher import HeldSteps, fisher_directions, frozen, layer_gradients, plain_keys
 from pqkv_cli.hf.taps import AttentionStep, tap
 from pqkv_cli.models.geometry import geometry
-from pqkv_cli.quantizers.codec import ProductCodec
+from pqkv_cli.quantizers.codec import ProductCodec, known_of_values
 from pqkv_cli.specs import ModelGeometry, Side
 from pqkv_kernels.format.tables import CodecTables
 
@@ -43,7 +43,7 @@ def gradient_costs(
     windows
         [N, T] int64 token ids.
     tables
-        The codec of one side of a layer; keys in either space.
+        The codec of one side of a layer; keys in either space. Where values are predicted, that of the layer's keys as well.
     on_progress
         Called with (windows done, N).
     draws
@@ -60,7 +60,7 @@ def gradient_costs(
         observer = HeldSteps(index for index, _ in tables)
         with frozen(model), torch.enable_grad(), tap(model, observer, differentiable=True):
             logits = model(input_ids=window[None], use_cache=False).logits
-        errors = {each: _error(shape, observer.steps, each, codec) for each, codec in tables.items()}
+        errors = {each: _error(shape, observer.steps, each, tables) for each in tables}
         for direction in fisher_directions(logits, [number], draws, seed=0):
             for index, (keys, values) in layer_gradients(shape, observer.steps, logits, direction):
                 for layer_side, gradient in (((index, "keys"), keys), ((index, "values"), values)):
@@ -73,17 +73,27 @@ def gradient_costs(
 
 @torch.no_grad()
 def _error(
-    shape: ModelGeometry, steps: Mapping[int, AttentionStep], layer_side: LayerSide, tables: CodecTables
+    shape: ModelGeometry, steps: Mapping[int, AttentionStep], layer_side: LayerSide, tables: Mapping[LayerSide, CodecTables]
 ) -> torch.Tensor:
     """Return what the codec leaves over of what attention was given, [B, Hkv, T, D] fp32, keys before rotary embedding."""
     index, side = layer_side
-    step, codec = steps[index], ProductCodec(tables)
+    step, codec = steps[index], ProductCodec(tables[layer_side])
     if side == "values":
-        values = step.values.detach().float()
-        return codec.encode_decode(values) - values
-    keys = step.keys.detach().float()
-    if codec.rotary is not None:
-        keys = plain_keys(shape, index, step, keys)
-    error = codec.encode_decode(keys) - keys
+        values, known = step.values.detach().float(), None
+        if codec.tables.prediction is not None:
+            keys, decoded = _coded_keys(shape, index, step, tables[index, "keys"])
+            known = known_of_values(decoded, tables[index, "keys"], codec.tables)
+        return codec.encode_decode(values, known) - values
+    keys, decoded = _coded_keys(shape, index, step, codec.tables)
     # Coded in the space of the cache, errors turn back like vectors.
-    return error if codec.rotary is not None else plain_keys(shape, index, step, error)
+    return decoded - keys if codec.rotary is not None else plain_keys(shape, index, step, decoded - keys)
+
+
+def _coded_keys(
+    shape: ModelGeometry, index: int, step: AttentionStep, tables: CodecTables
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys in the space in which `tables` code them, and decoded, both [B, Hkv, T, D] fp32."""
+    keys = step.keys.detach().float()
+    if tables.rotary is not None:
+        keys = plain_keys(shape, index, step, keys)
+    return keys, ProductCodec(tables).encode_decode(keys)

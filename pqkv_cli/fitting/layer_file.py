@@ -115,6 +115,8 @@ def _tensors(fitted: FittedLayer) -> dict[str, torch.Tensor]:
             tensors[f"{side}.map"] = tables.map.contiguous()
         if tables.permutation is not None:
             tensors[f"{side}.permutation"] = tables.permutation.contiguous()
+        if tables.prediction is not None:
+            tensors[f"{side}.prediction"] = tables.prediction.contiguous()
     return tensors
 
 
@@ -128,4 +130,5 @@ def _tables(side: Side, spec: CodecSpec, tensors: Mapping[str, torch.Tensor], ro
         tensors.get(f"{side}.map"),
         tensors.get(f"{side}.permutation"),
         None if rotary is None else RotaryLayout(**rotary),
+        prediction=tensors[f"{side}.prediction"] if spec.predicted else None,
     )

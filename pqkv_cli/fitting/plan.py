@@ -101,7 +101,8 @@ def side_spec(layer: LayerGeometry, side: Side, bits: float, style: CodeStyle, s
     """
     coded_in = _key_space(layer, side, space)
     layout = key_layout if coded_in == "pre_rope" else rate_layout
-    return CodecSpec(layout(bits, layer.head_dim, style), _map(layer, side, style, coded_in), coded_in)
+    predicted = side == "values" and style.predict_values
+    return CodecSpec(layout(bits, layer.head_dim, style), _map(layer, side, style, coded_in), coded_in, predicted)
 
 
 def rated_specs(layer: LayerGeometry, side: Side, style: CodeStyle, space: KeySpace = "pre_rope") -> Mapping[float, CodecSpec]:

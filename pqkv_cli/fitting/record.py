@@ -43,6 +43,14 @@ class FitRecord:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
+def codec_facts(spec: CodecSpec) -> dict[str, Any]:
+    """Return what a codec is, for hashes: of a codec that predicts nothing, what was said of it before there were others."""
+    facts = asdict(spec)
+    if not spec.predicted:
+        del facts["predicted"]
+    return facts
+
+
 def digest(document: object) -> str:
     """Return the sha256 of a JSON document in canonical form."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -124,4 +132,5 @@ def _check_names(record: FitRecord) -> None:
 def _codec(document: Mapping[str, Any]) -> CodecSpec:
     stages = document["layout"]["stages"]
     layout = CodeLayout(tuple(tuple(CodeGroup(**group) for group in stage) for stage in stages))
-    return CodecSpec(layout, document["map"], document["key_space"])
+    # Records from before values were predicted do not say so.
+    return CodecSpec(layout, document["map"], document["key_space"], bool(document.get("predicted", False)))

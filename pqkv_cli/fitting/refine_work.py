@@ -14,10 +14,11 @@ import torch
 
 from pqkv_cli.errors import DataError
 from pqkv_cli.hf.names import cache_argument
+from pqkv_cli.quantizers.codec import ProductCodec, check_known
 from pqkv_cli.quantizers.product import stored
 from pqkv_cli.runtime.attach import Simulation
 from pqkv_kernels.dispatch import quantize, to_code_space
-from pqkv_kernels.format.layout import CodeGroup, RotaryLayout
+from pqkv_kernels.format.layout import CodeGroup
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.reference.encode import dequantize, from_code_space
 
@@ -43,7 +44,7 @@ class Trace:
     shift: torch.Tensor
 
 
-class WatchedCodec:
+class WatchedCodec(ProductCodec):
     """Product quantization by `tables`, which may be replaced.
 
     In the mode ``exact`` it leaves vectors as they are and keeps them, in code space, as `exact`; in the mode ``traced`` it
@@ -51,7 +52,7 @@ class WatchedCodec:
     """
 
     def __init__(self, tables: CodecTables) -> None:
-        self.tables = tables
+        super().__init__(tables)
         self.mode: Mode = "coded"
         self.exact: torch.Tensor | None = None
         self.trace: Trace | None = None
@@ -67,17 +68,7 @@ class WatchedCodec:
         error, energy = self._squares
         return tuple(torch.where(energy > 0, error / energy.clamp(min=torch.finfo(torch.float64).tiny), 0.0).tolist())
 
-    @property
-    def rotary(self) -> RotaryLayout | None:
-        """Rotary layout of keys coded before rotary embedding, else None."""
-        return self.tables.rotary
-
-    @property
-    def bits_per_channel(self) -> float:
-        """Bits of code per channel."""
-        return self.tables.layout.bits_per_channel
-
-    def encode_decode(self, x: torch.Tensor) -> torch.Tensor:
+    def encode_decode(self, x: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
         """Return the decoded codes of `x` [B, Hkv, T, D], fp32, or in the mode ``exact`` `x` itself."""
         self.tables = self.tables.to(x.device)
         layout, codebooks = self.tables.layout, self.tables.codebooks
@@ -85,8 +76,12 @@ class WatchedCodec:
         if self.mode == "exact":
             self.exact = coded.detach()
             return x.float()
-        codes = quantize(coded.detach(), layout, codebooks)
-        decoded = dequantize(codes, layout, codebooks)
+        if known is None:
+            check_known(self.tables)
+            known = torch.zeros_like(coded)
+        known = known.detach()
+        codes = quantize(coded.detach() - known, layout, codebooks)
+        decoded = known + dequantize(codes, layout, codebooks)
         squares = torch.stack(((coded.detach() - decoded).square(), coded.detach().square()))
         self._squares += squares.sum(dim=(1, 3, 4), dtype=torch.float64).cpu()
         if self.mode == "traced":

@@ -14,7 +14,7 @@ from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import FittedLayer, fit_layer
 from pqkv_cli.fitting.layer_file import LayerStamp, layer_path, load_layer, make_directory, save_layer, tensors_sha256
-from pqkv_cli.fitting.record import RECORD_NAME, FitRecord, digest, load_record
+from pqkv_cli.fitting.record import RECORD_NAME, FitRecord, codec_facts, digest, load_record
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.fitting.side_by_side import side_by_side
 from pqkv_cli.specs import SIDES, CodecSpec, CompressionPlan, LayerGeometry, ModelGeometry, Side
@@ -155,7 +155,7 @@ def _layer(
     """Return layer `index` from its file if that answers the same request, else fit and write it."""
     specs, layer, path = layer_specs(plan, index), geometry.layers[index], layer_path(directory, index)
     samples = store.layer(index) if specs else None
-    request = layer_request(index, layer, {side: asdict(spec) for side, spec in specs.items()}, settings, samples)
+    request = layer_request(index, layer, {side: codec_facts(spec) for side, spec in specs.items()}, settings, samples)
     with contextlib.suppress(RunError):  # missing or damaged: fitted below
         fitted, stamp = load_layer(path, specs)
         if stamp.request_sha256 == request:

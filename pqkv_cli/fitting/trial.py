@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from pqkv_cli.errors import RunError
 from pqkv_cli.files import write_text
 from pqkv_cli.fitting.fit import FittedLayer, SideFit, checked_side, num_fitted
 from pqkv_cli.fitting.layer_file import load_layer, save_layer
-from pqkv_cli.fitting.record import digest, read_document
+from pqkv_cli.fitting.record import codec_facts, digest, read_document
 from pqkv_cli.fitting.settings import FitSettings
 from pqkv_cli.specs import SIDES, CodecSpec, LayerGeometry, Side
 from pqkv_kernels.format.tables import CodecTables
@@ -35,8 +35,9 @@ class Trial:
     Attributes
     ----------
     errors
-        By side and digest of a codec's spec: the relative error in code space, mean over KV heads, on vectors not fitted. Those
-        of other budgets stay, so that a budget fits only what none before it has tried.
+        By side and digest of a codec's spec: the relative error in code space, mean over KV heads, on vectors not fitted; of
+        predicted values with that of the keys that they were predicted from. Those of other budgets stay, so that a budget fits
+        only what none before it has tried.
     tables
         By side: the spec and the tables of the codec whose cost is measured.
     """
@@ -46,14 +47,19 @@ class Trial:
 
     def error(self, side: Side, spec: CodecSpec) -> float:
         """Return the relative error of a codec that was tried."""
-        return self.errors[side][_name(spec)]
+        return self.errors[side][_name(spec, self._keys)]
+
+    @property
+    def _keys(self) -> CodecSpec | None:
+        """What values are predicted from, once it is known."""
+        return self.tables["keys"][0] if "keys" in self.tables else None
 
     def answers(self, menus: Mapping[Side, Menu], bits: float) -> bool:
         """Return whether all of `menus` was tried, and the tables are those at the `base_rate` for `bits`."""
         return all(
             side in self.tables
-            and self.errors[side].keys() >= {_name(spec) for spec in menu.values()}
-            and self.tables[side][0] == base_spec(menu, self.errors[side], bits)
+            and self.errors[side].keys() >= {_name(spec, self._keys) for spec in menu.values()}
+            and self.tables[side][0] == base_spec(menu, self.errors[side], bits, self._keys)
             for side, menu in menus.items()
         )
 
@@ -73,7 +79,8 @@ def try_layer(
 ) -> Trial:
     """Fit a layer shortly at every rate of `menus` that `known` has not; keep the codecs at the `base_rate` for `bits`.
 
-    What a rate gives depends on no other rate: the answer is the same however much of it was known.
+    What a rate gives depends on no other rate of its side: the answer is the same however much of it was known. Predicted
+    values are tried with the keys at their base rate.
 
     Raises
     ------
@@ -84,22 +91,32 @@ def try_layer(
     errors: dict[Side, Mapping[str, float]] = {}
     tables: dict[Side, tuple[CodecSpec, CodecTables]] = {}
     for side, menu in menus.items():
+        fitted = _known_tables(known, side, tables)
         with checked_side(samples, index, side):
-            fit = SideFit(samples, layer, next(iter(menu.values())), side, index, short)
-            fitted, side_errors = dict([known.tables[side]] if side in known.tables else []), dict(known.errors[side])
-            for spec in (s for s in menu.values() if _name(s) not in side_errors):
+            keys, key_tables = tables.get("keys", (None, None))
+            fit = SideFit(samples, layer, next(iter(menu.values())), side, index, short, key_tables)
+            side_errors = dict(known.errors[side])
+            for spec in (s for s in menu.values() if _name(s, keys) not in side_errors):
                 fitted[spec], error = fit.fit(spec.layout, short.iterations, TRIAL_VECTORS)
-                side_errors[_name(spec)] = float(error.mean())
-            base = base_spec(menu, side_errors, bits)
+                side_errors[_name(spec, keys)] = float(error.mean())
+            base = base_spec(menu, side_errors, bits, keys)
             if base not in fitted:
                 fitted[base], _ = fit.fit(base.layout, short.iterations, TRIAL_VECTORS)
         errors[side], tables[side] = side_errors, (base, fitted[base])
     return Trial(errors, tables)
 
 
-def base_spec(menu: Menu, errors: Mapping[str, float], bits: float) -> CodecSpec:
-    """Return the codec of `menu` at the `base_rate` for `bits`, from errors by digest."""
-    return menu[base_rate({rate: errors[_name(spec)] for rate, spec in menu.items()}, bits)]
+def _known_tables(known: Trial, side: Side, made: Mapping[Side, tuple[CodecSpec, CodecTables]]) -> dict[CodecSpec, CodecTables]:
+    """Return the tables that an earlier trial left; those of predicted values only if the keys are the same."""
+    if side not in known.tables:
+        return {}
+    spec, tables = known.tables[side]
+    return {} if spec.predicted and known.tables.get("keys", ())[:1] != made["keys"][:1] else {spec: tables}
+
+
+def base_spec(menu: Menu, errors: Mapping[str, float], bits: float, keys: CodecSpec | None = None) -> CodecSpec:
+    """Return the codec of `menu` at the `base_rate` for `bits`, from errors by digest; `keys` as `Trial.errors` tells."""
+    return menu[base_rate({rate: errors[_name(spec, keys)] for rate, spec in menu.items()}, bits)]
 
 
 def shortened(settings: FitSettings) -> FitSettings:
@@ -151,8 +168,10 @@ def load_trial(directory: Path, index: int, menus: Mapping[Side, Menu], request_
     return trial
 
 
-def _name(spec: CodecSpec) -> str:
-    return digest(asdict(spec))
+def _name(spec: CodecSpec, keys: CodecSpec | None = None) -> str:
+    if spec.predicted and keys is not None:
+        return digest([codec_facts(spec), codec_facts(keys)])
+    return digest(codec_facts(spec))
 
 
 def _tables_path(directory: Path, index: int) -> Path:

@@ -76,7 +76,11 @@ def reconstruct(points: torch.Tensor, layout: CodeLayout, codebooks: Codebooks) 
 
 
 def relative_error(
-    points: torch.Tensor, layout: CodeLayout, codebooks: Codebooks, weights: torch.Tensor | None = None
+    points: torch.Tensor,
+    layout: CodeLayout,
+    codebooks: Codebooks,
+    weights: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weighted ``sum ||x - x'||^2 / sum ||x||^2`` of each head, [Hkv] fp32; 0 where all points are zero.
 
@@ -88,9 +92,12 @@ def relative_error(
         The codec.
     weights
         [Hkv, N] or None.
+    known
+        What is known of the points and not coded, [Hkv, N, D], or None.
     """
     points = points.float()
-    error = (points - reconstruct(points, layout, codebooks)).square().sum(-1, dtype=torch.float64)
+    coded = points if known is None else points - known
+    error = (coded - reconstruct(coded, layout, codebooks)).square().sum(-1, dtype=torch.float64)
     energy = points.square().sum(-1, dtype=torch.float64)
     if weights is not None:
         error, energy = error * weights, energy * weights

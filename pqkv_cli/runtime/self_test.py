@@ -24,7 +24,8 @@ from pqkv_kernels.dispatch import BackendName
 from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.reference.check_codes import wrong_vectors
-from pqkv_kernels.reference.encode import decode, to_code_space
+from pqkv_kernels.reference.encode import decode, from_code_space, to_code_space
+from pqkv_kernels.reference.prediction import decode_values, left_over
 
 TOLERANCE = 0.02  # of the answer's root mean square; kernels may round to half precision
 _FIRST_POSITION = 1000
@@ -53,7 +54,7 @@ def self_test(
     for layer_tables, source in zip(tables, angle_sources, strict=True):
         if layer_tables is None:
             continue
-        formats = tuple((layer_tables[side].layout, layer_tables[side].rotary) for side in SIDES)
+        formats = tuple((t.layout, t.rotary, t.prediction is None) for t in (layer_tables[side] for side in SIDES))
         if formats not in tested and len(tested) < _MOST_FORMATS:
             tested.add(formats)
             _test_layer({side: _some_heads(layer_tables[side]) for side in SIDES}, source, device, backend)
@@ -67,7 +68,8 @@ def _test_layer(
     heads, dim = tables["keys"].num_heads, tables["keys"].layout.head_dim
     positions = torch.arange(_FIRST_POSITION, _FIRST_POSITION + PAGE_TOKENS + 1)[None]
     coded = positions[:, :PAGE_TOKENS]
-    known = {side: _reference(_random_pages(tables[side], generator), tables[side], source, coded) for side in SIDES}
+    drawn: dict[Side, torch.Tensor] = {side: _random_pages(tables[side], generator) for side in SIDES}
+    known = {side: _reference(side, drawn, tables, source, coded) for side in SIDES}
     scale = {side: _size(known[side]) or 1.0 for side in SIDES}  # tables of a layer that is always zero stand for zero alone
     newest = {side: torch.randn(1, heads, 1, dim, generator=generator) * scale[side] for side in SIDES}
     query = torch.randn(1, heads, 1, dim, generator=generator) / scale["keys"]
@@ -77,10 +79,10 @@ def _test_layer(
         layer.slots.begin(start, positions[:, start : start + states["keys"].shape[2]].to(device), None)
         keys, values = layer.update(states["keys"].to(device), states["values"].to(device))
     found, _ = pqkv_attention(torch.nn.Module(), query.to(device), keys, values, None, scaling=dim**-0.5)
-    pages = {side: torch.cat(layer.pages[side].views(), dim=1).cpu() for side in SIDES}
-    encoded = {side: _reference(pages[side], tables[side], source, coded) for side in SIDES}
+    pages: dict[Side, torch.Tensor] = {side: torch.cat(layer.pages[side].views(), dim=1).cpu() for side in SIDES}
+    encoded = {side: _reference(side, pages, tables, source, coded) for side in SIDES}
     for side in SIDES:
-        _compare_codes(side, known[side], pages[side], tables[side].to(torch.device("cpu")), source, coded)
+        _compare_codes(side, known[side], pages, tables, source, coded)
     _compare("attention over codes", found[0, 0].cpu(), _answer(query, encoded, newest), TOLERANCE)
 
 
@@ -101,10 +103,18 @@ def _random_pages(tables: CodecTables, generator: torch.Generator) -> torch.Tens
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def _reference(pages: torch.Tensor, tables: CodecTables, source: AngleSource | None, positions: torch.Tensor) -> torch.Tensor:
-    """Return the vectors [1, Hkv, 64, D] fp32 that `pages` stand for, decoded on the CPU."""
-    angles = source(positions) if source is not None and tables.rotary is not None else None
-    return decode(pages, tables.to(torch.device("cpu")), angles)
+def _reference(
+    side: Side,
+    pages: Mapping[Side, torch.Tensor],
+    tables: Mapping[Side, CodecTables],
+    source: AngleSource | None,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Return the keys or values [1, Hkv, 64, D] fp32 that `pages` stand for, decoded on the CPU."""
+    keys, values = (tables[each].to(torch.device("cpu")) for each in SIDES)
+    if side == "values":
+        return from_code_space(decode_values(pages["keys"], pages["values"], keys, values), values)
+    return decode(pages["keys"], keys, source(positions) if source is not None and keys.rotary is not None else None)
 
 
 def _answer(query: torch.Tensor, known: dict[Side, torch.Tensor], newest: dict[Side, torch.Tensor]) -> torch.Tensor:
@@ -121,14 +131,18 @@ def _size(x: torch.Tensor) -> float:
 def _compare_codes(
     side: Side,
     states: torch.Tensor,
-    pages: torch.Tensor,
-    tables: CodecTables,
+    pages: Mapping[Side, torch.Tensor],
+    tables: Mapping[Side, CodecTables],
     source: AngleSource | None,
     positions: torch.Tensor,
 ) -> None:
     """Compare the codes of `states` [1, Hkv, 64, D] in `pages` with those that the reference stores."""
-    angles = source(positions) if source is not None and tables.rotary is not None else None
-    wrong = wrong_vectors(to_code_space(states, tables, angles), pages, tables)
+    keys, values = (tables[each].to(torch.device("cpu")) for each in SIDES)
+    if side == "values":
+        states = left_over(states, pages["keys"], keys, values)
+    own = keys if side == "keys" else values
+    angles = source(positions) if source is not None and own.rotary is not None else None
+    wrong = wrong_vectors(to_code_space(states, own, angles), pages[side], own)
     if bool(wrong.any()):
         raise CacheError(
             f"self-test: encoding of {side} gives {int(wrong.sum())} of {wrong.numel()} vectors other codes than the "

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,10 @@ class Bench:
                 layer.self_attn.k_proj.weight *= 6
         generator = torch.Generator().manual_seed(1)
         self.tables = [None if i == 1 else {"keys": key_tables(generator), "values": value_tables(generator)} for i in range(3)]
+        # The last layer predicts its values from its keys.
+        values = self.tables[2]["values"]
+        prediction = torch.randn(values.num_heads, 16, 16, generator=generator) / 4
+        self.tables[2]["values"] = replace(values, prediction=prediction.half())
         self.source = reference_angles(self.model)
         self.spec = spec_factory
         self._oracle = oracle_cache

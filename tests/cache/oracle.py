@@ -5,7 +5,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pqkv_cli.cache.cache import PositionedCache
 from pqkv_cli.cache.positions import SlotPositions
-from pqkv_kernels.reference.encode import round_trip
+from pqkv_kernels.reference.encode import dequantize, from_code_space, quantize, round_trip, to_code_space
 
 PAGE = 64
 
@@ -41,7 +41,17 @@ class OracleLayer(DynamicLayer):
             keys, values = (t[row : row + 1, :, text] for t in (self.keys, self.values))
             angles = None if self.source is None else self.source(self.slots.positions[row : row + 1, text].long())
             self.keys[row, :, text] = round_trip(keys, self.tables["keys"], angles)[0]
-            self.values[row, :, text] = round_trip(values, self.tables["values"])[0]
+            said = self._said(keys, angles)
+            self.values[row, :, text] = (said + round_trip(values - said, self.tables["values"]))[0]
+
+    def _said(self, keys, angles):
+        """What the codes of keys say of their values, in model space."""
+        own, values = self.tables["keys"], self.tables["values"]
+        if values.prediction is None:
+            return torch.zeros(())
+        codes = quantize(to_code_space(keys, own, angles), own.layout, own.codebooks)
+        decoded = dequantize(codes, own.layout, own.codebooks)
+        return from_code_space(torch.einsum("hde,bhte->bhtd", values.prediction.float(), decoded), values)
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)

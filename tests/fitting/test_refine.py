@@ -94,7 +94,7 @@ class Nudged(ProductCodec):
         self.nudge = nudge
 
     def encode_decode(self, x: torch.Tensor) -> torch.Tensor:
-        return super().encode_decode(x) + from_code_space(self.nudge, self._tables, rotated=False)
+        return super().encode_decode(x) + from_code_space(self.nudge, self.tables, rotated=False)
 
 
 def test_scores_say_what_an_error_changes(model: Any, directory: Path) -> None:

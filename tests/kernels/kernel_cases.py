@@ -1,6 +1,6 @@
 """Awkward cases for attention over codes: every pair of values of any two factors occurs in one of them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import combinations, product
 
 import torch
@@ -26,6 +26,7 @@ class Case:
     config: str
     num_queries: int
     dtype: torch.dtype
+    predicted: bool = False
 
     def __str__(self) -> str:
         return "-".join(str(getattr(self, field.name)).removeprefix("torch.") for field in fields(self))
@@ -42,6 +43,7 @@ FACTORS = (
     ("exact", "fast"),
     (1, 3),
     (torch.float32, torch.float16),
+    (False, True),
 )
 
 
@@ -123,6 +125,9 @@ def inputs(case: Case, heads: int = 1) -> Inputs:
     batch, num_pages = 2 if case.unequal else 1, -(-case.num_tokens // 64)
     keys = CodecTables(layout, random_codebooks(layout, heads, generator), *_maps(case.dim, heads, rotary, generator), rotary)
     values = CodecTables(layout, random_codebooks(layout, heads, generator))
+    if case.predicted:
+        prediction = torch.randn(heads, case.dim, case.dim, generator=generator) / case.dim**0.5
+        values = replace(values, prediction=prediction.half())
     pages = [
         torch.randint(0, 256, (batch, num_pages, heads, layout.page_bytes), dtype=torch.uint8, generator=generator)
         for _ in range(2)

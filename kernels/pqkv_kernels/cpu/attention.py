@@ -12,6 +12,7 @@ from pqkv_kernels.format.addresses import page_addresses, whole_blocks
 from pqkv_kernels.format.pairs import PlaneGroup, Planes, step_factors
 from pqkv_kernels.format.rotary import PageAngles
 from pqkv_kernels.format.tokens import CodedTokens, ExactTokens, Part
+from pqkv_kernels.reference.prediction import plane_prediction
 
 _JOB_SOURCE = SOURCE.with_name("attention_job.h")
 _Group, _Side, _Job = (structure(_JOB_SOURCE, name) for name in ("Group", "Side", "AttentionJob"))
@@ -120,12 +121,13 @@ def native_attention(
     num_pages = addresses[0].shape[1]
     chunk_pages = _chunk_pages(num_pages, batch * heads * blocks)
     chunks = -(-num_pages // chunk_pages)
-    out, lse = rows.new_empty(batch, heads, blocks, chunks, block, dim), rows.new_empty(batch, heads, blocks, chunks, block)
+    width = dim if tokens.values.prediction is None else 2 * dim
+    out, lse = (rows.new_empty(batch, heads, blocks, chunks, block, *size) for size in ((width,), ()))
     library = native_library()
     tables = [native_tables(planes, library) for planes in (keys, values)]
     held = {"query": rows, "spans": tokens.spans.contiguous(), "out": out, "lse": lse}
     numbers = dict(batch=batch, heads=heads, query_blocks=blocks, block=block, chunks=chunks, chunk_pages=chunk_pages)
-    numbers |= {"num_pages": num_pages, "planes": dim // 2, "num_pairs": 0, "base_row": 0}
+    numbers |= {"num_pages": num_pages, "planes": dim // 2, "width": width, "num_pairs": 0, "base_row": 0}
     if isinstance(tokens.angles, PageAngles) and keys.pairs is not None:
         held |= _rotation(keys, tokens.angles)
         base = tokens.angles.base[0]
@@ -139,7 +141,11 @@ def native_attention(
     in_shares(library.pqkv_attend, job, batch * heads * blocks * chunks, most)
     if chunks > 1:
         in_shares(library.pqkv_merge, job, batch * heads * blocks, 1)
-    return _unblocked(out, group, num_queries), _unblocked(lse, group, num_queries)
+    sums = _unblocked(out, group, num_queries)
+    if width > dim:
+        from_keys = sums[..., dim:].flatten(2, 3) @ plane_prediction(tokens.keys, tokens.values)
+        sums = sums[..., :dim] + from_keys.view(*sums.shape[:-1], dim)
+    return sums, _unblocked(lse, group, num_queries)
 
 
 def _side(tables: NativeTables, pages: torch.Tensor, page_bytes: int) -> Struct:

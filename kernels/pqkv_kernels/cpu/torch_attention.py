@@ -17,6 +17,7 @@ from pqkv_kernels.format.pairs import Planes, plane_factors, read_planes, step_f
 from pqkv_kernels.format.rotary import Angles, PageAngles, page_range
 from pqkv_kernels.format.tokens import CodedTokens, Part
 from pqkv_kernels.reference.attention import merge, softmax_parts
+from pqkv_kernels.reference.prediction import plane_prediction
 from pqkv_kernels.reference.score_tables import score_tables, table_scores
 
 TILE_ENTRIES = 1 << 17  # decoded pairs of channels at a time: 1 MiB
@@ -44,7 +45,9 @@ def plane_attention(
     reader = _Reader(keys, values, rows.flatten(2, 3).unflatten(-1, (dim // 2, 2)), tokens.angles)
     tile_pages = max(1, TILE_ENTRIES // max(batch * heads * (dim // 2) * PAGE_TOKENS, 1))
     block_pages = max(1, BLOCK_SCORES // max(batch * heads * group * num_queries * PAGE_TOKENS, 1))
-    parts = []
+    parts, prediction = [], None
+    if tokens.values.prediction is not None:
+        prediction = plane_prediction(tokens.keys, tokens.values)
     for tiles in _blocks(_tiles(key_pages, value_pages, min(tile_pages, block_pages)), block_pages):
         logits = reader.scores(tiles) * scaling
         if softcap is not None:
@@ -53,7 +56,10 @@ def plane_attention(
         outside = (slots < spans[:, :1]) | (slots >= spans[:, 1:])
         logits = logits.masked_fill(outside[:, None, None], -torch.inf)
         weights, total, lse = softmax_parts(logits)
-        output = reader.weighted(tiles, weights) / total
+        output = reader.weighted([tile.values for tile in tiles], values, weights)
+        if prediction is not None:
+            output = output + reader.weighted([tile.keys for tile in tiles], keys, weights) @ prediction
+        output = output / total
         parts.append((output.unflatten(2, (group, num_queries)), lse.unflatten(2, (group, num_queries))))
     return merge(parts) if parts else (torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf))
 
@@ -85,23 +91,20 @@ class _Reader:
         grid = torch.cat(products).view(-1, batch, heads, 2, count, PAGE_TOKENS, 2)
         return (grid[:, :, :, 0, ..., 0] + grid[:, :, :, 1, ..., 1]).permute(1, 2, 3, 0, 4).flatten(3)
 
-    def weighted(self, tiles: list[_Tile], weights: torch.Tensor) -> torch.Tensor:
-        """Return the sum [B, Hkv, N, D] of the values of `tiles` with `weights` [B, Hkv, N, T]."""
+    def weighted(self, tiles: list[torch.Tensor], planes: Planes, weights: torch.Tensor) -> torch.Tensor:
+        """Return the sum [B, Hkv, N, D] of what the pages of `tiles` hold, unrotated, with `weights` [B, Hkv, N, T]."""
         batch, heads, count, _ = weights.shape
         if not self._few:
-            shares = weights.split([(tile.stop - tile.start) * PAGE_TOKENS for tile in tiles], dim=-1)
-            total = sum(share @ self._dense_values(tile) for share, tile in zip(shares, tiles, strict=True))
+            shares = weights.split([tile.shape[1] * PAGE_TOKENS for tile in tiles], dim=-1)
+            total = sum(share @ self._dense(tile, planes) for share, tile in zip(shares, tiles, strict=True))
             assert isinstance(total, torch.Tensor)  # a block has at least one tile
             return total
         # Both components lie side by side: weights for the first are zero at the second and the other way round.
         pages = weights.unflatten(-1, (-1, PAGE_TOKENS)).permute(3, 0, 1, 2, 4)
         left = weights.new_zeros(*pages.shape[:3], 2, *pages.shape[3:], 2)
         left[:, :, :, 0, ..., 0] = left[:, :, :, 1, ..., 1] = pages
-        parts = left.view(-1, 2 * count, 2 * PAGE_TOKENS).split([(t.stop - t.start) * batch * heads for t in tiles])
-        sums = [
-            torch.bmm(part, _matrices(self._read(tile.values, self._values)).mT)
-            for part, tile in zip(parts, tiles, strict=True)
-        ]
+        parts = left.view(-1, 2 * count, 2 * PAGE_TOKENS).split([tile.shape[1] * batch * heads for tile in tiles])
+        sums = [torch.bmm(part, _matrices(self._read(tile, planes)).mT) for part, tile in zip(parts, tiles, strict=True)]
         return torch.cat(sums).view(len(pages), batch, heads, 2, count, -1).sum(0).permute(0, 1, 3, 4, 2).flatten(3)
 
     def _page_queries(self, start: int, stop: int) -> torch.Tensor:
@@ -131,9 +134,9 @@ class _Reader:
             decoded *= self._base[tile.start : tile.stop, ..., None]
         return torch.view_as_real(decoded).permute(1, 2, 3, 5, 0, 4).flatten(4).flatten(2, 3)
 
-    def _dense_values(self, tile: _Tile) -> torch.Tensor:
-        """Return values [B, Hkv, T, D] in code space."""
-        decoded = torch.view_as_real(self._read(tile.values, self._values))
+    def _dense(self, pages: torch.Tensor, planes: Planes) -> torch.Tensor:
+        """Return what `pages` hold, unrotated, [B, Hkv, T, D]."""
+        decoded = torch.view_as_real(self._read(pages, planes))
         return decoded.permute(1, 2, 0, 4, 3, 5).flatten(4).flatten(2, 3)
 
     def _read(self, pages: torch.Tensor, planes: Planes) -> torch.Tensor:

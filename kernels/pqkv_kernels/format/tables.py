@@ -33,6 +33,9 @@ class CodecTables:
         Set where keys are coded before rotary embedding; None codes what the cache is given.
     inverse
         Inverse of a `map` of matrices or blocks, of its shape, fp32; derived in fp64 when not given.
+    prediction
+        None, or of values what keys say of them, [Hkv, D, D], any float dtype: the codes stand for what is left of a value when
+        ``prediction[h] @ k`` is taken off it, both in their code spaces and `k` the key of the same token and head as decoded.
     derived
         What readers of the codes have worked out of these tables and keep with them; never part of an artifact.
 
@@ -48,6 +51,7 @@ class CodecTables:
     permutation: torch.Tensor | None = None
     rotary: RotaryLayout | None = None
     inverse: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
     derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +70,11 @@ class CodecTables:
             raise KernelError(
                 "keys coded before rotary embedding need rotary_dim <= head_dim and a scale or blocks, not a matrix"
             )
+        if self.prediction is not None and (self.rotary is not None or tuple(self.prediction.shape) != (num_heads, dim, dim)):
+            raise KernelError(
+                f"prediction has shape {list(self.prediction.shape)}{' for keys' if self.rotary is not None else ''}; expected "
+                f"[{num_heads}, {dim}, {dim}] for values"
+            )
         if self.inverse is None and self.map is not None and self.map.ndim > 2:
             object.__setattr__(self, "inverse", torch.linalg.inv(self.map.double()).float())
 
@@ -83,7 +92,7 @@ class CodecTables:
     def table_bytes(self) -> int:
         """Bytes of codebooks and transforms, as stored in an artifact."""
         tensors = [t for stage in self.codebooks for t in stage]
-        tensors += [t for t in (self.map, self.permutation) if t is not None]
+        tensors += [t for t in (self.map, self.permutation, self.prediction) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def inverse_permutation(self) -> torch.Tensor:
@@ -116,6 +125,7 @@ class CodecTables:
             None if self.permutation is None else self.permutation.to(device),
             self.rotary,
             None if self.inverse is None else self.inverse.to(device),
+            None if self.prediction is None else self.prediction.to(device),
         )
 
 

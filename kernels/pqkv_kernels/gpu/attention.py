@@ -13,6 +13,7 @@ from pqkv_kernels.gpu.attention_kernels import merge_kernel, split_kernel
 from pqkv_kernels.gpu.config import DecodeConfig, config_of, split_grid
 from pqkv_kernels.gpu.tables import CHUNK_PLANES, DeviceTables, device_tables, step_factors
 from pqkv_kernels.gpu.version import dot_width, launch_options, least_columns
+from pqkv_kernels.reference.prediction import plane_prediction
 from pqkv_kernels.reference.score_tables import score_rows, score_tables
 
 _MAX_QUERIES = 64  # queries per program: more would not fit into registers beside a decoded page
@@ -38,7 +39,9 @@ def triton_attention(
     config = config or config_of(tokens.keys)
     keys, values = (device_tables(tables, config.tables) for tables in (tokens.keys, tokens.values))
     grid = split_grid(config, num_pages, batch * heads, _num_processors(query.device))
-    parts, part_lse = (query.new_empty(batch, heads, grid.num_splits, num_queries, *n) for n in ((2 * keys.num_planes,), ()))
+    predicted = tokens.values.prediction is not None
+    sizes = ((1 + predicted, 2 * keys.num_planes), ())
+    parts, part_lse = (query.new_empty(batch, heads, grid.num_splits, num_queries, *size) for size in sizes)
     block = query_block(num_queries)
     scored = _plane_queries(query, keys, keys.scale * scaling)
     rotation = _rotation(tokens, keys, query)
@@ -57,10 +60,16 @@ def triton_attention(
         **_sizes(batch, heads, num_queries, num_pages, softcap),
         **grid.arguments,
         BN=block,
+        PREDICTED=int(predicted),
         **_constants(config, dim, keys),
         **_launch(config, block),
     )
-    return _merged(query, parts, part_lse, values)
+    out, lse = _merged(query, parts, part_lse, values)
+    if predicted:
+        sums, _ = _merged(query, parts[..., 1:, :], part_lse, keys)
+        from_keys = sums.flatten(2, 3) @ plane_prediction(tokens.keys, tokens.values)
+        out = out + from_keys.view(out.shape)
+    return out, lse
 
 
 def _sizes(batch: int, heads: int, num_queries: int, num_pages: int, softcap: float | None) -> dict[str, Any]:
@@ -91,21 +100,23 @@ def _launch(config: DecodeConfig, block: int) -> dict[str, int]:
     return launch_options(num_warps, max_registers=config.max_registers if block <= 8 else 0)
 
 
-def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, values: DeviceTables) -> Part:
+def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, tables: DeviceTables) -> Part:
+    """Merge the first sums of `parts` [B, Hkv, S, N, 1 or 2, 2 * BP], of vectors of `tables`."""
     batch, heads, num_splits, num_queries = part_lse.shape
     out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:-1])
     merge_kernel[(batch * heads, num_queries)](
         p_part=parts,
         p_part_lse=part_lse,
-        p_scale=values.scale,
+        p_scale=tables.scale,
         p_out=out,
         p_lse=lse,
         heads=heads,
         num_queries=num_queries,
         num_splits=num_splits,
+        row=parts.stride(3),
         D2=query.shape[-1] // 2,
-        BP=values.num_planes,
-        COLUMNS=triton.next_power_of_2(values.num_planes),
+        BP=tables.num_planes,
+        COLUMNS=triton.next_power_of_2(tables.num_planes),
         BS=16,
         **launch_options(4),
     )

@@ -360,6 +360,7 @@ def split_kernel(
     V_STAGES: tl.constexpr,
     V_PARTS: tl.constexpr,
     V_PAIRED: tl.constexpr,
+    PREDICTED: tl.constexpr,
     D2: tl.constexpr,
     BP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -369,8 +370,9 @@ def split_kernel(
 
     p_query [B, Hkv, N, 2, D2] fp32; p_*_pages [B, P] int64 addresses; p_spans [B, 2] int64. ROTATION 0: keys are not rotated,
     1: by page and step, 2: by token. LOOKED_UP: one query, whose products with the centroids are in p_scores [B, Hkv,
-    num_scores]. WIDE: float32 tables and products instead of float16. ASM: see `scaled`. WIDTH: see `dot_width`. p_out [B,
-    Hkv, S, N, 2, BP] fp32, p_lse [B, Hkv, S, N] fp32 in base 2. `zero` is 0, which the compiler must not know: what belongs to
+    num_scores]. WIDE: float32 tables and products instead of float16. ASM: see `scaled`. WIDTH: see `dot_width`. PREDICTED: 1
+    where sums of keys, unrotated, are wanted beside those of values, else 0. p_out [B, Hkv, S, N, 1 + PREDICTED, 2, BP] fp32,
+    p_lse [B, Hkv, S, N] fp32 in base 2. `zero` is 0, which the compiler must not know: what belongs to
     planes alone is loaded anew for every page, since registers to keep it are too few.
     """
     i_column, i_row = tl.program_id(0) % width, tl.program_id(0) // width
@@ -390,7 +392,7 @@ def split_kernel(
     first = tl.load(p_spans + 2 * i_b)
     stop = tl.load(p_spans + 2 * i_b + 1)
     sums = (tl.zeros((CHUNK, BN), tl.float32), tl.zeros((CHUNK, BN), tl.float32))
-    for _ in tl.static_range(1, BP // CHUNK):
+    for _ in tl.static_range(1, BP // CHUNK * (1 + PREDICTED)):
         sums = sums + (tl.zeros((CHUNK, BN), tl.float32), tl.zeros((CHUNK, BN), tl.float32))
     high = tl.full((1, BN), float("-inf"), tl.float32)
     total = tl.zeros((1, BN), tl.float32)
@@ -503,13 +505,33 @@ def split_kernel(
                 tl.dot(x, weight, sums[2 * chunk] * keep, input_precision="ieee"),
                 tl.dot(y, weight, sums[2 * chunk + 1] * keep, input_precision="ieee"),
             )
+        if PREDICTED:
+            for chunk in tl.static_range(BP // CHUNK):
+                x, y = value_operands(
+                    key_page,
+                    p_key_parts + chunk * CHUNK + anew,
+                    p_key_rows + i_h * BP + chunk * CHUNK + anew,
+                    heads * BP,
+                    p_key_entries,
+                    WIDE,
+                    ASM,
+                    WIDTH,
+                    K_STAGES,
+                    K_PARTS,
+                    K_PAIRED,
+                    BP,
+                )
+                added_to = added_to + (
+                    tl.dot(x, weight, sums[2 * (BP // CHUNK + chunk)] * keep, input_precision="ieee"),
+                    tl.dot(y, weight, sums[2 * (BP // CHUNK + chunk) + 1] * keep, input_precision="ieee"),
+                )
         sums = added_to
     norm = tl.where(total > 0, total, 1.0)
     o_part = (i_head * num_splits + i_split) * num_queries + o_n
     planes = tl.arange(0, CHUNK)[:, None]
     planes = planes // 16 * 16 + planes % 8 * 2 + planes % 16 // 8  # `value_operand` has the even ones first
-    for chunk in tl.static_range(BP // CHUNK):
-        p_o = p_out + o_part * (2 * BP) + chunk * CHUNK + planes
+    for chunk in tl.static_range(BP // CHUNK * (1 + PREDICTED)):
+        p_o = p_out + o_part * (2 * BP * (1 + PREDICTED)) + chunk // (BP // CHUNK) * BP + chunk * CHUNK + planes
         tl.store(p_o, sums[2 * chunk] / norm, mask=m_n)
         tl.store(p_o + BP, sums[2 * chunk + 1] / norm, mask=m_n)
     lse = tl.where(total > 0, high + tl.log2(norm), float("-inf"))
@@ -526,6 +548,7 @@ def merge_kernel(
     heads,
     num_queries,
     num_splits,
+    row,
     D2: tl.constexpr,
     BP: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -533,8 +556,9 @@ def merge_kernel(
 ):
     """Merge the splits of one query of one head, `BS` at a time, and give the planes their scales back.
 
-    p_part [B, Hkv, S, N, 2, BP] fp32, p_part_lse [B, Hkv, S, N] fp32 in base 2, p_scale [Hkv, D2] fp32; p_out [B, Hkv, N, D]
-    fp32 with the planes' components side by side; p_lse [B, Hkv, N] fp32, natural logarithm. COLUMNS is at least BP.
+    p_part [B, Hkv, S, N] rows of [2, BP] fp32, `row` numbers from each to the next, p_part_lse [B, Hkv, S, N] fp32 in base 2,
+    p_scale [Hkv, D2] fp32; p_out [B, Hkv, N, D] fp32 with the planes' components side by side; p_lse [B, Hkv, N] fp32, natural
+    logarithm. COLUMNS is at least BP.
     """
     i_head = tl.program_id(0).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
@@ -552,7 +576,7 @@ def merge_kernel(
         higher = tl.maximum(high, tl.max(lse, 0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         keep, weight = tl.exp2(high - safe), tl.exp2(lse - safe)
-        p_x = p_part + o_part[:, None] * (2 * BP) + planes
+        p_x = p_part + o_part[:, None] * row + planes
         mask = m_split[:, None] & m_plane
         sum_x = sum_x * keep + tl.sum(weight[:, None] * tl.load(p_x, mask=mask, other=0.0), 0)
         sum_y = sum_y * keep + tl.sum(weight[:, None] * tl.load(p_x + BP, mask=mask, other=0.0), 0)

@@ -10,7 +10,8 @@ from pqkv_kernels.format.layout import PAGE_TOKENS
 from pqkv_kernels.format.rotary import Angles, page_range, token_angles
 from pqkv_kernels.format.tables import CodecTables
 from pqkv_kernels.format.tokens import CodedTokens, ExactTokens, Part
-from pqkv_kernels.reference.encode import decode, decode_codes, from_code_space
+from pqkv_kernels.reference.encode import decode, from_code_space
+from pqkv_kernels.reference.prediction import decode_values
 
 _LOWEST, _TINY = -1e30, 1e-30  # stand in for minus infinity and zero where differences and quotients are taken
 _BLOCK_PAGES = 32  # tokens decoded at a time: bounds the temporary to one block of keys and values
@@ -81,7 +82,8 @@ def _page_part(
     keys = _scored_keys(key_pages, tokens.keys, angles)
     slots = first * PAGE_TOKENS + torch.arange(keys.shape[2], device=keys.device)
     valid = ((slots >= tokens.spans[:, :1]) & (slots < tokens.spans[:, 1:]))[:, None, None, None]
-    return _attend(query, keys, decode_codes(value_pages, tokens.values), valid, scaling, softcap)
+    values = decode_values(key_pages, value_pages, tokens.keys, tokens.values)
+    return _attend(query, keys, values, valid, scaling, softcap)
 
 
 def leave_code_space(output: torch.Tensor, value_tables: CodecTables) -> torch.Tensor:

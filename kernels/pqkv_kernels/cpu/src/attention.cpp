@@ -19,7 +19,7 @@ template <int N, bool ROTATE>
 void run(const AttentionJob& job, int64_t begin, int64_t end) {
   const int64_t dim = job.planes * 2;
   Scores<N, ROTATE> scores(job);
-  Sums<N> sums(job);
+  Sums<N> values(job, job.values), keys(job, job.keys);
   AlignedFloats weights;
   for (int64_t unit = begin; unit < end; unit++) {
     const int64_t block = unit / job.chunks, head = block / job.query_blocks % job.heads;
@@ -29,7 +29,9 @@ void run(const AttentionJob& job, int64_t begin, int64_t end) {
     scores.run(pages, job.query + block * N * dim, weights.data());
     float total[N];
     for (int n = 0; n < N; n++) total[n] = to_weights(weights.data() + n * kTokens, count, N * kTokens, job.lse + unit * N + n);
-    sums.run(pages, weights.data(), total, job.out + unit * N * dim);
+    float* out = job.out + unit * N * job.width;
+    values.run(pages, weights.data(), total, out);
+    if (job.width > dim) keys.run(pages, weights.data(), total, out + dim);
   }
 }
 

@@ -39,9 +39,10 @@ struct AttentionJob {
   const float *base_cos, *base_sin;  // [B or 1, P, num_pairs]: the angles of every page's first token
   const float *step_cos, *step_sin;  // [Hkv, D2, 64]: the angles from a page's first token to each of its tokens
   const float *row_cos, *row_sin;    // the same as [Hkv, 64, D2], and kRowMultiple - 1 numbers that are read but not used
-  float *out, *lse;                  // [B, Hkv, Q, C, N, D], [B, Hkv, Q, C, N]
+  float *out, *lse;                  // [B, Hkv, Q, C, N, width], [B, Hkv, Q, C, N]
   int64_t batch, heads, query_blocks, block, chunks, chunk_pages;  // B, Hkv, Q, N, C, pages of a chunk
   int64_t num_pages, planes, num_pairs;                            // P, D2, rotary pairs
+  int64_t width;     // D: sums of values; 2 D: and behind them the sums of keys, which say something of values
   int64_t base_row;  // pages of the base angles from row to row: P, or 0 where all rows have the same
   float softcap;     // 0: none
 };

@@ -51,7 +51,7 @@ inline float to_weights(float* x, int64_t pages, int64_t step, float* lse) {
 
 // Merge the parts of query block `unit`, counted over all heads, into the first of them by their log-sum-exp.
 void merge(const AttentionJob& job, int64_t unit) {
-  const int64_t chunks = job.chunks, block = job.block, dim = 2 * job.planes;
+  const int64_t chunks = job.chunks, block = job.block, dim = job.width;
   for (int64_t n = 0; n < block; n++) {
     float *out = job.out + (unit * chunks * block + n) * dim, *lse = job.lse + unit * chunks * block + n;
     float high = *lse, total = 0;

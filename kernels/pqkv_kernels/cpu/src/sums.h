@@ -1,5 +1,6 @@
-// Sums of coded values with the weights of N queries of one head. Where codes are of few planes, values are looked up and added
-// token by token. Where a code is of many, tokens of the same code have the same value: their weights are added up first.
+// Sums of coded values, or of keys as they were before rotation, with the weights of N queries of one head. Where codes are of
+// few planes, vectors are looked up and added token by token. Where a code is of many, tokens of the same code have the same
+// vector: their weights are added up first.
 
 #pragma once
 
@@ -15,9 +16,10 @@ namespace {
 template <int N>
 class Sums {
  public:
-  explicit Sums(const AttentionJob& job) : job_(job), d2_(job.planes) {}
+  Sums(const AttentionJob& job, const Side& side) : job_(job), side_(side), d2_(job.planes) {}
 
-  // Fill `out` [N][D2][2] with the sums of the pages' values with `weights` [pages][N][64], divided by `total` [N].
+  // Fill `out` [N][D2][2], whose rows lie job.width apart, with the sums of what the pages hold with `weights` [pages][N][64],
+  // divided by `total` [N].
   void run(const PageRange& pages, const float* weights, const float* total, float* out) {
     pages_ = pages, weights_ = weights;
     sums_.assign(d2_ * N * 2, Floats{});
@@ -29,23 +31,23 @@ class Sums {
     for (int n = 0; n < N; n++)
       for (int64_t i = 0; i < d2_; i++)
         for (int c = 0; c < 2; c++) {
-          const int64_t at = (n * d2_ + i) * 2 + c;
-          out[at] = (rows_[at] + lane_sum(sums_[(i * N + n) * 2 + c])) / total[n];
+          out[n * job_.width + 2 * i + c] =
+              (rows_[(n * d2_ + i) * 2 + c] + lane_sum(sums_[(i * N + n) * 2 + c])) / total[n];
         }
   }
 
  private:
   void clear_bins() {
     int64_t bins = 0;  // one for every code of every wide subspace
-    for (int64_t g = 0; g < job_.values.num_groups; g++)
-      if (const Group& group = job_.values.groups[g]; group.wide) bins += group.num_subspaces << group.nbits;
+    for (int64_t g = 0; g < side_.num_groups; g++)
+      if (const Group& group = side_.groups[g]; group.wide) bins += group.num_subspaces << group.nbits;
     bins_.assign(N * bins, 0.0f);
   }
 
   void collect(int64_t start, int64_t count) {
     float* bins = bins_.data();
-    for (int64_t g = 0; g < job_.values.num_groups; g++) {
-      const Group& group = job_.values.groups[g];
+    for (int64_t g = 0; g < side_.num_groups; g++) {
+      const Group& group = side_.groups[g];
       for (int64_t m = 0; m < group.num_subspaces; m++) {
         if (!group.wide) {
           collect_planes(group, m, start, count);
@@ -62,7 +64,7 @@ class Sums {
   // Subspace m of a block of pages, plane by plane.
   void collect_planes(const Group& group, int64_t m, int64_t start, int64_t count) {
     PageCodes codes[kBlockPages];
-    pages_.read_codes(job_, job_.values, group, start, count, m, codes);
+    pages_.read_codes(job_, side_, group, start, count, m, codes);
     with_width(group.nbits, [&](auto width) {
       for (int64_t k = 0; k < group.planes; k++)
         collect_plane<width>(pages_.table(group, m, k), codes, group.first_plane + m * group.planes + k, start, count);
@@ -99,7 +101,7 @@ class Sums {
   void collect_rows(const Group& group, int64_t m, int64_t start, int64_t count, float* bins) {
     uint16_t index[kTokens];
     for (int64_t p = 0; p < count; p++) {
-      unpack(pages_.code_bytes(job_, job_.values, group, start + p, m), group.nbits, index);
+      unpack(pages_.code_bytes(job_, side_, group, start + p, m), group.nbits, index);
       const float* weights = weights_of(start + p);
       for (int t = 0; t < kTokens; t++)
         for (int n = 0; n < N; n++) bins[index[t] * N + n] += weights[n * kTokens + t];
@@ -109,8 +111,8 @@ class Sums {
   // And read every entry once.
   void add_bins() {
     const float* bins = bins_.data();
-    for (int64_t g = 0; g < job_.values.num_groups; g++) {
-      const Group& group = job_.values.groups[g];
+    for (int64_t g = 0; g < side_.num_groups; g++) {
+      const Group& group = side_.groups[g];
       if (!group.wide) continue;
       for (int64_t m = 0; m < group.num_subspaces; m++, bins += N << group.nbits) add_bins(group, m, bins);
     }
@@ -136,6 +138,7 @@ class Sums {
   }
 
   const AttentionJob& job_;
+  const Side& side_;
   const int64_t d2_;
   PageRange pages_;
   const float* weights_;
