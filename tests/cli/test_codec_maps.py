@@ -75,3 +75,37 @@ def test_a_map_that_does_not_fit_is_refused(
     choose(run, **chosen)
     answer = pqkv("fit-codebooks", run, *words)
     assert answer.code == 2 and said in answer.err
+
+
+def test_values_are_predicted_from_keys_to_the_end(pqkv: Callable, run: Path) -> None:
+    """Every stage and what reads its result; without the setting all bytes are as before."""
+    before = (run / "artifact" / "pqkv.safetensors").read_bytes()
+    choose(run, predict_values=True)
+    answer = pqkv("fit-codebooks", run, "--bits", 4)
+    assert answer.code == 0 and "codebooks.predict_values changed from None to True" in answer.err
+    assert pqkv("export", run).code == 0 and pqkv("verify", run).code == 0
+    assert pqkv("inspect", run).code == 0 and pqkv("diff", run, run).code == 0
+    made = pqkv("generate", run, "The quick", "--max-new-tokens", 3)
+    assert made.code == 0, made.err
+    measured = pqkv("eval", run, "--task", "perplexity", "--mode", "all", "--limit", 1, "--context", 256)
+    assert measured.code == 0, measured.err
+    choose(run, predict_values=False)
+    assert pqkv("fit-codebooks", run).code == 0 and pqkv("export", run).code == 0
+    assert (run / "artifact" / "pqkv.safetensors").read_bytes() == before
+
+
+def test_a_budget_of_predicted_values(pqkv: Callable, run: Path) -> None:
+    choose(run, predict_values=True)
+    answer = pqkv("fit-codebooks", run, "--budget", 1.5, "--refine", *QUICK)
+    assert answer.code == 0, answer.err
+    codecs = json.loads((run / "codebooks" / "fit.json").read_text())["plan"]["codecs"]
+    assert {(name[0], codec["predicted"]) for name, codec in codecs.items()} == {("k", False), ("v", True)}
+    assert pqkv("export", run).code == 0
+    answer = pqkv("eval", run, "--peers", "rtn:4", "--inject-outliers", 16, "--json", "-", "--limit", 1, "--context", 256)
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    plain, gauged = (
+        next(r for r in found[part] if r["method"] == "pqkv")["metrics"]["kl_bits"]["quantized"]
+        for part in ("without", "with_outliers")
+    )
+    assert gauged == pytest.approx(plain, rel=0.01)
