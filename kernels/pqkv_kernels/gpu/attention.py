@@ -39,7 +39,7 @@ def triton_attention(
     config = config or config_of(tokens.keys)
     keys, values = (device_tables(tables, config.tables) for tables in (tokens.keys, tokens.values))
     grid = split_grid(config, num_pages, batch * heads, _num_processors(query.device))
-    predicted = tokens.values.prediction is not None
+    predicted = int(tokens.values.prediction is not None)
     sizes = ((1 + predicted, 2 * keys.num_planes), ())
     parts, part_lse = (query.new_empty(batch, heads, grid.num_splits, num_queries, *size) for size in sizes)
     block = query_block(num_queries)
@@ -60,16 +60,11 @@ def triton_attention(
         **_sizes(batch, heads, num_queries, num_pages, softcap),
         **grid.arguments,
         BN=block,
-        PREDICTED=int(predicted),
+        PREDICTED=predicted,
         **_constants(config, dim, keys),
         **_launch(config, block),
     )
-    out, lse = _merged(query, parts, part_lse, values)
-    if predicted:
-        sums, _ = _merged(query, parts[..., 1:, :], part_lse, keys)
-        from_keys = sums.flatten(2, 3) @ plane_prediction(tokens.keys, tokens.values)
-        out = out + from_keys.view(out.shape)
-    return out, lse
+    return _outputs(query, parts, part_lse, tokens, keys, values)
 
 
 def _sizes(batch: int, heads: int, num_queries: int, num_pages: int, softcap: float | None) -> dict[str, Any]:
@@ -98,6 +93,22 @@ def query_block(num_queries: int) -> int:
 def _launch(config: DecodeConfig, block: int) -> dict[str, int]:
     num_warps = config.num_warps if block <= 16 else _MANY_WARPS
     return launch_options(num_warps, max_registers=config.max_registers if block <= 8 else 0)
+
+
+def _outputs(
+    query: torch.Tensor,
+    parts: torch.Tensor,
+    part_lse: torch.Tensor,
+    tokens: CodedTokens,
+    keys: DeviceTables,
+    values: DeviceTables,
+) -> Part:
+    """Merge sums of values and, where these are predicted, add what the sums of keys behind them say."""
+    out, lse = _merged(query, parts, part_lse, values)
+    if tokens.values.prediction is None:
+        return out, lse
+    sums, _ = _merged(query, parts[..., 1:, :], part_lse, keys)
+    return out + (sums.flatten(2, 3) @ plane_prediction(tokens.keys, tokens.values)).view(out.shape), lse
 
 
 def _merged(query: torch.Tensor, parts: torch.Tensor, part_lse: torch.Tensor, tables: DeviceTables) -> Part:
