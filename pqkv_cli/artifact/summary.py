@@ -70,6 +70,8 @@ class Summary:
         bf16 bytes per token of the uncompressed cache of all layers that can be coded.
     table_bytes
         Bytes of codebooks and transforms.
+    predicted_layers
+        Layers whose values are predicted from their keys.
     cache
         What stays exact.
     layers
@@ -86,6 +88,7 @@ class Summary:
     dense_bytes_per_token: int
     baseline_bytes_per_token: int
     table_bytes: int
+    predicted_layers: int
     cache: CacheSpec
     layers: tuple[LayerRow, ...]
 
@@ -125,6 +128,7 @@ def summarize_header(header: Header) -> Summary:
         dense_bytes_per_token=sum(dense_bytes),
         baseline_bytes_per_token=sum(channels.values()) * _BF16_BYTES + sum(dense_bytes),
         table_bytes=tensor_bytes(header),
+        predicted_layers=sum(codec.predicted for _, _, _, codec in coded_sides(header)),
         cache=header.plan.cache,
         layers=tuple(_layer_row(header, index) for index in range(len(header.geometry))),
     )

@@ -124,6 +124,7 @@ def _artifact_tables(artifact: "Summary") -> "list[RenderableType]":
         ("times smaller", artifact.baseline_bytes_per_token / cached),
         ("bytes of codebooks and transforms", artifact.table_bytes),
         ("tokens whose codes take as much", artifact.table_tokens),
+        *([("values predicted from keys", f"{artifact.predicted_layers} layers")] * bool(artifact.predicted_layers)),
         ("kept exact", f"{artifact.cache.num_sinks} first tokens, {artifact.cache.window_tokens} most recent"),
     ]
     columns = ("layer", "keys b/ch", "error", "worst head", "values b/ch", "error", "worst head", "dense because")
